@@ -1,0 +1,68 @@
+# Run by `make NAME`. Everything but gpu works inside .venv, made on first use.
+
+PYTHON ?= python3
+# Set by `make gpu STAGE=e2e OUT=folder`; ARGS goes on to the benchmark as it is.
+STAGE ?= smoke
+OUT ?= out/gpu
+ARGS ?=
+# `make demo QUICK=1` takes a minute.
+QUICK ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+FAST := -m "not slow and not gpu"
+# Worker processes share two cores, and no benchmark plugin belongs in a test run.
+PYTEST := $(BIN)/python -m pytest -p no:benchmark
+SOURCES := misa_kernels benchmarks examples tests setup.py
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test slow lint format bench gpu clean
+
+help:  ## print this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' Makefile
+
+demo: $(VENV)/.train  ## pre-train and fine-tune a small model with MISA and its peers; QUICK=1 for a minute
+	$(BIN)/python -m examples.demo $(if $(QUICK),--quick)
+
+test: $(VENV)/.dev  ## the tests that need neither minutes nor a GPU
+	$(PYTEST) -n 2 $(FAST)
+
+slow: $(VENV)/.dev  ## the tests marked slow
+	$(PYTEST) -m "slow and not gpu" || [ $$? -eq 5 ]
+
+lint: $(VENV)/.dev  ## style, types and formatting; changes nothing
+	$(BIN)/ruff check $(SOURCES)
+	$(BIN)/ruff format --check $(SOURCES)
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run -Werror csrc/*
+
+format: $(VENV)/.dev  ## put sources into the form that lint asks for
+	$(BIN)/ruff check --fix --exit-zero $(SOURCES)
+	$(BIN)/ruff format $(SOURCES)
+	$(BIN)/clang-format -i csrc/*
+
+bench: $(VENV)/.dev  ## on the CPU: a step beside torch's AdamW, a switch of 20,000 modules; the tests come first
+	$(PYTEST) -q -n 2 $(FAST)
+	$(BIN)/python -m pytest -q benchmarks/step.py benchmarks/switch.py
+
+# No environment, no network: the machine's own Python and torch, this checkout on the path.
+gpu:  ## STAGE=smoke: the GPU tests; STAGE=e2e: tokens per second of whole iterations; OUT=folder for the JSON
+	PYTHONPATH=. $(PYTHON) -m benchmarks.gpu --stage $(STAGE) --out $(OUT) $(ARGS)
+
+clean:  ## remove the environment, builds and caches
+	rm -rf $(VENV) build dist out *.egg-info .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find $(SOURCES) -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# The two stamps stand for an environment installed from these files; a change of one installs again.
+INSTALL_INPUTS := pyproject.toml setup.py constraints.txt
+TOO_OLD := $(PYTHON) is Python %d.%d, and misa_kernels needs 3.10 or later: make PYTHON=/path/to/python3.12
+
+$(BIN)/python:
+	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) was not found: make PYTHON=/path/to/python3" >&2; exit 1; }
+	@$(PYTHON) -c "import sys; v = sys.version_info[:2]; v >= (3, 10) or sys.exit('$(TOO_OLD)' % v)"
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.train $(VENV)/.dev: $(VENV)/.%: $(INSTALL_INPUTS) | $(BIN)/python
+	@echo "installing into $(VENV); the first time this takes minutes"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$*]'
+	@touch $@

@@ -1,0 +1,135 @@
+"""What holds and how fast is it on this GPU: one command for each stage, no network, a JSON record each.
+
+python -m benchmarks.gpu --stage smoke --out DIR    the tests marked gpu
+python -m benchmarks.gpu --stage e2e --out DIR      those tests, then tokens per second of training
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import subprocess
+import sys
+import tempfile
+import time
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks import record
+
+# Below the eight minutes that a stage may take, with room for the last measurement to end.
+TIME_LIMIT_S = 440.0
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the stage that the command line names; return the exit code."""
+    args = parser().parse_args(argv)
+    deadline = time.monotonic() + args.time_limit
+    device = torch.device(args.device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        print(
+            "no CUDA device: `make gpu` needs one; on a CPU run "
+            "`python -m benchmarks.gpu --stage e2e --device cpu --shape tiny`",
+            file=sys.stderr,
+        )
+        return 2
+    return STAGES[args.stage](args, device, deadline)
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
+    made = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__.splitlines()[0])
+    made.add_argument("--stage", choices=STAGES, default="smoke")
+    made.add_argument("--out", type=Path, default=Path("out/gpu"), help="folder of the JSON records")
+    made.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    made.add_argument(
+        "--time-limit", type=float, default=TIME_LIMIT_S, help="seconds after which nothing new is started"
+    )
+    made.add_argument(
+        "--shape", action="append", choices=("tiny", "130m", "1b", "8b"), help="may be repeated; e2e only"
+    )
+    made.add_argument(
+        "--checkpointing", action=argparse.BooleanOptionalAction, help="override the shape's plan; e2e only"
+    )
+    return made
+
+
+def smoke(args: argparse.Namespace, device: torch.device, deadline: float) -> int:
+    """Run the tests marked gpu and write their counts to smoke.json."""
+    counts = run_gpu_tests(deadline)
+    path = record.write(args.out, "smoke", record.environment(device) | {"stage": "smoke", "tests": counts})
+    print(f"{counts['passed']} passed, {counts['failed']} failed, {counts['skipped']} skipped; {path}")
+    return 0 if counts["ok"] else 1
+
+
+def run_gpu_tests(deadline: float) -> dict[str, Any]:
+    """Return the numbers of passed, failed and skipped GPU tests, and "ok" if some ran and none failed."""
+    started = time.monotonic()
+    with tempfile.TemporaryDirectory() as folder:
+        report = Path(folder) / "report.xml"
+        command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", f"--junitxml={report}"]
+        # Neither a plugin's benchmarks nor a cache in the checkout belongs here; both options do without it.
+        command += ["-p", "no:benchmark", "-p", "no:cacheprovider"]
+        try:
+            code = subprocess.run(command, cwd=record.ROOT, timeout=deadline - started).returncode
+        except subprocess.TimeoutExpired:
+            code = None
+        counts = count_tests(report) if report.exists() else dict.fromkeys(("passed", "failed", "skipped"), 0)
+    return counts | {
+        "ok": code == 0 and counts["passed"] > 0,
+        "exit_code": code,
+        "timed_out": code is None,
+        "seconds": round(time.monotonic() - started, 1),
+    }
+
+
+def count_tests(report: Path) -> dict[str, int]:
+    """Return passed, failed and skipped from a JUnit report; an error at set-up counts as failed."""
+    suites = list(ElementTree.parse(report).getroot().iter("testsuite"))
+    total, failures, errors, skipped = (
+        sum(int(suite.get(name, 0)) for suite in suites)
+        for name in ("tests", "failures", "errors", "skipped")
+    )
+    failed = failures + errors
+    return {"passed": total - failed - skipped, "failed": failed, "skipped": skipped}
+
+
+def e2e(args: argparse.Namespace, device: torch.device, deadline: float) -> int:
+    """Time whole training iterations and write them to e2e.json after every measurement.
+
+    On a GPU its tests must pass first: no number is reported of an optimizer that is wrong there.
+    """
+    # Not at the top: `make gpu STAGE=smoke` must report on a package that does not import.
+    from benchmarks.e2e import PLANS, measure, table
+
+    content = record.environment(device) | {"stage": "e2e", "shapes": []}
+    if device.type == "cuda":
+        content["tests"] = run_gpu_tests(deadline)
+        if not content["tests"]["ok"]:
+            print(f"no timings: the GPU tests must pass first; {record.write(args.out, 'e2e', content)}")
+            return 1
+    for name in args.shape or ["8b", "1b", "130m"]:
+        plan = PLANS[name]
+        if args.checkpointing is not None:
+            plan = dataclasses.replace(plan, checkpointing=args.checkpointing)
+        content["shapes"].append(None)
+        for measured in measure(plan, device, deadline):
+            content["shapes"][-1] = measured
+            path = record.write(args.out, "e2e", content)
+    left_out = [line for shape in content["shapes"] for line in shape["left_out"]]
+    if left_out:
+        print(f"left out at the time limit of {args.time_limit:.0f} s: {'; '.join(left_out)}")
+    print(f"commit {content['commit']}, {content['device']['name']}, torch {torch.__version__}; {path}")
+    print(table(content["shapes"]))
+    # Peers may be missing or too large for the device; MISA may not.
+    ours = [p for s in content["shapes"] for name, p in s["peers"].items() if name not in ("adamw", "lora")]
+    return 1 if any("error" in peer for peer in ours) else 0
+
+
+STAGES = {"smoke": smoke, "e2e": e2e}
+
+if __name__ == "__main__":
+    sys.exit(main())

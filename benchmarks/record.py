@@ -1,0 +1,78 @@
+"""What a measurement was taken on: device, driver, versions, commit and command, for every JSON record."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import platform
+import shlex
+import subprocess
+import sys
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).parents[1]
+PACKAGES = ("torch", "triton", "numpy", "transformers", "peft")
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """Return device, driver, versions, commit, command and time as plain types."""
+    return {
+        "device": describe_device(device),
+        "versions": {"python": platform.python_version(), "cuda": torch.version.cuda}
+        | {name: version(name) for name in PACKAGES},
+        "commit": commit(),
+        "command": shlex.join([Path(sys.executable).name, *sys.orig_argv[1:]]),
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    }
+
+
+def describe_device(device: torch.device) -> dict[str, Any]:
+    """Return name and memory of a device, its driver, and the threads that torch uses."""
+    described: dict[str, Any] = {"type": device.type, "threads": torch.get_num_threads()}
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        query = ("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+        drivers = (output_of(*query) or "unknown").splitlines()
+        return described | {
+            "name": properties.name,
+            "memory_bytes": properties.total_memory,
+            "driver": drivers[0],
+        }
+    return described | {"name": platform.processor() or platform.machine(), "driver": None}
+
+
+def version(package: str) -> str | None:
+    """Return the installed version of a package, or None."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def commit() -> str:
+    """Return the commit, followed by "+" where files differ from it, or "unknown" without git."""
+    head = output_of("git", "-C", str(ROOT), "rev-parse", "HEAD")
+    if head is None:
+        return "unknown"
+    return head + ("+" if output_of("git", "-C", str(ROOT), "status", "--porcelain") else "")
+
+
+def output_of(*command: str) -> str | None:
+    """Return what a command prints, stripped, or None when it is missing or fails."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=30)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def write(folder: Path, name: str, content: dict[str, Any]) -> Path:
+    """Write `content` to folder/name.json and return the path; the folder is made where it is missing."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{name}.json"
+    path.write_text(json.dumps(content, indent=2) + "\n")
+    return path

@@ -1,0 +1,24 @@
+"""MISA: train all weights of a large model in the memory of a few (arXiv 2511.00056).
+
+`from misa_kernels import MISA, param_groups` is all that most programs need.
+"""
+
+from misa_kernels.modules import param_groups
+from misa_kernels.optimizer import MISA
+from misa_kernels.presets import authors, badam, lisa, paper
+from misa_kernels.sampler import CyclicSampler, ImportanceSampler, UniformSampler
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "MISA",
+    "CyclicSampler",
+    "ImportanceSampler",
+    "UniformSampler",
+    "__version__",
+    "authors",
+    "badam",
+    "lisa",
+    "paper",
+    "param_groups",
+]

@@ -1,0 +1,220 @@
+"""The memory of the active set's state: allocated once, lent anew at every switch.
+
+A *slot* is one tensor or row block that may ever be trained; its number is permanent. Moments and masters
+exist for active slots only and lie side by side in one pool per weight dtype. The few numbers per slot (age,
+score) exist for all of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+# Offsets are multiples of this many elements, so that every slot starts on a 256-byte line in float32.
+ALIGNMENT = 64
+# Overlapping moves go through a bounce buffer of this many elements: 4 MB in float32.
+MOVE_ELEMENTS = 1 << 20
+
+
+def padded(numel: int) -> int:
+    """Return `numel` rounded up to a multiple of `ALIGNMENT` elements."""
+    return -(-numel // ALIGNMENT) * ALIGNMENT
+
+
+def capacity(always: Sequence[int], candidates: Sequence[int], budget: int) -> int:
+    """Return the elements a pool must hold for any admissible active set, padding included.
+
+    Args:
+        always: Sizes of the always-on slots, in elements.
+        candidates: Sizes of the slots of which at most `budget` elements are active at once.
+        budget: δN, in elements.
+    """
+    sizes = np.sort(np.asarray(candidates, dtype=np.int64))
+    most_slots = int(np.searchsorted(np.cumsum(sizes), budget, side="right"))
+    padding = (ALIGNMENT - 1) * most_slots
+    bound = min(budget + padding, sum(padded(int(size)) for size in sizes))
+    return sum(padded(size) for size in always) + padded(bound)
+
+
+class Pool:
+    """State of the active slots of one weight dtype: `exp_avg`, `exp_avg_sq` and, if asked for, `master`.
+
+    Args:
+        elements: Capacity, see `capacity`.
+        dtype: Dtype of the state: float32, or float64 for float64 weights.
+        device: Where the weights are.
+        master: Whether to hold a copy of the weights in `dtype`.
+    """
+
+    def __init__(self, elements: int, dtype: torch.dtype, device: torch.device, master: bool) -> None:
+        names = ("exp_avg", "exp_avg_sq", "master") if master else ("exp_avg", "exp_avg_sq")
+        self.buffers = {name: torch.empty(elements, dtype=dtype, device=device) for name in names}
+        self.offsets: dict[int, int] = {}
+        self.used = 0
+
+    def lend(self, keep: Iterable[int], enter: Iterable[int], numel: Sequence[int]) -> None:
+        """Close the gaps between the slots kept, keeping their contents, and append zeroed new ones."""
+        self.used, moved = 0, {}
+        # Ascending, so that a slot only ever moves down into space already vacated.
+        for slot in sorted(keep, key=self.offsets.__getitem__):
+            for buffer in self.buffers.values():
+                move_down(buffer, self.offsets[slot], self.used, numel[slot])
+            moved[slot] = self.used
+            self.used += padded(numel[slot])
+        start = self.used
+        for slot in enter:
+            moved[slot] = self.used
+            self.used += padded(numel[slot])
+        self.offsets = moved
+        for name in ("exp_avg", "exp_avg_sq"):
+            self.buffers[name][start : self.used].zero_()
+
+
+def move_down(buffer: Tensor, source: int, target: int, numel: int) -> None:
+    """Move `numel` elements of a 1-D buffer to a lower offset; the ranges may overlap."""
+    if source == target:
+        return
+    for i in range(0, numel, MOVE_ELEMENTS):
+        n = min(MOVE_ELEMENTS, numel - i)
+        piece = buffer[source + i : source + i + n]
+        # copy_ between overlapping ranges is undefined.
+        overlaps = target + n > source
+        buffer[target + i : target + i + n].copy_(piece.clone() if overlaps else piece)
+
+
+class Arena:
+    """All device memory of the optimizer.
+
+    Args:
+        numel: Elements of each slot.
+        dtypes: Weight dtype of each slot.
+        always: Numbers of the slots that are never given back.
+        budget: δN, in elements.
+        device: Where the weights are.
+        masters: Whether 16-bit weights have a float32 master.
+        v_floor: Whether to hold the proof's floor c per slot.
+
+    Attributes:
+        age: int32, updates since activation, per slot.
+        updates: int32, updates applied in this round, per slot.
+        score_sum: float64, sum of ‖g‖² (or ‖g‖) over this round's updates, per slot.
+        sq_norm: float64, ‖g‖² of the current step, per slot.
+        v_floor: float64 per slot, or None.
+        skipped: int32, 0-dim, steps skipped in this round.
+    """
+
+    def __init__(
+        self,
+        numel: Sequence[int],
+        dtypes: Sequence[torch.dtype],
+        always: Iterable[int],
+        budget: int,
+        device: torch.device,
+        *,
+        masters: bool,
+        v_floor: bool,
+    ) -> None:
+        self.device = device
+        self.numel = list(numel)
+        self.dtypes = list(dtypes)
+        dense = set(always)
+        self.pools: dict[torch.dtype, Pool] = {}
+        for dtype in dict.fromkeys(self.dtypes):
+            slots = [slot for slot, other in enumerate(self.dtypes) if other == dtype]
+            elements = capacity(
+                [self.numel[slot] for slot in slots if slot in dense],
+                [self.numel[slot] for slot in slots if slot not in dense],
+                budget,
+            )
+            master = masters and dtype.itemsize == 2
+            self.pools[dtype] = Pool(elements, torch.promote_types(dtype, torch.float32), device, master)
+        count = len(self.numel)
+        self.age = torch.zeros(count, dtype=torch.int32, device=device)
+        self.updates = torch.zeros(count, dtype=torch.int32, device=device)
+        self.score_sum = torch.zeros(count, dtype=torch.float64, device=device)
+        self.sq_norm = torch.zeros(count, dtype=torch.float64, device=device)
+        self.v_floor = torch.zeros(count, dtype=torch.float64, device=device) if v_floor else None
+        self.skipped = torch.zeros((), dtype=torch.int32, device=device)
+        self._active = torch.zeros(count, dtype=torch.int32, device=device)
+        self._scratch = torch.zeros(count, dtype=torch.int32, device=device)
+        self._active_index = torch.zeros(0, dtype=torch.int64, device=device)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of moments and masters, lent or not."""
+        buffers = [buffer for pool in self.pools.values() for buffer in pool.buffers.values()]
+        return sum(buffer.numel() * buffer.element_size() for buffer in buffers)
+
+    def lend(self, keep: Iterable[int], enter: Sequence[int]) -> None:
+        """Make `keep` and `enter` the active slots; entering ones start at age 0 with zero moments.
+
+        Starts a round: the sums of the one before are cleared. Masters of entering slots are left for the
+        caller to fill.
+        """
+        keep = list(keep)
+        for dtype, pool in self.pools.items():
+            pool.lend(
+                [slot for slot in keep if self.dtypes[slot] == dtype],
+                [slot for slot in enter if self.dtypes[slot] == dtype],
+                self.numel,
+            )
+        entering = torch.tensor(enter, dtype=torch.int64).to(self.device)
+        self.age.index_fill_(0, entering, 0)
+        if self.v_floor is not None:
+            self.v_floor.index_fill_(0, entering, 0)
+        self._active_index = torch.tensor([*keep, *enter], dtype=torch.int64).to(self.device)
+        self._active.zero_().index_fill_(0, self._active_index, 1)
+        for sums in (self.updates, self.score_sum, self.sq_norm, self.skipped):
+            sums.zero_()
+
+    def views(self, slot: int) -> dict[str, Tensor]:
+        """Return one active slot's part of each buffer, 1-D of its numel."""
+        pool = self.pools[self.dtypes[slot]]
+        start = pool.offsets[slot]
+        return {name: buffer[start : start + self.numel[slot]] for name, buffer in pool.buffers.items()}
+
+    @property
+    def vectors(self) -> dict[str, Tensor]:
+        """The numbers per slot that outlive a step, by name."""
+        vectors = {"age": self.age, "updates": self.updates, "score_sum": self.score_sum}
+        return vectors if self.v_floor is None else {**vectors, "v_floor": self.v_floor}
+
+    def advance(self, missing: Sequence[int], finite: Tensor | None) -> None:
+        """Count one step: ages, updates and scores of the active slots that were updated.
+
+        Args:
+            missing: Active slots that had no gradient.
+            finite: 0-dim bool, False if the whole step was skipped; None if it cannot be.
+        """
+        applied = self._active
+        if missing:
+            applied = self._scratch.copy_(self._active)
+            for slot in missing:
+                applied[slot].zero_()
+                self.sq_norm[slot].zero_()
+        if finite is not None:
+            applied = torch.mul(applied, finite, out=self._scratch)
+            self.sq_norm.masked_fill_(finite.logical_not(), 0.0)
+            self.skipped.add_(finite.logical_not())
+        self.age.add_(applied)
+        self.updates.add_(applied)
+        self.score_sum.add_(self.sq_norm)
+
+    def read_round(self) -> tuple[np.ndarray, np.ndarray, int]:
+        """Return this round's `score_sum` and `updates` per slot and `skipped`, in one transfer to the host.
+
+        Entries of inactive slots are 0.
+        """
+        index = self._active_index
+        packed = torch.cat(
+            [index.double(), self.score_sum[index], self.updates[index].double(), self.skipped.double().view(1)]
+        )
+        host = packed.cpu().numpy()
+        slots, sums, counts = host[:-1].reshape(3, -1)
+        score_sum, updates = np.zeros(len(self.numel)), np.zeros(len(self.numel), dtype=np.int64)
+        score_sum[slots.astype(np.int64)] = sums
+        updates[slots.astype(np.int64)] = counts
+        return score_sum, updates, int(host[-1])

@@ -1,0 +1,240 @@
+"""Which arguments `MISA` accepts: every check of the constructor and of param groups, one sentence each."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from misa_kernels.partition import Partition
+
+# What torch.optim.AdamW has and MISA does not; only these values mean the same in both.
+ADAMW_ONLY: dict[str, bool | None] = {
+    "amsgrad": False,
+    "maximize": False,
+    "foreach": None,
+    "capturable": False,
+    "differentiable": False,
+    "fused": None,
+}
+# One sampler and one round serve all groups.
+CONSTRUCTOR_WIDE = (
+    "delta",
+    "inner_steps",
+    "total_steps",
+    "sampler",
+    "keep_states",
+    "momentum_flush",
+    "v_floor",
+    "param_precision",
+    "max_grad_norm",
+    "skip_nonfinite",
+    "seed",
+    "process_group",
+    "backend",
+)
+
+_claimed: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+
+def check_range(name: str, value: Any, low: float, high: float, rule: str) -> None:
+    """Raise unless `value` is a finite number in the open interval (low, high) or equals a closed end.
+
+    Args:
+        name: The argument's name.
+        value: A number; a 0-dim tensor passes for its value.
+        low: Lower end, included.
+        high: Upper end, excluded unless infinite, where it is excluded anyway.
+        rule: What the sentence says after "must be".
+
+    Raises:
+        TypeError: If `value` is not a number.
+        ValueError: If it is out of range.
+    """
+    if isinstance(value, Tensor) and value.numel() == 1:
+        value = value.item()
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name}={value!r} must be {rule}")
+    if not low <= value < high:
+        raise ValueError(f"{name}={value!r} must be {rule}")
+
+
+def check_hyperparameters(group: dict[str, Any]) -> None:
+    """Check lr, betas, eps and weight_decay of one param group."""
+    check_range("lr", group["lr"], 0.0, math.inf, "a number >= 0")
+    betas = group["betas"]
+    if not isinstance(betas, Sequence) or len(betas) != 2:
+        raise TypeError(f"betas={betas!r} must be two numbers in [0, 1): the decay of m and of v")
+    for beta in betas:
+        check_range("betas", beta, 0.0, 1.0, "two numbers in [0, 1): the decay of m and of v")
+    check_range("eps", group["eps"], 0.0, math.inf, "a number >= 0")
+    check_range("weight_decay", group["weight_decay"], 0.0, math.inf, "a number >= 0")
+
+
+def check_group(group: dict[str, Any]) -> None:
+    """Refuse sampler settings and AdamW's switches inside a param group."""
+    for name in CONSTRUCTOR_WIDE:
+        if name in group:
+            raise ValueError(
+                f"{name}={group[name]!r} stands in a param group but holds for all of them: pass it to MISA(...)"
+            )
+    check_adamw_only({name: group[name] for name in ADAMW_ONLY if name in group})
+
+
+def check_adamw_only(options: dict[str, Any]) -> None:
+    """Accept AdamW's own switches at their defaults, refuse anything else.
+
+    Raises:
+        TypeError: For a name that AdamW does not have either.
+        ValueError: For a switch that is not at its default.
+    """
+    for name, value in options.items():
+        if name not in ADAMW_ONLY:
+            raise TypeError(f"MISA got an unexpected keyword argument {name!r}; help(MISA) lists what it takes")
+        if value != ADAMW_ONLY[name]:
+            raise ValueError(
+                f"{name}={value!r} belongs to torch.optim.AdamW: MISA takes only its default "
+                f"{ADAMW_ONLY[name]!r}; leave it out"
+            )
+
+
+def check_constructor(
+    *,
+    delta: Any,
+    inner_steps: Any,
+    total_steps: Any,
+    keep_states: Any,
+    v_floor: Any,
+    param_precision: Any,
+    max_grad_norm: Any,
+    seed: Any,
+    process_group: Any,
+    backend: Any,
+) -> None:
+    """Check the arguments that hold for all groups; see `MISA` for their meaning."""
+    fraction = "in (0, 1]: the fraction of parameters that may be active"
+    check_range("delta", delta, 0.0, math.nextafter(1.0, 2.0), fraction)
+    if delta == 0:
+        raise ValueError(f"delta={delta!r} must be {fraction}")
+    if inner_steps != "auto":
+        _check_count("inner_steps", inner_steps, 1, "'auto' or a whole number >= 1: optimizer steps in a round")
+    if total_steps is not None:
+        _check_count("total_steps", total_steps, 1, "None or a whole number >= 1: optimizer steps of the run")
+    _check_choice("keep_states", keep_states, ("staying", "none"))
+    _check_choice("param_precision", param_precision, ("master", "stochastic"))
+    if max_grad_norm is not None:
+        check_range("max_grad_norm", max_grad_norm, 5e-324, math.inf, "None or a number > 0")
+    _check_count("seed", seed, 0, "a whole number >= 0 below 2**63")
+    if seed >= 2**63:
+        raise ValueError(f"seed={seed!r} must be a whole number >= 0 below 2**63")
+    if process_group is not None:
+        raise ValueError(
+            f"process_group={process_group!r} must be None: this version trains in one process; "
+            "average the gradients of the active parameters yourself before step()"
+        )
+    if v_floor and backend != "reference":
+        raise ValueError(f"v_floor=True needs backend='reference', got {backend!r}: it is a device of the proof")
+
+
+def copied_groups(params: Iterable[Any]) -> list[dict[str, Any]]:
+    """Return param groups that share no dict or list with the caller's.
+
+    Raises:
+        TypeError: If `params` is a tensor or a set.
+        ValueError: If it holds nothing, or a parameter twice.
+    """
+    if isinstance(params, (Tensor, set)):
+        raise TypeError(
+            f"params is a {type(params).__name__}: give a list, such as model.parameters() or param_groups(model)"
+        )
+    entries = list(params)
+    grouped = [dict(entry) for entry in entries] if all(isinstance(e, dict) for e in entries) else [{"params": entries}]
+    seen: set[int] = set()
+    for number, group in enumerate(grouped):
+        check_group(group)
+        tensors = group.get("params", [])
+        group["params"] = [tensors] if isinstance(tensors, Tensor) else list(tensors)
+        for position, entry in enumerate(group["params"]):
+            param = entry[1] if isinstance(entry, tuple) else entry
+            if id(param) in seen:
+                name = entry[0] if isinstance(entry, tuple) else f"parameter {position} of group {number}"
+                raise ValueError(f"{name} is given twice: every parameter belongs to one group, once")
+            seen.add(id(param))
+    if not seen:
+        raise ValueError("params is empty: give the model's parameters, such as param_groups(model)")
+    return grouped
+
+
+def claim(groups: list[dict[str, Any]]) -> None:
+    """Note that a MISA sets `requires_grad` of these parameters from now on."""
+    for group in groups:
+        for param in group["params"]:
+            _claimed[param] = True
+
+
+def disclaim(groups: list[dict[str, Any]]) -> None:
+    """Undo `claim`."""
+    for group in groups:
+        for param in group["params"]:
+            if param in _claimed:
+                del _claimed[param]
+
+
+def check_unclaimed(groups: list[dict[str, Any]]) -> None:
+    """Refuse parameters that another MISA froze: they would pass for frozen by the user and never train."""
+    for group in groups:
+        for param in group["params"]:
+            if param in _claimed and not param.requires_grad:
+                raise ValueError(
+                    f"a parameter of shape {tuple(param.shape)} was frozen by another MISA: call release() on that one "
+                    "first, or model.requires_grad_(True) if it is gone"
+                )
+
+
+def check_trainable(partition: Partition, param_precision: str) -> None:
+    """Refuse weight dtypes that no step can update."""
+    for block in [*partition.dense, *(block for module in partition.modules for block in module.blocks)]:
+        dtype, name = block.param.dtype, partition.names[block.index]
+        if dtype not in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
+            raise TypeError(
+                f"{name} is {dtype}: MISA trains float32, bfloat16, float16 and float64; give it the role 'frozen'"
+            )
+        if param_precision == "stochastic" and dtype == torch.float16:
+            raise ValueError(
+                f"param_precision='stochastic' rounds bfloat16 weights, but {name} is float16: use 'master'"
+            )
+
+
+def notify(groups: list[dict[str, Any]], partition: Partition, delta: float) -> None:
+    """Say once what the user did not choose: default roles, and tensors that are split."""
+    if delta < 1 and any("role" not in group for group in groups):
+        sampled = sum(module.numel for module in partition.modules)
+        warnings.warn(
+            f"MISA samples {len(partition.modules)} modules of {sampled:,} parameters, keeps {len(partition.dense)} "
+            f"tensors always on and {len(partition.frozen)} frozen, by their shapes alone: param_groups(model) also "
+            "freezes embeddings and head and knows the layers",
+            stacklevel=3,
+        )
+    if partition.split:
+        warnings.warn(
+            f"oversized='split' cuts {', '.join(partition.split)} into row blocks: a block is trained at a time, but "
+            "backward computes the gradient of the whole tensor",
+            stacklevel=3,
+        )
+
+
+def _check_count(name: str, value: Any, low: int, rule: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name}={value!r} must be {rule}")
+    if value < low:
+        raise ValueError(f"{name}={value!r} must be {rule}")
+
+
+def _check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name}={value!r} must be one of {', '.join(map(repr, choices))}")

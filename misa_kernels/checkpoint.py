@@ -1,0 +1,130 @@
+"""How an optimizer's state is written and read: tensors and plain types in `state` and `param_groups` only.
+
+A saved state is what `torch.optim.Optimizer.state_dict` makes of the live one, with two changes: its tensors
+are copies (the live ones are views of the arena), and the first group carries the position of the run.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# Kept in the first group of a saved state: the round, the step in it, step() calls so far, the seed of all
+# draws (a draw depends on nothing but seed, round and scores), and steps skipped in earlier rounds.
+POSITION = ("round", "round_step", "steps", "seed", "skipped_steps")
+# State with the elements of the weight; everything else has one element a block.
+ELEMENTWISE = ("exp_avg", "exp_avg_sq", "master")
+
+
+def key(name: str, number: int, blocks: int) -> str:
+    """Return the state key of one block's tensor: "exp_avg", or "exp_avg.3" for block 3 of several."""
+    return name if blocks == 1 else f"{name}.{number}"
+
+
+def detach(state: dict[Any, dict[str, Any]]) -> dict[Any, dict[str, Any]]:
+    """Return a copy of a state whose tensors share no memory with it.
+
+    Views of one vector (the scores of 20,000 modules, say) remain views of one vector, so that saving them
+    writes one storage.
+    """
+    copies: dict[int, Tensor] = {}
+
+    def copied(name: str, value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        base = value._base
+        if base is None or name.split(".")[0] in ELEMENTWISE:
+            return value.detach().clone()
+        if id(base) not in copies:
+            copies[id(base)] = base.detach().clone()
+        return copies[id(base)].as_strided(value.size(), value.stride(), value.storage_offset())
+
+    return {param: {name: copied(name, value) for name, value in own.items()} for param, own in state.items()}
+
+
+def match(
+    saved: dict[str, Any], groups: Sequence[dict[str, Any]], sizes: dict[Tensor, list[int]]
+) -> dict[Tensor, dict[str, Any]]:
+    """Return the saved state of each parameter that may be trained.
+
+    Args:
+        saved: What `state_dict` returned.
+        groups: The live `param_groups`.
+        sizes: Numel of each block of every parameter that may be trained.
+
+    Raises:
+        ValueError: If it is another optimizer's, another model's, or made with other block boundaries.
+    """
+    saved_groups = saved["param_groups"]
+    if not saved_groups or any(name not in saved_groups[0] for name in POSITION):
+        raise ValueError("state dict has no 'round' in its first group: it was not saved by MISA")
+    counts, saved_counts = ([len(group["params"]) for group in side] for side in (groups, saved_groups))
+    if counts != saved_counts:
+        raise ValueError(
+            f"state dict has param groups of {saved_counts} tensors but this optimizer has {counts}: it belongs to "
+            "another model"
+        )
+    own = {}
+    for number, (group, saved_group) in enumerate(zip(groups, saved_groups, strict=True)):
+        for name in ("modules", "layers", "param_names"):
+            _check_names(group.get(name), saved_group.get(name), f"{name} of group {number}")
+        for param, index in zip(group["params"], saved_group["params"], strict=True):
+            if param in sizes:
+                own[param] = saved["state"].get(index, {})
+                _check_elements(own[param], sizes[param], f"parameter {index}")
+    return own
+
+
+def scores(own: dict[Tensor, dict[str, Any]], spans: dict[Tensor, slice], live: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the saved score vectors over all slots, on the host.
+
+    Args:
+        own: Saved state by parameter, see `match`.
+        spans: Range of slots of each parameter.
+        live: The live score vectors, for their names, lengths and dtypes.
+
+    Raises:
+        ValueError: If the blocks of a parameter are not those that were saved.
+    """
+    vectors = {name: torch.zeros_like(vector) for name, vector in live.items()}
+    for param, state in own.items():
+        span = spans[param]
+        for name in vectors.keys() & state.keys():
+            if state[name].numel() != span.stop - span.start:
+                raise ValueError(
+                    f"state dict has {state[name].numel()} blocks for a tensor of shape {tuple(param.shape)} but this "
+                    f"optimizer has {span.stop - span.start}: use the delta, granularity and oversized it was saved "
+                    "with"
+                )
+            vectors[name][span] = state[name].cpu()
+    return vectors
+
+
+def hyperparameters(saved_group: dict[str, Any]) -> dict[str, Any]:
+    """Return a copy of what a saved group holds beside its parameters and the position of the run."""
+    return copy.deepcopy({name: value for name, value in saved_group.items() if name not in ("params", *POSITION)})
+
+
+def _check_names(ours: list[Any] | None, theirs: list[Any] | None, what: str) -> None:
+    if ours is None or theirs is None or list(ours) == list(theirs):
+        return
+    a, b = next((a, b) for a, b in zip(ours, theirs, strict=True) if a != b)
+    raise ValueError(
+        f"state dict names {b!r} in {what} where this optimizer has {a!r}: build the groups as they were when it "
+        "was saved"
+    )
+
+
+def _check_elements(state: dict[str, Any], sizes: list[int], name: str) -> None:
+    for number, size in enumerate(sizes):
+        for field in ELEMENTWISE:
+            value = state.get(key(field, number, len(sizes)))
+            if value is not None and value.numel() != size:
+                raise ValueError(
+                    f"state dict has {field} of {value.numel()} elements for {name} but this optimizer needs {size}: "
+                    "it belongs to another model"
+                )

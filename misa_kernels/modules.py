@@ -1,0 +1,221 @@
+"""Which role each tensor of a model plays, which tensors make a module, and in which layer they lie.
+
+The answer comes from the module tree: from types, shapes and identity, never from the spelling of a name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from torch.nn.utils.parametrize import ParametrizationList
+
+_CONTAINERS = (nn.ModuleList, nn.Sequential, nn.ModuleDict)
+_EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
+# The first axis of their three-dimensional weights counts output features, not experts.
+_NOT_EXPERTS = (nn.Conv1d, nn.ConvTranspose1d, nn.Bilinear, ParametrizationList)
+
+
+def param_groups(
+    model: nn.Module,
+    mode: Literal["finetune", "pretrain"] = "finetune",
+    *,
+    experts: Literal["each", "whole"] = "each",
+    dense: Iterable[nn.Module | nn.Parameter] = (),
+) -> list[dict[str, Any]]:
+    """Sort the parameters of a model into groups for `MISA`, by how they are trained.
+
+    Every parameter gets one of three roles:
+
+    - "sampled": the weight matrices inside the layers (query, key, gate, ...), trained in turns;
+    - "dense": trained at every step, on top of the budget that `delta` sets;
+    - "frozen": never trained. It still counts in the total that `delta` is a fraction of, unless its
+      `requires_grad` is False already.
+
+    What is left beside those matrices (embeddings, norms, biases, the output head, a projector between
+    towers) is frozen with `mode="finetune"`, where training it changes little and would take most of the
+    memory that sampling saves, and dense with `mode="pretrain"`, where it starts at random. Whatever deserves
+    training all the same, such as a new classification head, is named in `dense`.
+
+    A layer is an element of a stack: an outermost ModuleList, Sequential or ModuleDict in which modules of
+    one class, with matrices inside, repeat. Several stacks, of an encoder and a decoder or of a vision and a
+    text model, follow one another as they are registered. In a model without a stack each matrix is a layer.
+
+    The model is only read. What is frozen (`requires_grad=False`) or of an integer dtype, as quantised
+    weights are, stays frozen; tied parameters appear once, under their first name.
+
+    Args:
+        model: The model, complete: adapters attached, weights tied, frozen parts frozen.
+        mode: What happens to parameters that are not sampled, see above.
+        experts: "each" makes every expert of a stacked weight of shape (experts, ..., ...) a module, together
+            with its share of the other stacked weights beside it; "whole" makes every stacked weight one.
+        dense: Modules or parameters of the model to train at every step.
+
+    Returns:
+        At most three groups, without empty ones, with the keys
+
+        - "params": (name, parameter) pairs;
+        - "role": "sampled", "dense" or "frozen";
+        - "modules": for each parameter the name of its module, or a list of E names where the parameter
+          is E modules' equal row blocks along its first axis; equal names form one module;
+        - "layers": for each parameter the name of the lowest layer that backward must run through to train
+          it: the one that it lies in, else the next one registered, None behind the last.
+
+    Raises:
+        TypeError: If `model` is not a module, or `dense` holds anything but modules and parameters.
+        ValueError: For an unknown `mode` or `experts`, or if `dense` names something that is not in the model
+            or that cannot be trained.
+
+    Example:
+        A BERT classifier, whose head is new:
+
+            groups = param_groups(model, dense=[model.classifier])
+            optimizer = MISA(groups, lr=1e-5, delta=0.03)
+            for batch in loader:
+                model(**batch).loss.backward()
+                optimizer.step()
+                optimizer.zero_grad()
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is {type(model).__name__} and must be a torch.nn.Module: pass the model itself")
+    _check_choice("mode", mode, {"finetune": "the rest is frozen", "pretrain": "the rest is dense"})
+    _check_choice("experts", experts, {"each": "an expert is a module", "whole": "a stack of them is"})
+    always_on = _always_on(dense, model)
+    tensors = list(_tensors(model))
+    inside = _layers_inside(tensors, model)
+
+    roles = ("sampled", "dense", "frozen")
+    groups: dict[str, dict[str, Any]] = {
+        role: {"params": [], "role": role, "modules": [], "layers": []} for role in roles
+    }
+    for tensor, layer, lowest in zip(tensors, inside, _next_layers(inside), strict=True):
+        module: str | list[str] = tensor.name
+        if not _is_trainable(tensor.param):
+            role = "frozen"
+        elif id(tensor.param) in always_on:
+            role = "dense"
+        elif tensor.is_matrix and layer is not None:
+            role, module = "sampled", tensor.module
+            if tensor.is_stacked and experts == "each":
+                module = [f"{tensor.path}.{expert}" for expert in range(len(tensor.param))]
+        else:
+            role = "dense" if mode == "pretrain" else "frozen"
+        group = groups[role]
+        group["params"].append((tensor.name, tensor.param))
+        group["modules"].append(module)
+        group["layers"].append(lowest)
+    return [group for group in groups.values() if group["params"]]
+
+
+@dataclass(frozen=True)
+class _Tensor:
+    """A parameter as it lies in the module tree.
+
+    Args:
+        name: Its first name in the model.
+        param: The parameter.
+        owner: The module it is an attribute of.
+        path: The owner's name; the parameter's own if the model itself is the owner.
+        module: The module it makes when sampled: the owner's name if that holds no other matrix, else its
+            own.
+        is_matrix: Whether it is sampled when it lies in a layer.
+        is_stacked: Whether it is the matrices of several experts, along the first axis.
+    """
+
+    name: str
+    param: nn.Parameter
+    owner: nn.Module
+    path: str
+    module: str
+    is_matrix: bool
+    is_stacked: bool
+
+
+def _tensors(model: nn.Module) -> Iterator[_Tensor]:
+    """Yield every parameter once, in the order and under the names of `model.named_parameters()`."""
+    seen: set[int] = set()
+    for path, owner in model.named_modules():
+        own = list(owner.named_parameters(prefix=path, recurse=False))
+        stacked = {len(param) for _, param in own if _is_stacked(param, owner)}
+        alone = bool(own) and sum(param.ndim >= 2 for param in owner.parameters()) == 1
+        for name, param in own:
+            if id(param) in seen:
+                continue
+            seen.add(id(param))
+            # Beside the stacked matrices of E experts, a tensor of E rows is their biases.
+            vectors = param.ndim < 2 or (param.ndim == 2 and len(param) in stacked)
+            yield _Tensor(
+                name=name,
+                param=param,
+                owner=owner,
+                path=path or name,
+                module=path if alone and path else name,
+                is_matrix=not vectors and not isinstance(owner, _EMBEDDINGS),
+                is_stacked=_is_stacked(param, owner),
+            )
+
+
+def _is_stack(module: nn.Module) -> bool:
+    """Whether this container is a stack of layers.
+
+    It is if layers of one class repeat in it. If they do not, it must hold nothing but layers, as for the only
+    layer of a small model, and be no Sequential(backbone, head) or ModuleDict of towers: those have
+    repetitions beneath, and are looked into.
+    """
+    if not isinstance(module, _CONTAINERS):
+        return False
+    children = list(module.children())
+    if _repeats(module) or not children or not all(map(_can_be_layer, children)):
+        return _repeats(module)
+    return isinstance(module, nn.ModuleList) or not any(map(_repeats, module.modules()))
+
+
+def _repeats(module: nn.Module) -> bool:
+    if not isinstance(module, _CONTAINERS):
+        return False
+    classes = [type(child) for child in module.children() if _can_be_layer(child)]
+    return len(set(classes)) < len(classes)
+
+
+def _can_be_layer(module: nn.Module) -> bool:
+    if isinstance(module, ParametrizationList) or next(module.children(), None) is None:
+        return False
+    return any(param.ndim >= 2 for param in module.parameters())
+
+
+def _is_trainable(param: nn.Parameter) -> bool:
+    return param.requires_grad and (param.is_floating_point() or param.is_complex())
+
+
+def _always_on(dense: Iterable[nn.Module | nn.Parameter], model: nn.Module) -> set[int]:
+    """Return the identities of the parameters that `dense` names."""
+    if isinstance(dense, (nn.Module, torch.Tensor, str)):
+        raise TypeError(f"dense is a single {type(dense).__name__}: it must be a list, write dense=[...]")
+    own = {id(param) for param in model.parameters()}
+    chosen: set[int] = set()
+    for i, entry in enumerate(dense):
+        if not isinstance(entry, (nn.Module, nn.Parameter)):
+            raise TypeError(
+                f"dense[{i}] is {type(entry).__name__}: entries must be modules or parameters of the model, "
+                "pass the objects, not their names"
+            )
+        params = list(entry.parameters()) if isinstance(entry, nn.Module) else [entry]
+        what = f"dense[{i}]={type(entry).__name__} of {sum(param.numel() for param in params):,} parameters"
+        if any(id(param) not in own for param in params):
+            raise ValueError(f"{what} must lie in the model: take it from the model given to param_groups")
+        if not any(map(_is_trainable, params)):
+            raise ValueError(
+                f"{what} holds nothing that can be trained: give it floating-point parameters with "
+                "requires_grad=True, or leave it out"
+            )
+        chosen.update(map(id, params))
+    return chosen
+
+
+def _check_choice(name: str, value: object, meanings: dict[str, str]) -> None:
+    if value not in meanings:
+        choices = " or ".join(f"{choice!r} ({meaning})" for choice, meaning in meanings.items())
+        raise ValueError(f"{name}={value!r} must be {choices}")

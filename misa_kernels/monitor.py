@@ -1,0 +1,68 @@
+"""What was sampled: one record a round, from numbers that exist already on the host."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+# Two float64 arrays of 224 modules are 3.6 kB a round: a long run stays under 4 MB.
+HISTORY = 1000
+
+
+@dataclass
+class Round:
+    """One round: what was drawn, why, and what it costs.
+
+    Attributes:
+        round: Number of the round, from 0.
+        first_step: Number of `step()` calls before it.
+        active: Numbers of the modules (or layers) trained in it, ascending.
+        importance: float64[B], corrected score at the draw; NaN where there is none yet.
+        probability: float64[B], p at the draw; 0 outside the depth window.
+        perplexity: exp(H(p)), the effective number of modules the draw chooses from.
+        perplexity_fraction: exp(H(p)) / B.
+        active_fraction: Active sampled parameters / N; at most δ.
+        dense_fraction: Always-on parameters / N.
+        gradient_fraction: Parameters that receive a gradient / N, the whole of a split tensor counted.
+        backward_depth: Layers that backward runs through, or None where layers are unknown.
+        skipped_steps: Steps of this round left out for nonfinite gradients; known when it has ended.
+        unscored: Modules whose score was not finite and was not used; known when it has ended.
+    """
+
+    round: int
+    first_step: int
+    active: tuple[int, ...]
+    importance: npt.NDArray[np.float64]
+    probability: npt.NDArray[np.float64]
+    perplexity: float
+    perplexity_fraction: float
+    active_fraction: float
+    dense_fraction: float
+    gradient_fraction: float
+    backward_depth: int | None
+    skipped_steps: int = 0
+    unscored: int = 0
+
+
+class Monitor:
+    """The record of a run.
+
+    Attributes:
+        names: Names of the B modules (or layers), by number.
+        layers: Names of the layers, from the input to the output.
+        rounds: The last 1000 rounds, oldest first; the last one is running.
+    """
+
+    def __init__(self, names: Sequence[str], layers: Sequence[str]) -> None:
+        self.names = list(names)
+        self.layers = list(layers)
+        self.rounds: deque[Round] = deque(maxlen=HISTORY)
+
+    @property
+    def current(self) -> Round:
+        """The running round."""
+        return self.rounds[-1]

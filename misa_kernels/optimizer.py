@@ -1,0 +1,568 @@
+"""How MISA trains: the step, the round, the switch between active sets, and the state that survives it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any, cast
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from misa_kernels import arguments, checkpoint, kernels
+from misa_kernels.arena import Arena
+from misa_kernels.monitor import Monitor, Round
+from misa_kernels.partition import Module, partition
+from misa_kernels.reference import Hyper, Row, momentum_flush, noise_key, store_weight
+from misa_kernels.sampler import (
+    Candidates,
+    CyclicSampler,
+    Draw,
+    ImportanceSampler,
+    UniformSampler,
+    costliest,
+    fold,
+    scores,
+)
+from misa_kernels.slots import SCORES, Slots
+
+Sampler = ImportanceSampler | UniformSampler | CyclicSampler
+Params = Iterable[Tensor] | Iterable[tuple[str, Tensor]] | Iterable[dict[str, Any]]
+
+
+class MISA(torch.optim.Optimizer):
+    r"""AdamW on a sampled few of a model's modules, drawn anew every `inner_steps` steps.
+
+    Implements *MISA: Memory-Efficient LLMs Optimization with Module-wise Importance Sampling*
+    (arXiv 2511.00056). In a round, only the active modules have `requires_grad`, so gradients, optimizer
+    states and the activations that only the others would need do not exist. At the end of a round the
+    importance of each active module becomes :math:`G_b \leftarrow \beta G_b + (1-\beta)\,\overline{\|g_b\|^2}`
+    and the next set is drawn with :math:`p_b \propto \exp(\eta\, s_b)`, s being the corrected G.
+
+    The constructor sets `requires_grad` of every parameter it is given; `release()` restores it.
+
+    Args:
+        params: Parameters, named parameters, or groups of either, as for `torch.optim.AdamW`. A group may
+            say `role`: "sampled", "dense" (always on) or "frozen"; without it, tensors of two dimensions or
+            more are sampled and the others frozen (dense when `delta` is 1).
+            `misa_kernels.param_groups(model)` makes groups that know the model's modules and layers.
+        lr: Step size α; a float or a 0-dim tensor, may change at any step.
+        betas: Decay β₁, β₂ of the two moments.
+        eps: Term ε added to the denominator.
+        weight_decay: Decoupled weight decay, as in AdamW.
+        delta: Upper bound δ of active sampled parameters over all parameters given, in (0, 1]; those the
+            user had frozen do not count.
+        inner_steps: Optimizer steps T in a round; "auto" is 50, or with `total_steps` 5 to 50, such that a
+            module is visited three times on average.
+        total_steps: Planned length of the run in optimizer steps; used by `inner_steps="auto"` alone.
+        sampler: How modules are drawn; `ImportanceSampler()` if None.
+        keep_states: "staying": a module drawn again in the next round keeps its moments, age and master;
+            "none": all are dropped at every switch, as in the paper.
+        momentum_flush: At the end of a round apply what is left in the momentum of modules whose state is
+            dropped (the paper's line 16).
+        v_floor: The AMSGrad-type maximum of the paper's proof, kept per tensor; `backend="reference"` only.
+        param_precision: What keeps updates below the resolution of 16-bit weights: "master", a float32 copy
+            of the active ones, or "stochastic", stochastic rounding (bfloat16 only).
+        max_grad_norm: Clip gradients to this global norm, over active and dense tensors, inside the step;
+            scores are taken before it. None: no clipping.
+        skip_nonfinite: Leave everything untouched in a step whose gradients hold NaN or Inf, and count it.
+        seed: Seed of the draws and of stochastic rounding.
+        process_group: Must be None in this version.
+        backend: "auto" or "reference".
+        **adamw_only: `amsgrad`, `maximize`, `foreach`, `capturable`, `differentiable` and `fused` of AdamW,
+            accepted at their defaults so that existing calls keep working.
+
+    Raises:
+        TypeError: For an argument of the wrong kind, or integer or complex parameters with a trained role.
+        ValueError: For an argument out of range, an empty or duplicated parameter list, a module larger than
+            the budget, or no module to sample.
+    """
+
+    def __init__(
+        self,
+        params: Params,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        *,
+        delta: float = 0.03,
+        inner_steps: int | str = "auto",
+        total_steps: int | None = None,
+        sampler: Sampler | None = None,
+        keep_states: str = "staying",
+        momentum_flush: bool = False,
+        v_floor: bool = False,
+        param_precision: str = "master",
+        max_grad_norm: float | None = None,
+        skip_nonfinite: bool = False,
+        seed: int = 0,
+        process_group: None = None,
+        backend: str = "auto",
+        **adamw_only: bool | None,
+    ) -> None:
+        self._constructing = True
+        arguments.check_adamw_only(adamw_only)
+        arguments.check_constructor(
+            delta=delta,
+            inner_steps=inner_steps,
+            total_steps=total_steps,
+            keep_states=keep_states,
+            v_floor=v_floor,
+            param_precision=param_precision,
+            max_grad_norm=max_grad_norm,
+            seed=seed,
+            process_group=process_group,
+            backend=backend,
+        )
+        self._kernels = kernels.select(backend)
+        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        super().__init__(arguments.copied_groups(params), defaults)
+        self._constructing = False
+
+        self.sampler: Sampler = ImportanceSampler() if sampler is None else sampler
+        self._keep_states = keep_states
+        self._momentum_flush = momentum_flush
+        self._v_floor = v_floor
+        self._param_precision = param_precision
+        self._max_grad_norm = max_grad_norm
+        self._skip_nonfinite = skip_nonfinite
+        self._seed = seed
+
+        arguments.check_unclaimed(self.param_groups)
+        self._partition = partition(self.param_groups, delta, self.sampler.granularity, self.sampler.oversized)
+        self._slots = Slots(self._partition, self.param_groups)
+        arguments.check_trainable(self._partition, param_precision)
+        self.modules: list[Module] = self._partition.modules
+        self._candidates = Candidates(
+            numel=np.array([module.numel for module in self.modules]),
+            layer=np.array([module.layer for module in self.modules]),
+            importance=np.zeros(len(self.modules)),
+            count=np.zeros(len(self.modules), dtype=np.int64),
+            last_round=np.full(len(self.modules), -1),
+        )
+        self.inner_steps = self._resolve_inner_steps(inner_steps, total_steps)
+        self.monitor = Monitor([module.name for module in self.modules], self._partition.layers)
+        self._round = self._round_step = self._steps = self._skipped_steps = 0
+        self._arena: Arena | None = None
+        self._rows: dict[int, Row] = {}
+        # What each weight with a master looked like after our last write.
+        self._written: dict[Tensor, tuple[int, int]] = {}
+        self._released = False
+        draw = self._draw()
+
+        arguments.notify(self.param_groups, self._partition, delta)
+        self.register_state_dict_post_hook(_complete)
+        trained = [*self._partition.dense, *(block for module in self.modules for block in module.blocks)]
+        self._thawable = [p for p in self._partition.frozen if p.requires_grad] + [b.param for b in trained]
+        arguments.claim(self.param_groups)
+        for param in self._partition.frozen:
+            if param.requires_grad:
+                param.requires_grad_(False)
+                param.grad = None
+        self._active = np.arange(len(self.modules))
+        self._bind_scores()
+        self._activate(draw.active)
+        self._record(draw)
+
+    def _resolve_inner_steps(self, inner_steps: int | str, total_steps: int | None) -> int:
+        if not isinstance(inner_steps, str):
+            return inner_steps
+        if total_steps is None:
+            return 50
+        count = len(self.modules)
+        fitting = min(max(self._partition.budget / self._candidates.numel.mean(), 1.0), count)
+        # Three visits a module: rounds * fitting / count = 3.
+        return int(min(max(total_steps * fitting / (3 * count), 5), 50))
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group; during construction only, since the modules and the budget are fixed by it.
+
+        Raises:
+            RuntimeError: After construction.
+        """
+        if not self._constructing:
+            raise RuntimeError(
+                "add_param_group() came after construction, but modules and budget are fixed by then: give all "
+                "groups to MISA(...), those to be trained later with the role they shall have"
+            )
+        super().add_param_group(param_group)
+        arguments.check_hyperparameters(param_group)
+
+    @property
+    def active(self) -> list[int]:
+        """Numbers of the active modules, ascending; `optimizer.modules[i].name` is the name of one."""
+        return cast(list[int], self._active.tolist())
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of moments and masters; 0 before the first step."""
+        return 0 if self._arena is None else self._arena.nbytes
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Update the active modules and the dense tensors; every `inner_steps`-th call also ends the round.
+
+        A tensor whose gradient is None keeps its age and score. Between the ends of rounds nothing waits for
+        the device.
+
+        Args:
+            closure: Reevaluates the model and returns the loss; called once, with gradients enabled.
+
+        Returns:
+            What the closure returned, or None.
+
+        Raises:
+            RuntimeError: After `release()`, or if a weight changed its device or dtype since the first step.
+            TypeError: For a sparse gradient; nothing is changed.
+        """
+        if self._released:
+            raise RuntimeError("step() came after release(): construct a new MISA to go on training")
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        arena = self._allocate() if self._arena is None else self._arena
+        present = {slot: row for slot, row in self._rows.items() if self._has_gradient(slot)}
+        self._refresh(present)
+        for slot, row in present.items():
+            block = self._slots.blocks[slot]
+            assert block.param.grad is not None
+            row.grad = block.param.grad.reshape(-1)[block.start : block.stop]
+        finite = self._kernels.adamw_step(
+            list(present.values()), max_grad_norm=self._max_grad_norm, skip_nonfinite=self._skip_nonfinite
+        )
+        for row in present.values():
+            # The arena outlives the gradient, which the user may want gone.
+            row.grad = row.theta
+        self._remember_weights()
+        if self.sampler.importance_norm == "norm":
+            self._root_of_squares(arena)
+        arena.advance([slot for slot in self._rows if slot not in present], finite)
+        self._steps += 1
+        self._round_step += 1
+        if self._round_step >= self.inner_steps:
+            self._end_round(arena)
+        return loss
+
+    def _has_gradient(self, slot: int) -> bool:
+        grad = self._slots.blocks[slot].param.grad
+        if grad is not None and grad.layout is not torch.strided:
+            raise TypeError(
+                f"the gradient of {self._partition.names[self._slots.blocks[slot].index]} is {grad.layout}: MISA updates dense "
+                "gradients; use sparse=False in the embedding, or give it the role 'frozen'"
+            )
+        return grad is not None
+
+    def _refresh(self, rows: dict[int, Row]) -> None:
+        """Bring rows up to date with weights, hyperparameters and the step's rounding noise."""
+        hyper = [Hyper.of(group) for group in self.param_groups]
+        for slot, row in rows.items():
+            block = self._slots.blocks[slot]
+            param = block.param
+            if param.device != row.age.device or param.dtype != row.theta.dtype:
+                raise RuntimeError(
+                    f"{self._partition.names[block.index]} is {param.dtype} on {param.device} but was {row.theta.dtype} on "
+                    f"{row.age.device} in the first step: move and cast the model before training"
+                )
+            row.theta = param.detach().view(-1)[block.start : block.stop]
+            row.hyper = hyper[self._slots.group[slot]]
+            if self._param_precision == "stochastic" and param.dtype.itemsize == 2:
+                row.noise_key = noise_key(self._seed, 2 * self._steps, block.index)
+            if row.master is not None and self._written.get(param) != (param._version, param.data_ptr()):
+                adopt_weight(row.master, row.theta)
+
+    def _remember_weights(self) -> None:
+        for slot, row in self._rows.items():
+            if row.master is not None:
+                param = self._slots.blocks[slot].param
+                self._written[param] = (param._version, param.data_ptr())
+
+    def _root_of_squares(self, arena: Arena) -> None:
+        """Turn ‖g‖² of the step into ‖g‖, of the whole module where it has several tensors."""
+        for number in self._active.tolist():
+            first, *others = self._slots.of[number]
+            for slot in others:
+                arena.sq_norm[first].add_(arena.sq_norm[slot])
+                arena.sq_norm[slot].zero_()
+        arena.sq_norm.sqrt_()
+
+    def _end_round(self, arena: Arena) -> None:
+        score_sum, updates, skipped = arena.read_round()
+        sums, counts = self._slots.sum(score_sum)[self._active], self._slots.max(updates)[self._active]
+        mean = sums / np.maximum(counts, 1)
+        if self.sampler.importance_norm == "mean":
+            mean /= self._candidates.numel[self._active]
+        ended = self.monitor.current
+        ended.skipped_steps = skipped
+        ended.unscored = fold(self._candidates, self._active, mean, counts > 0, self.sampler.importance_beta)
+        self._skipped_steps += skipped
+        self._round += 1
+        self._round_step = 0
+        draw = self._draw()
+        self._activate(draw.active)
+        self._record(draw)
+
+    def _draw(self) -> Draw:
+        return self.sampler.draw(self._candidates, self._partition.budget, self._round, self._seed)
+
+    def _activate(self, active: npt.NDArray[np.int64]) -> None:
+        """Make `active` the active set: retire what leaves, toggle `requires_grad`, lend the arena anew."""
+        before, after = self._active.tolist(), active.tolist()
+        keep = set(before) & set(after) if self._keep_states == "staying" else set()
+        if self._arena is not None:
+            self._retire([slot for number in before if number not in keep for slot in self._slots.of[number]])
+        trained = {block.param for number in after for block in self.modules[number].blocks}
+        for number in before:
+            for block in self.modules[number].blocks:
+                if block.param not in trained:
+                    block.param.requires_grad_(False)
+                    block.param.grad = None
+        for param in trained:
+            param.requires_grad_(True)
+        self._active = active
+        self._candidates.last_round[active] = self._round
+        self._publish_scores()
+        if self._arena is not None:
+            self._lend(
+                self._arena,
+                [*range(self._slots.dense), *(slot for number in sorted(keep) for slot in self._slots.of[number])],
+                [slot for number in after if number not in keep for slot in self._slots.of[number]],
+            )
+
+    def _retire(self, slots: list[int]) -> None:
+        """Flush and write back the slots given, and forget their state."""
+        rows = {slot: self._rows.pop(slot) for slot in slots}
+        self._refresh(rows)
+        for slot, row in rows.items():
+            block = self._slots.blocks[slot]
+            theta = row.theta.to(row.exp_avg.dtype) if row.master is None else row.master
+            flushed = self._momentum_flush and slot >= self._slots.dense
+            if flushed:
+                theta = momentum_flush(theta, row.exp_avg, row.exp_avg_sq, row.hyper, row.age)
+            if flushed or row.master is not None:
+                # Stochastic, or updates below half an ulp would be lost in every round.
+                key = noise_key(self._seed, 2 * self._steps + 1, block.index)
+                store_weight(row.theta, theta, row.start, key)
+            for name in checkpoint.ELEMENTWISE:
+                self.state[block.param].pop(self._slots.key(name, slot), None)
+            self._written.pop(block.param, None)
+
+    def _publish_scores(self) -> None:
+        active = np.zeros(len(self.modules), dtype=np.bool_)
+        active[self._active] = True
+        self._slots.spread("importance", self._candidates.importance)
+        self._slots.spread("importance_count", self._candidates.count)
+        self._slots.spread("last_round", self._candidates.last_round)
+        self._slots.spread("active", active)
+
+    def _bind_scores(self) -> None:
+        """Put the scores of every candidate where torch's tools look for them."""
+        for param, span in self._slots.spans.items():
+            if span.start >= self._slots.dense:
+                self.state[param].update({name: vector[span] for name, vector in self._slots.scores.items()})
+
+    def _allocate(self) -> Arena:
+        """Allocate the arena where the weights are now, and move loaded state into it."""
+        blocks = self._slots.blocks
+        devices = {block.param.device for block in blocks}
+        if len(devices) > 1 or "meta" in {device.type for device in devices}:
+            raise RuntimeError(
+                f"the parameters are on {', '.join(sorted(map(str, devices)))}: MISA needs them on one device that "
+                "holds data"
+            )
+        arena = Arena(
+            [block.stop - block.start for block in blocks],
+            [block.param.dtype for block in blocks],
+            range(self._slots.dense),
+            self._partition.budget,
+            devices.pop(),
+            masters=self._param_precision == "master",
+            v_floor=self._v_floor,
+        )
+        loaded = {param: dict(own) for param, own in self.state.items()}
+        for param, span in self._slots.spans.items():
+            self.state[param].update({name: vector[span] for name, vector in arena.vectors.items()})
+        enter = [slot for number in self._active.tolist() for slot in self._slots.of[number]]
+        self._lend(arena, [], [*range(self._slots.dense), *enter])
+        for param, own in loaded.items():
+            for name, value in own.items():
+                if name not in SCORES and name in self.state[param]:
+                    self.state[param][name].copy_(value)
+        for row in self._rows.values():
+            if row.master is not None:
+                adopt_weight(row.master, row.theta)
+        self._arena = arena
+        return arena
+
+    def _lend(self, arena: Arena, keep: list[int], enter: list[int]) -> None:
+        """Lend the arena to the slots given and make their rows and their entries in `state`."""
+        arena.lend(keep, enter)
+        self._rows = {}
+        for slot in [*keep, *enter]:
+            block = self._slots.blocks[slot]
+            theta = block.param.detach().view(-1)[block.start : block.stop]
+            views = arena.views(slot)
+            self.state[block.param].update({self._slots.key(name, slot): view for name, view in views.items()})
+            group = self.param_groups[self._slots.group[slot]]
+            self._rows[slot] = Row(
+                exp_avg=views["exp_avg"],
+                exp_avg_sq=views["exp_avg_sq"],
+                master=views.get("master"),
+                age=arena.age[slot],
+                sq_norm=arena.sq_norm[slot],
+                v_floor=None if arena.v_floor is None else arena.v_floor[slot],
+                start=block.start,
+                theta=theta,
+                grad=theta,
+                hyper=Hyper.of(group),
+                noise_key=None,
+            )
+        for slot in enter:
+            if "master" in arena.views(slot):
+                arena.views(slot)["master"].copy_(self._rows[slot].theta)
+        self._remember_weights()
+
+    def _record(self, draw: Draw) -> None:
+        """Append the record of the round that begins."""
+        chosen = [self.modules[number] for number in self._active.tolist()]
+        dense = self._partition.dense
+        trained = {block.param for module in chosen for block in module.blocks} | {block.param for block in dense}
+        lowest = [module.layer for module in chosen]
+        if self._partition.dense_layer is not None:
+            lowest.append(self._partition.dense_layer)
+        total = self._partition.total_numel
+        self.monitor.rounds.append(
+            Round(
+                round=self._round,
+                first_step=self._steps - self._round_step,
+                active=tuple(self._active.tolist()),
+                importance=scores(self._candidates, self.sampler.importance_beta, self.sampler.importance_norm),
+                probability=draw.probability,
+                perplexity=draw.perplexity,
+                perplexity_fraction=draw.perplexity / len(self.modules),
+                active_fraction=sum(module.numel for module in chosen) / total,
+                dense_fraction=sum(block.stop - block.start for block in dense) / total,
+                gradient_fraction=sum(param.numel() for param in trained) / total,
+                backward_depth=None if -1 in lowest else len(self._partition.layers) - min(lowest),
+            )
+        )
+
+    def rehearse(self) -> None:
+        """Make the first round train the costliest admissible set, so that its first step shows the peak memory.
+
+        Which modules are drawn decides how deep backward runs and which activations are kept; a run whose
+        first step fits after this call fits to the end. The rounds that follow are drawn as always.
+
+        Raises:
+            RuntimeError: After the first step.
+        """
+        if self._steps or self._released:
+            raise RuntimeError("rehearse() came after the first step(): call it right after construction")
+        width = np.array([module.width for module in self.modules])
+        window = getattr(self.sampler, "depth_window", None)
+        self._candidates.last_round[:] = -1
+        self._activate(costliest(self._candidates, width, self._partition.budget, window))
+        self.monitor.rounds.clear()
+        self._record(self._draw())
+
+    @torch.no_grad()
+    def release(self) -> None:
+        """End the run: flush if that is on, write masters back, free all state, restore `requires_grad`.
+
+        Scores stay in `state`; `step()` raises from then on. A second call does nothing.
+        """
+        if self._released:
+            return
+        self._retire(list(self._rows))
+        self._arena = None
+        for own in self.state.values():
+            for name in [name for name in own if name not in SCORES]:
+                del own[name]
+        for param in self._thawable:
+            param.requires_grad_(True)
+        arguments.disclaim(self.param_groups)
+        self._released = True
+
+    @property
+    def skipped_steps(self) -> int:
+        """Steps left out for nonfinite gradients since construction; reading it waits for the device."""
+        return self._skipped_steps + (0 if self._arena is None else int(self._arena.skipped))
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Resume from a saved state: hyperparameters, scores, active set, position in the round, moments, masters.
+
+        The tensors may be on any device; they are copied. `requires_grad` follows the active set loaded.
+
+        Args:
+            state_dict: What `state_dict()` returned, of an optimizer built in the same way.
+
+        Raises:
+            ValueError: If it does not fit this optimizer; nothing is changed.
+            RuntimeError: After `release()`.
+        """
+        if self._released:
+            raise RuntimeError("load_state_dict() came after release(): construct a new MISA and load into that")
+        saved = dict(state_dict)
+        for hook in self._optimizer_load_state_dict_pre_hooks.values():
+            saved = hook(self, saved) or saved
+        own = checkpoint.match(saved, self.param_groups, self._slots.sizes())
+        values = checkpoint.scores(own, self._slots.spans, self._slots.scores)
+        active = np.flatnonzero(self._slots.first(values["active"]))
+        needed = int(self._candidates.numel[active].sum())
+        if needed > self._partition.budget:
+            raise ValueError(
+                f"state dict has {needed} active parameters but delta allows {self._partition.budget}: use the delta "
+                "it was saved with"
+            )
+
+        for group, saved_group in zip(self.param_groups, saved["param_groups"], strict=True):
+            group.update(checkpoint.hyperparameters(saved_group))
+        position = saved["param_groups"][0]
+        self._round, self._round_step = position["round"], position["round_step"]
+        self._steps, self._seed = position["steps"], position["seed"]
+        self._skipped_steps = position["skipped_steps"]
+        self._candidates.importance[:] = self._slots.first(values["importance"])
+        self._candidates.count[:] = self._slots.first(values["importance_count"])
+        self._candidates.last_round[:] = self._slots.first(values["last_round"])
+        self._arena, self._rows, self._written = None, {}, {}
+        self.state.clear()
+        for param, tensors in own.items():
+            self.state[param].update(
+                {name: value.detach().clone() for name, value in tensors.items() if name not in SCORES}
+            )
+        self._bind_scores()
+        self._activate(active)
+        self._record(self._draw())
+        for post_hook in self._optimizer_load_state_dict_post_hooks.values():
+            post_hook(self)
+
+    def __repr__(self) -> str:
+        """Say in one line what is trained now."""
+        share = self.monitor.current.active_fraction
+        layers = f" in {len(self._partition.layers)} layers" if self._partition.layers else ""
+        return (
+            f"MISA({len(self._active)} of {len(self.modules)} modules{layers} active, {share:.2%} of "
+            f"{self._partition.total_numel:,} parameters; round {self._round}, step {self._round_step} of "
+            f"{self.inner_steps})"
+        )
+
+
+def adopt_weight(master: Tensor, theta: Tensor) -> None:
+    """Where a 16-bit weight is no longer its master rounded, somebody set it: take it over into the master."""
+    master.copy_(torch.where(master.to(theta.dtype) == theta, master, theta.to(master.dtype)))
+
+
+def _complete(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
+    """Make a state dict independent of the arena and add the position of the run (a post hook of torch's)."""
+    assert isinstance(optimizer, MISA)
+    state_dict["state"] = checkpoint.detach(state_dict["state"])
+    position = (
+        optimizer._round,
+        optimizer._round_step,
+        optimizer._steps,
+        optimizer._seed,
+        optimizer.skipped_steps,
+    )
+    state_dict["param_groups"][0].update(zip(checkpoint.POSITION, position, strict=True))

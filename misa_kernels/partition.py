@@ -1,0 +1,339 @@
+"""What one draw chooses from: the param groups of an optimizer cut into modules that fit the budget."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import count, pairwise
+from typing import Any, Literal
+
+from torch import nn
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """A contiguous range of rows of one parameter; mostly all of it.
+
+    Args:
+        param: The parameter.
+        index: Its position in the optimizer's order, over all groups.
+        number: Which of the parameter's blocks this is, from 0, by rising `start`.
+        start: First element of `param.view(-1)`.
+        stop: One past the last element.
+    """
+
+    param: nn.Parameter = field(repr=False, compare=False)
+    index: int
+    number: int
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True, slots=True)
+class Module:
+    """What is drawn as one: usually a weight matrix, or all sampled tensors of a layer.
+
+    Args:
+        name: Its name.
+        layer: Number of the lowest layer it lies in: 0 is nearest the input, -1 unknown.
+        blocks: The tensors, or their parts, that make it up.
+    """
+
+    name: str
+    layer: int
+    blocks: tuple[Block, ...]
+
+    @property
+    def numel(self) -> int:
+        """Number of parameters."""
+        return sum(block.stop - block.start for block in self.blocks)
+
+    @property
+    def width(self) -> int:
+        """Longest last axis among its tensors: the input features that a linear layer keeps for backward."""
+        return max(block.param.shape[-1] if block.param.ndim else 1 for block in self.blocks)
+
+
+@dataclass(frozen=True, slots=True)
+class Partition:
+    """The parameters of an optimizer, sorted by how they are trained.
+
+    Args:
+        modules: What is sampled, in order of first appearance.
+        dense: What is trained at every step.
+        frozen: What is never trained, by role or because the user had frozen it.
+        names: Name of every parameter, by its position in the optimizer's order.
+        total_numel: N, the parameters that the user had not frozen, all roles included.
+        budget: Most parameters that may be active at a time, dense ones apart.
+        layers: Names of the layers, from the input to the output; empty where the groups do not tell.
+        dense_layer: The lowest layer that backward must reach for the sake of a dense parameter, None where
+            that is none. One that comes without a layer may lie anywhere and counts for layer 0.
+        split: Names of the modules that were cut into row blocks, being larger than the budget.
+    """
+
+    modules: list[Module]
+    dense: list[Block]
+    frozen: list[nn.Parameter]
+    names: list[str]
+    total_numel: int
+    budget: int
+    layers: list[str]
+    dense_layer: int | None
+    split: list[str]
+
+
+def partition(
+    groups: Sequence[Mapping[str, Any]],
+    delta: float,
+    granularity: Literal["module", "layer"],
+    oversized: Literal["error", "split"],
+) -> Partition:
+    """Cut param groups into modules, and sort out what is dense or frozen.
+
+    Args:
+        groups: Param groups as `torch.optim.Optimizer` holds them. "role", "modules" and "layers" are those
+            of `misa_kernels.param_groups` and may be missing: without a role, tensors of two dimensions or
+            more are sampled and the others frozen, or dense if `delta` is 1; without "modules" every tensor
+            is a module. A sampled tensor behind the last layer is a layer of its own.
+        delta: Fraction of the parameters that may be active, in (0, 1].
+        granularity: "module" joins tensors with equal entries in "modules", "layer" those in "layers".
+        oversized: What becomes of a module larger than the budget: "error", or "split" into row blocks.
+
+    Returns:
+        The partition. No parameter is changed.
+
+    Raises:
+        TypeError: For an integer parameter with a trained role, or a complex or sharded one to be trained.
+        ValueError: For an unknown role, lists in a group that do not match its parameters, a parameter to be
+            trained that is not contiguous, nothing to sample, no layers for `granularity="layer"`, or a
+            module larger than the budget.
+    """
+    tensors = list(_tensors(groups, delta))
+    layers = _layer_order(tensors)
+    position = {layer: number for number, layer in enumerate(layers)}
+    params = [tensor.block.param for tensor in tensors]
+    total_numel = sum(param.numel() for param in params if param.requires_grad and not _is_integer(param))
+    budget = math.floor(delta * total_numel)
+
+    modules: list[Module] = []
+    split: list[Module] = []
+    too_large: list[Module] = []
+    for module in _modules(tensors, position, granularity):
+        pieces = [module]
+        if module.numel > budget:
+            pieces = _split(module, budget) if oversized == "split" else []
+            (split if pieces else too_large).append(module)
+        modules.extend(pieces)
+    if too_large:
+        raise ValueError(_too_large(too_large, delta, total_numel, granularity, oversized))
+    if not modules:
+        raise ValueError(
+            f"none of the {len(tensors)} parameters can be sampled, and one must be: pass weight matrices "
+            "with requires_grad=True, without a role or with the role 'sampled'"
+        )
+    dense = [tensor for tensor in tensors if tensor.role == "dense"]
+    reached = [
+        0 if tensor.layer is None else position[tensor.layer] for tensor in dense if not tensor.is_behind
+    ]
+    return Partition(
+        modules=modules,
+        dense=[tensor.block for tensor in dense],
+        frozen=[tensor.block.param for tensor in tensors if tensor.role == "frozen"],
+        names=_names(groups),
+        total_numel=total_numel,
+        budget=budget,
+        layers=layers,
+        dense_layer=min(reached, default=None) if layers else None,
+        split=[module.name for module in split],
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Tensor:
+    """A parameter, all of it in one block, and what its group says of it.
+
+    Args:
+        block: The parameter.
+        group: Number of the group.
+        role: "sampled", "dense" or "frozen".
+        modules: Names of the modules that its equal row blocks belong to.
+        layer: Name of its layer, None if it is unknown or there is none.
+        is_behind: Whether it lies behind the last layer, so that there is none.
+    """
+
+    block: Block
+    group: int
+    role: str
+    modules: tuple[str, ...]
+    layer: str | None
+    is_behind: bool
+
+
+def _tensors(groups: Sequence[Mapping[str, Any]], delta: float) -> Iterator[_Tensor]:
+    """Yield every parameter once, at its first place, after checking what its group says."""
+    names = _names(groups)
+    seen: set[int] = set()
+    index = -1
+    for g, group in enumerate(groups):
+        role, size = group.get("role"), len(group["params"])
+        if role not in (None, "sampled", "dense", "frozen"):
+            raise ValueError(
+                f"role={role!r} of group {g} must be 'sampled', 'dense' or 'frozen': give it one of these or none"
+            )
+        for key in ("modules", "layers"):
+            if key in group and len(group[key]) != size:
+                raise ValueError(
+                    f"{key!r} of group {g} has {len(group[key])} entries and must have one for each of its "
+                    f"{size} parameters: make the groups with param_groups(model)"
+                )
+        for i, param in enumerate(group["params"]):
+            index += 1
+            if id(param) in seen:
+                continue
+            seen.add(id(param))
+            own_role = _role(param, names[index], role, delta)
+            entry = group["modules"][i] if "modules" in group else names[index]
+            modules = (entry,) if isinstance(entry, str) else tuple(entry)
+            if own_role == "sampled" and len(modules) != 1 and (not modules or _rows(param) % len(modules)):
+                raise ValueError(
+                    f"{names[index]} has {_rows(param)} rows and {len(modules)} names in 'modules', which "
+                    "must divide the rows equally: give it one name, or one for each of its row blocks"
+                )
+            layer = group["layers"][i] if "layers" in group else None
+            is_behind = "layers" in group and layer is None
+            if is_behind and own_role == "sampled":
+                layer = modules[0]
+            whole = Block(param, index, 0, 0, param.numel())
+            yield _Tensor(whole, g, own_role, modules, layer, is_behind)
+
+
+def _names(groups: Sequence[Mapping[str, Any]]) -> list[str]:
+    names: list[str] = []
+    for g, group in enumerate(groups):
+        numbered = [f"group {g}, parameter {i}" for i in range(len(group["params"]))]
+        names.extend(group.get("param_names", numbered))
+    return names
+
+
+def _is_integer(param: nn.Parameter) -> bool:
+    return not (param.is_floating_point() or param.is_complex())
+
+
+def _role(param: nn.Parameter, name: str, role: str | None, delta: float) -> str:
+    """Return how a parameter is trained, after refusing what cannot be."""
+    if _is_integer(param) and role in ("sampled", "dense"):
+        raise TypeError(f"{name} is {param.dtype} and must be of a floating dtype to be {role}: freeze it")
+    if role == "frozen" or not param.requires_grad or _is_integer(param) or not param.numel():
+        return "frozen"
+    if role is None:
+        role = "sampled" if param.ndim >= 2 else "dense" if delta == 1 else "frozen"
+    if role == "frozen":
+        return role
+    if param.is_complex():
+        raise TypeError(f"{name} is {param.dtype} and must be real to be {role}: freeze it")
+    # DTensor, and other tensors made of inner ones. Plain subclasses, such as bitsandbytes', pass.
+    if hasattr(param, "__tensor_flatten__"):
+        raise TypeError(
+            f"{name} is a {type(param).__name__} and must be a plain tensor to be {role}, in this version: "
+            "freeze it, or leave it whole"
+        )
+    if not param.is_contiguous():
+        raise ValueError(
+            f"{name} has strides {param.stride()} for shape {tuple(param.shape)} and must be contiguous to "
+            f"be {role}: set param.data = param.data.contiguous()"
+        )
+    return role
+
+
+def _layer_order(tensors: Sequence[_Tensor]) -> list[str]:
+    """Return the layers as they first appear among sampled tensors, the others between them.
+
+    A layer without a sampled tensor follows the one that precedes it in its own group: among the norms a
+    layer keeps its place even if the user froze its matrices.
+    """
+    sampled = dict.fromkeys(t.layer for t in tensors if t.role == "sampled" and t.layer is not None)
+    # A linked list, from each layer to the next one; None stands before the first and behind the last.
+    following: dict[str | None, str | None] = dict(zip([None, *sampled], [*sampled, None], strict=True))
+    group = -1
+    last: str | None = None
+    for tensor in tensors:
+        if tensor.group != group:
+            group, last = tensor.group, None
+        if tensor.layer is not None:
+            if tensor.layer not in following:
+                following[tensor.layer] = following[last]
+                following[last] = tensor.layer
+            last = tensor.layer
+    layers: list[str] = []
+    layer = following[None]
+    while layer is not None:
+        layers.append(layer)
+        layer = following[layer]
+    return layers
+
+
+def _modules(tensors: Sequence[_Tensor], position: Mapping[str, int], granularity: str) -> list[Module]:
+    """Join the row blocks of sampled tensors by name, in order of first appearance."""
+    blocks: dict[str, list[Block]] = {}
+    lowest: dict[str, int] = {}
+    for tensor in (tensor for tensor in tensors if tensor.role == "sampled"):
+        names = tensor.modules
+        if granularity == "layer":
+            if tensor.layer is None:
+                raise ValueError(
+                    f"granularity='layer' must know the layer of every sampled parameter, and group "
+                    f"{tensor.group} has no 'layers': make the groups with param_groups(model)"
+                )
+            names = (tensor.layer,)
+        whole = tensor.block
+        size = whole.stop // len(names)
+        layer = -1 if tensor.layer is None else position[tensor.layer]
+        for number, name in enumerate(names):
+            block = Block(whole.param, whole.index, number, number * size, (number + 1) * size)
+            blocks.setdefault(name, []).append(block)
+            lowest[name] = min(lowest.get(name, layer), layer)
+    return [Module(name, lowest[name], tuple(blocks[name])) for name in blocks]
+
+
+def _split(module: Module, budget: int) -> list[Module]:
+    """Cut a module that is one whole tensor into as few and as equal row blocks as fit; [] if none do."""
+    block = module.blocks[0]
+    rows = _rows(block.param)
+    row_numel = block.param.numel() // rows
+    if len(module.blocks) > 1 or module.numel < block.param.numel() or row_numel > budget:
+        return []
+    pieces = math.ceil(rows / (budget // row_numel))
+    cuts = pairwise(rows * piece // pieces for piece in range(pieces + 1))
+    return [
+        Module(
+            f"{module.name}[rows {start}:{stop}]",
+            module.layer,
+            (Block(block.param, block.index, number, start * row_numel, stop * row_numel),),
+        )
+        for number, (start, stop) in enumerate(cuts)
+    ]
+
+
+def _rows(param: nn.Parameter) -> int:
+    return len(param) if param.ndim else 1
+
+
+def _too_large(modules: Sequence[Module], delta: float, total: int, granularity: str, oversized: str) -> str:
+    """Return the error about modules larger than the budget; remedies for the largest serve them all."""
+    module = max(modules, key=lambda module: module.numel)
+    ten_thousandths = count(10_000 * module.numel // total)
+    enough = next(d / 10_000 for d in ten_thousandths if math.floor(d / 10_000 * total) >= module.numel)
+    remedies = f"make the groups with param_groups(model), raise delta to {enough}, give it the role 'frozen'"
+    uncut = ""
+    if granularity == "layer":
+        remedies += ", or draw modules with granularity='module'"
+    elif oversized == "error":
+        remedies += ", or cut it into row blocks with oversized='split'"
+    else:
+        uncut = " and cannot be split, having several tensors or rows larger than that"
+    others = f" (the largest of {len(modules)} such modules)" if len(modules) > 1 else ""
+    return (
+        f"{module.name}{others} has {module.numel:,} parameters and must not exceed the budget of "
+        f"{math.floor(delta * total):,}, delta={delta} of {total:,}{uncut}: {remedies}"
+    )

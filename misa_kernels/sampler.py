@@ -1,0 +1,403 @@
+"""Which candidates train in the next round: from importance to probabilities to a set within the budget.
+
+Numbers only. A candidate is whatever is drawn as one: a module, or all modules of a layer. A draw is a pure
+function of (candidates, budget, round, seed): no generator state to save, and the same set on every rank.
+Formulas are the paper's (arXiv 2511.00056), in its letters: B candidates b, importance G with decay beta,
+probability p, concentration eta.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from numbers import Integral, Real
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+Bools = NDArray[np.bool_]
+Ints = NDArray[np.int64]
+Floats = NDArray[np.float64]
+
+# Scores this near to the largest, relatively, tie with it: rounding in G and its correction ranks nothing.
+TIE = 1e-12
+
+
+@dataclass(eq=False)
+class Candidates:
+    """What a draw knows of the B candidates, one array entry each.
+
+    Args:
+        numel: int64[B], parameters of the candidate, at least 1.
+        layer: int64[B], the layer it lies in: 0 is nearest the input, -1 unknown.
+        importance: float64[B], the running mean G as stored, not corrected; 0 at the start.
+        count: int64[B], number of rounds folded into G.
+        last_round: int64[B], the last round in which it was active; -1 if never.
+    """
+
+    numel: Ints
+    layer: Ints
+    importance: Floats
+    count: Ints
+    last_round: Ints
+
+
+@dataclass(frozen=True, eq=False)
+class Draw:
+    """An active set and the distribution that it was drawn from.
+
+    Args:
+        active: int64[k], candidate numbers, ascending.
+        probability: float64[B], p; 0 outside the depth window.
+        perplexity: exp(H(p)), the number of candidates that p in effect spreads over.
+        eta: the eta that made p; 0 where p is uniform.
+    """
+
+    active: Ints
+    probability: Floats
+    perplexity: float
+    eta: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImportanceSampler:
+    """MISA's draw: without replacement, p_b = exp(eta s_b) / sum_j exp(eta s_j), until nothing more fits.
+
+    This p maximises sum_b p_b s_b - KL(p || uniform) / eta, s being the `scores`. Some candidates may come
+    first whatever their score (`least_recent`, `first_visits`); the weighted draw fills what they leave of
+    the budget. Holds options only: one sampler may serve several optimizers.
+
+    Args:
+        eta: concentration of p on large scores, 0 being uniform. "auto" solves for it at each draw, such that
+            exp(H(p)) = `perplexity` * K, K being the number of candidates that fill the budget on average.
+        perplexity: what "auto" aims at, as a fraction of K; without effect if eta is a number.
+        importance_beta: decay of G per round of activity, G <- beta G + (1 - beta) score.
+        importance_norm: the score of a round, a mean over its updates: "sum" of ||g||^2, "mean" of
+            ||g||^2 / numel, "norm" of ||g|| (the authors' code; s is then the square of the corrected G).
+        exponent_clip: upper bound of eta s_b (5 in the authors' code); needs a number as eta.
+        least_recent: how many of those that have waited longest enter before the weighted draw.
+        least_recent_share: fraction of the budget that they may take; the first of them enters in any case.
+        first_visits: "sweep" visits every candidate once, largest first, before the first weighted draw.
+        depth_window: number of neighbouring layers that a round draws from, so that backward stops at the
+            lowest of them; every layer comes up once a cycle. None: all layers.
+        granularity: what the optimizer makes a candidate of, "module" or "layer".
+        oversized: what the optimizer does with a module above the budget, "error" or "split" into row blocks.
+
+    Raises:
+        ValueError: An option out of range, or `exponent_clip` with eta="auto".
+    """
+
+    eta: float | Literal["auto"] = "auto"
+    perplexity: float = 0.5
+    importance_beta: float = 0.8
+    importance_norm: Literal["sum", "mean", "norm"] = "sum"
+    exponent_clip: float | None = None
+    least_recent: int = 2
+    least_recent_share: float = 0.5
+    first_visits: Literal["sweep"] | None = None
+    depth_window: int | None = None
+    granularity: Literal["module", "layer"] = "module"
+    oversized: Literal["error", "split"] = "error"
+
+    def __post_init__(self) -> None:
+        _check_options(self)
+        if self.eta == "auto" and self.exponent_clip is not None:
+            raise ValueError(
+                f"exponent_clip={self.exponent_clip!r} must be None with eta='auto', which bounds p by "
+                "itself: give eta a number, or leave exponent_clip out"
+            )
+
+    def draw(self, candidates: Candidates, budget: int, round: int, seed: int) -> Draw:
+        """Draw the active set of a round; `candidates` is not changed.
+
+        Args:
+            candidates: All candidates, none larger than the budget.
+            budget: Upper bound on the parameters of the active set.
+            round: Number of the round, from 0.
+            seed: In [0, 2**64); the same seed and round give the same random numbers.
+
+        Raises:
+            ValueError: `depth_window` is set and a candidate has no layer.
+        """
+        rng = _rng(seed, round)
+        # Always both, and for all B: no option shifts the random numbers.
+        gumbel, ties = rng.gumbel(size=candidates.numel.size), rng.random(candidates.numel.size)
+        eligible = _eligible(candidates.layer, self.depth_window, round, seed)
+        log_p, eta = self._log_probability(candidates, eligible, budget)
+        first = self._first(candidates, eligible, budget, ties)
+        # In descending order of keys: draws from p, one by one, each restricted to what is left and fits.
+        order = eligible[np.argsort(-(log_p + gumbel[eligible]), kind="stable")]
+        room = budget - int(candidates.numel[first].sum())
+        active = first + _pack(order[~np.isin(order, first)], candidates.numel, room)
+        probability = np.zeros(candidates.numel.size)
+        probability[eligible] = np.exp(log_p)
+        return Draw(np.array(sorted(active), dtype=np.int64), probability, _perplexity(log_p), eta)
+
+    def _log_probability(self, candidates: Candidates, eligible: Ints, budget: int) -> tuple[Floats, float]:
+        """Return log p of the eligible candidates, and eta; the unscored count as the mean of the scored."""
+        score = scores(candidates, self.importance_beta, self.importance_norm)
+        unscored = np.isnan(score)
+        score[unscored] = 0.0 if unscored.all() else score[~unscored].mean()
+        score = score[eligible]
+        if self.eta == "auto":
+            fitting = budget / float(candidates.numel[eligible].mean())
+            return _log_probability_at(self.perplexity * min(max(fitting, 1.0), score.size), score)
+        clip = math.inf if self.exponent_clip is None else self.exponent_clip
+        return _log_softmax(np.minimum(self.eta * score, clip)), float(self.eta)
+
+    def _first(self, candidates: Candidates, eligible: Ints, budget: int, ties: Floats) -> list[int]:
+        """Return what enters before the weighted draw: what a sweep has left, else the longest waiting."""
+        numel, last_round = candidates.numel, candidates.last_round
+        unvisited = eligible[last_round[eligible] < 0]
+        if self.first_visits == "sweep" and unvisited.size:
+            return _pack(unvisited[np.lexsort((-ties[unvisited], -numel[unvisited]))], numel, budget)
+        waiting = eligible[np.lexsort((-ties[eligible], last_round[eligible]))][: self.least_recent]
+        longest = _pack(waiting[:1], numel, budget)
+        room = math.floor(self.least_recent_share * budget) - int(numel[longest].sum())
+        return longest + _pack(waiting[1:], numel, room)
+
+
+@dataclass(frozen=True, kw_only=True)
+class UniformSampler:
+    """A draw with uniform p: LISA's, with granularity="layer". Options as for `ImportanceSampler`."""
+
+    # Importance has no say here, but is still measured, for the monitor.
+    importance_beta: ClassVar[float] = ImportanceSampler.importance_beta
+    importance_norm: ClassVar[Literal["sum", "mean", "norm"]] = ImportanceSampler.importance_norm
+
+    depth_window: int | None = None
+    granularity: Literal["module", "layer"] = "module"
+    oversized: Literal["error", "split"] = "error"
+
+    def __post_init__(self) -> None:
+        _check_options(self)
+
+    def draw(self, candidates: Candidates, budget: int, round: int, seed: int) -> Draw:
+        """Draw the active set of a round; arguments and errors as for `ImportanceSampler.draw`."""
+        uniform = ImportanceSampler(eta=0.0, least_recent=0, depth_window=self.depth_window)
+        return uniform.draw(candidates, budget, round, seed)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CyclicSampler:
+    """Candidates in turn: BAdam's draw, with granularity="layer". Options as for `ImportanceSampler`."""
+
+    importance_beta: ClassVar[float] = ImportanceSampler.importance_beta
+    importance_norm: ClassVar[Literal["sum", "mean", "norm"]] = ImportanceSampler.importance_norm
+
+    granularity: Literal["module", "layer"] = "module"
+    oversized: Literal["error", "split"] = "error"
+
+    def __post_init__(self) -> None:
+        _check_options(self)
+
+    def draw(self, candidates: Candidates, budget: int, round: int, seed: int) -> Draw:
+        """Take the longest waiting, in order of (last round, number), up to the first that does not fit.
+
+        Arguments as for `ImportanceSampler.draw`; `round` and `seed` have no effect.
+        """
+        size = candidates.numel.size
+        order = np.argsort(candidates.last_round, kind="stable")
+        active = order[np.cumsum(candidates.numel[order]) <= budget]
+        return Draw(np.sort(active), np.full(size, 1 / size), perplexity=float(size), eta=0.0)
+
+
+Sampler = ImportanceSampler | UniformSampler | CyclicSampler
+
+
+def scores(candidates: Candidates, beta: float, norm: str) -> Floats:
+    """Return s, float64[B]: G / (1 - beta^count), its square if `norm` is "norm"; nan where count is 0."""
+    s = np.full(candidates.numel.size, np.nan)
+    np.divide(candidates.importance, 1 - beta**candidates.count, out=s, where=candidates.count > 0)
+    return s * s if norm == "norm" else s
+
+
+def fold(candidates: Candidates, which: Ints, mean_score: Floats, applied: Bools, beta: float) -> int:
+    """Fold the scores of a round into G, in place: G <- beta G + (1 - beta) score, count <- count + 1.
+
+    Args:
+        candidates: `importance` and `count` are updated.
+        which: int64[k], the candidates that were active, without repetition.
+        mean_score: float64[k], mean over the round's updates of what `importance_norm` says.
+        applied: bool[k], whether there was any update; a candidate without one keeps G and count.
+        beta: `importance_beta` of the sampler.
+
+    Returns:
+        How many scores were left out because they are not finite.
+    """
+    finite = np.isfinite(mean_score)
+    folded = applied & finite
+    b = which[folded]
+    candidates.importance[b] = beta * candidates.importance[b] + (1 - beta) * mean_score[folded]
+    candidates.count[b] += 1
+    return int(np.count_nonzero(applied & ~finite))
+
+
+def costliest(candidates: Candidates, width: Ints, budget: int, depth_window: int | None) -> Ints:
+    """Return the admissible set that should need the most memory, to rehearse the peak.
+
+    The model, in order of weight. Everything above the lowest active layer keeps its activations: a smallest
+    candidate of the lowest layer comes first (with a depth window, all come from the window that holds this
+    layer). An active candidate keeps its input, `width` numbers a token, and candidates of one layer with one
+    width share it (q, k, v): then one candidate per input, by width per parameter. Gradients and states go by
+    size: the largest fill the rest. Being greedy, the kept widths fall short of the best set's, by less than
+    twice the largest width.
+
+    Args:
+        candidates: All candidates; importance and last_round have no effect.
+        width: int64[B], input features of the candidate.
+        budget: Upper bound on the parameters of the set.
+        depth_window: The sampler's.
+
+    Returns:
+        int64[k], candidate numbers, ascending.
+
+    Raises:
+        ValueError: `depth_window` is set and a candidate has no layer.
+    """
+    numel, layer = candidates.numel, candidates.layer
+    eligible = np.arange(numel.size)
+    if depth_window is not None:
+        eligible = np.flatnonzero(np.isin(layer, _windows(layer, depth_window)[0]))
+    largest = eligible[np.argsort(-numel[eligible], kind="stable")]
+    densest = eligible[np.lexsort((numel[eligible], -width[eligible] / numel[eligible]))]
+    inputs: dict[tuple[int, int], int] = {}
+    for b in densest.tolist():
+        # Nothing is known to be shared in an unknown layer: there each candidate is a layer of its own.
+        inputs.setdefault((int(layer[b]) if layer[b] >= 0 else -1 - b, int(width[b])), b)
+    lowest = densest[layer[densest] == layer[layer >= 0].min(initial=layer.max())]
+    reach = lowest[np.argsort(numel[lowest], kind="stable")][:1]
+    # As keys of a dict, the numbers keep their first place and lose the later ones.
+    order = dict.fromkeys([*reach.tolist(), *inputs.values(), *largest.tolist()])
+    return np.sort(_pack(np.array(list(order)), numel, budget))
+
+
+def _rng(seed: int, stream: int) -> np.random.Generator:
+    return np.random.Generator(np.random.Philox(key=np.array([seed, stream], dtype=np.uint64)))
+
+
+def _windows(layer: Ints, depth_window: int) -> list[Ints]:
+    """Cut the L layers that hold candidates into ceil(L / W) runs, as equal as can be, from the input up."""
+    unknown = int(np.count_nonzero(layer < 0))
+    if unknown:
+        raise ValueError(
+            f"depth_window={depth_window!r} must be None where layers are unknown, here for {unknown} of "
+            f"{layer.size} candidates: make the groups with param_groups(model), which names the layers"
+        )
+    layers = np.unique(layer)
+    return np.array_split(layers, math.ceil(layers.size / depth_window))
+
+
+def _eligible(layer: Ints, depth_window: int | None, round: int, seed: int) -> Ints:
+    """Return the candidates in the round's window; each cycle visits the windows in a new random order."""
+    if depth_window is None:
+        return np.arange(layer.size)
+    windows = _windows(layer, depth_window)
+    cycle, turn = divmod(round, len(windows))
+    # Rounds use the streams below 2**63.
+    window = windows[_rng(seed, 2**63 + cycle).permutation(len(windows))[turn]]
+    return np.flatnonzero(np.isin(layer, window))
+
+
+def _log_softmax(w: Floats) -> Floats:
+    """Return w - log sum exp w, finite even where exp w underflows."""
+    shifted: Floats = w - w.max()
+    return shifted - math.log(float(np.exp(shifted).sum()))
+
+
+def _perplexity(log_p: Floats) -> float:
+    """Return exp(H(p)), H(p) = -sum p log p."""
+    return math.exp(-float(np.exp(log_p) @ log_p))
+
+
+def _log_probability_at(perplexity: float, score: Floats) -> tuple[Floats, float]:
+    """Return log p = eta s - log sum exp(eta s), and the eta with exp(H(p)) = clip(perplexity, k, E).
+
+    E is the number of scores and k how many tie at the maximum: exp(H(p)) falls from E to k as eta grows.
+    With gaps a = (max s - s) / (max s - min s) and t = eta (max s - min s), the solution lies between
+    t = log(E / perplexity), for KL(p || uniform) <= t, and t = 1000 / min(a > 0), where all but the k have
+    probability 0 in float64; that is the t of perplexity k. Bisection on log t, since |dH / d log t| =
+    Var(log p) is below 1 + (log E)^2 / 4 whatever the scores.
+    """
+    gap = score.max() - score
+    gap[gap <= TIE * score.max()] = 0.0
+    tied = int(np.count_nonzero(gap == 0.0))
+    if max(perplexity, tied) >= score.size:
+        return np.full(score.size, -math.log(score.size)), 0.0
+    spread = float(gap.max())
+    gap /= spread
+    high = 1000 / float(gap[gap > 0].min())
+    low = math.log1p((score.size - perplexity) / perplexity) if perplexity > tied else high
+    while high > 1.000001 * low:
+        middle = math.sqrt(low * high)
+        if _perplexity(_log_softmax(-middle * gap)) > perplexity:
+            low = middle
+        else:
+            high = middle
+    return _log_softmax(-high * gap), high / spread
+
+
+def _pack(order: Ints, numel: Ints, room: int) -> list[int]:
+    """Go through `order`, take each candidate that still fits into `room` parameters and skip the others."""
+    taken = []
+    for b, size in zip(order.tolist(), numel[order].tolist(), strict=True):
+        if size <= room:
+            taken.append(b)
+            room -= size
+    return taken
+
+
+def _is_number(x: Any) -> bool:
+    return not isinstance(x, bool) and isinstance(x, Real) and math.isfinite(x)
+
+
+def _is_integer(x: Any) -> bool:
+    # least_recent=True is a mistake, although a bool counts as an integer.
+    return not isinstance(x, bool) and isinstance(x, Integral)
+
+
+# An option has the same rule in every sampler.
+RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "eta": (
+        lambda x: x == "auto" or (_is_number(x) and x >= 0),
+        "'auto' or a finite number from 0 on: the concentration of p, 0 being uniform",
+    ),
+    "perplexity": (
+        lambda x: _is_number(x) and x > 0,
+        "a finite number above 0: the perplexity of p as a fraction of the candidates that fill the budget",
+    ),
+    "importance_beta": (
+        lambda x: _is_number(x) and 0 <= x < 1,
+        "in [0, 1): the decay of the importance estimate, 0 keeping the last round only",
+    ),
+    "importance_norm": (lambda x: x in ("sum", "mean", "norm"), "'sum', 'mean' or 'norm'"),
+    "exponent_clip": (
+        lambda x: x is None or (_is_number(x) and x > 0),
+        "None or a finite number above 0: the largest exponent eta s, None for no bound",
+    ),
+    "least_recent": (
+        lambda x: _is_integer(x) and x >= 0,
+        "an integer from 0 on: how many of the longest waiting enter first, 0 for none",
+    ),
+    "least_recent_share": (
+        lambda x: _is_number(x) and 0 < x <= 1,
+        "in (0, 1]: the fraction of the budget for the longest waiting; least_recent=0 keeps them out",
+    ),
+    "first_visits": (lambda x: x in (None, "sweep"), "None or 'sweep': how all get their first visit"),
+    "depth_window": (
+        lambda x: x is None or (_is_integer(x) and x >= 1),
+        "None or an integer from 1 on: the number of layers that a round draws from, None for all",
+    ),
+    "granularity": (lambda x: x in ("module", "layer"), "'module' or 'layer': what is drawn as one"),
+    "oversized": (lambda x: x in ("error", "split"), "'error' or 'split': for modules above the budget"),
+}
+
+
+def _check_options(sampler: Sampler) -> None:
+    for field in fields(sampler):
+        value = getattr(sampler, field.name)
+        valid, rule = RULES[field.name]
+        if not valid(value):
+            raise ValueError(f"{field.name}={value!r} must be {rule}")

@@ -1,0 +1,88 @@
+"""Which slot is which tensor: the permanent numbering of everything that may be trained.
+
+Dense tensors come first, then the blocks of sampled tensors in the order of the parameters, so that the slots of
+one parameter are a range and its scores a view of one vector.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from misa_kernels.checkpoint import key
+from misa_kernels.partition import Block, Partition
+
+# One number a sampled block, on the host, from construction on: what the sampler knows and what is active.
+SCORES = {
+    "importance": torch.float64,
+    "importance_count": torch.int64,
+    "last_round": torch.int64,
+    "active": torch.bool,
+}
+
+
+class Slots:
+    """The slots of a partition.
+
+    Attributes:
+        blocks: The block of each slot.
+        dense: How many slots are dense; they are the first ones.
+        of: Slots of each candidate.
+        candidate: int64[slots], the candidate of each slot, -1 for dense ones.
+        group: The param group of each slot.
+        spans: The range of slots of each parameter.
+        scores: One vector a name of `SCORES`, over all slots.
+    """
+
+    def __init__(self, partition: Partition, groups: list[dict[str, Any]]) -> None:
+        owned = [(block, number) for number, module in enumerate(partition.modules) for block in module.blocks]
+        owned.sort(key=lambda pair: (pair[0].index, pair[0].number))
+        self.blocks: list[Block] = [*partition.dense, *(block for block, _ in owned)]
+        self.dense = len(partition.dense)
+        self.candidate: npt.NDArray[np.int64] = np.array([-1] * self.dense + [n for _, n in owned], dtype=np.int64)
+        self.of: list[list[int]] = [[] for _ in partition.modules]
+        for slot, number in enumerate(self.candidate.tolist()):
+            if number >= 0:
+                self.of[number].append(slot)
+        group_of = [number for number, group in enumerate(groups) for _ in group["params"]]
+        self.group = [group_of[block.index] for block in self.blocks]
+        self.spans: dict[Tensor, slice] = {}
+        for slot, block in enumerate(self.blocks):
+            start = self.spans[block.param].start if block.param in self.spans else slot
+            self.spans[block.param] = slice(start, slot + 1)
+        self.scores = {name: torch.zeros(len(self.blocks), dtype=dtype) for name, dtype in SCORES.items()}
+
+    def sizes(self) -> dict[Tensor, list[int]]:
+        """Return the numel of each block of every parameter."""
+        return {param: [block.stop - block.start for block in self.blocks[span]] for param, span in self.spans.items()}
+
+    def key(self, name: str, slot: int) -> str:
+        """Return the state key of one slot's tensor, see `checkpoint.key`."""
+        block = self.blocks[slot]
+        span = self.spans[block.param]
+        return key(name, block.number, span.stop - span.start)
+
+    def first(self, values: Tensor) -> npt.NDArray[Any]:
+        """Return one number a candidate, that of its first slot, from one a slot."""
+        return np.asarray(values.numpy()[[slots[0] for slots in self.of]])
+
+    def spread(self, name: str, values: npt.NDArray[Any]) -> None:
+        """Write one number a candidate into all its slots of a score vector."""
+        sampled = self.candidate[self.dense :]
+        self.scores[name].numpy()[self.dense :] = values[sampled]
+
+    def sum(self, values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+        """Return the sum over the slots of each candidate, from one number a slot."""
+        total = np.zeros(len(self.of))
+        np.add.at(total, self.candidate[self.dense :], values[self.dense :])
+        return total
+
+    def max(self, values: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """Return the maximum over the slots of each candidate, from one number >= 0 a slot."""
+        most = np.zeros(len(self.of), dtype=np.int64)
+        np.maximum.at(most, self.candidate[self.dense :], values[self.dense :])
+        return most

@@ -1,0 +1,183 @@
+"""The GPU benchmark's e2e stage, run whole on the CPU, and the model that it times."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from benchmarks import gpu
+from benchmarks.e2e import PEERS, PLANS, Samples, build_model, measure, run_turn, summary
+from benchmarks.llama import SHAPES, Llama
+
+
+def test_shapes_have_their_published_sizes():
+    published = {"130m": 134_105_856, "1b": 1_235_814_400, "8b": 8_030_261_248}
+    for name, count in published.items():
+        with torch.device("meta"):
+            assert sum(p.numel() for p in Llama(SHAPES[name]).parameters()) == count
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_llama_is_transformers_llama(checkpointing):
+    """Loss and every gradient, with the weights carried over by name."""
+    transformers = pytest.importorskip("transformers")
+    shape = SHAPES["tiny"]
+    config = transformers.LlamaConfig(
+        vocab_size=shape.vocab,
+        hidden_size=shape.hidden,
+        intermediate_size=shape.intermediate,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.kv_heads,
+        rms_norm_eps=1e-5,
+        tie_word_embeddings=False,
+    )
+    torch.manual_seed(0)
+    theirs = transformers.LlamaForCausalLM(config)
+    ours = Llama(shape, checkpointing)
+    ours.load_state_dict({name.removeprefix("model."): p for name, p in theirs.state_dict().items()})
+    tokens = torch.randint(shape.vocab, (2, 48))
+    expected, loss = theirs(tokens, labels=tokens).loss, ours(tokens)
+    torch.testing.assert_close(loss, expected)
+    loss.backward()
+    expected.backward()
+    gradients = {name.removeprefix("model."): p.grad for name, p in theirs.named_parameters()}
+    for name, param in ours.named_parameters():
+        torch.testing.assert_close(param.grad, gradients[name])
+
+
+def test_chunked_loss_is_the_whole_loss(monkeypatch):
+    monkeypatch.setattr("benchmarks.llama.LOSS_CHUNK", 7)
+    torch.manual_seed(0)
+    model = Llama(SHAPES["tiny"])
+    tokens = torch.randint(256, (3, 11))
+    logits = model.lm_head(model.hidden_states(tokens))
+    expected = F.cross_entropy(logits[:, :-1].reshape(-1, 256), tokens[:, 1:].reshape(-1))
+    torch.testing.assert_close(model(tokens), expected)
+
+
+@pytest.mark.parametrize("lowest", [0, 2, 3])
+def test_backward_depth_counts_the_layers_whose_backward_runs(lowest):
+    model = Llama(SHAPES["tiny"]).requires_grad_(False)
+    model.layers[lowest].mlp.up_proj.requires_grad_(True)
+    ran = []
+    for layer in model.layers:
+        layer.mlp.down_proj.register_full_backward_hook(lambda module, *_: ran.append(module))
+    model(torch.randint(256, (1, 8))).backward()
+    assert model.backward_depth == len(ran) == 4 - lowest
+
+
+@pytest.fixture(scope="module")
+def record(tmp_path_factory: pytest.TempPathFactory) -> dict:
+    out = tmp_path_factory.mktemp("bench") / "new"
+    command = ["--stage", "e2e", "--device", "cpu", "--shape", "tiny", "--out", str(out)]
+    assert gpu.main(command) == 0
+    return json.loads((out / "e2e.json").read_text())
+
+
+def test_e2e_says_where_it_ran(record):
+    assert record["stage"] == "e2e"
+    assert record["device"]["type"] == "cpu" and record["device"]["name"]
+    assert record["versions"]["torch"] == torch.__version__
+    assert {"python", "triton", "numpy", "cuda"} <= record["versions"].keys()
+    assert record["commit"] and record["command"] and record["date"]
+
+
+def test_e2e_measures_every_peer(record):
+    (shape,) = record["shapes"]
+    assert shape["left_out"] == []
+    assert shape["plan"]["shape"] == "tiny" and shape["plan"]["checkpointing"] is True
+    assert list(shape["peers"]) == list(PEERS)
+    for name, peer in shape["peers"].items():
+        assert "error" not in peer, (name, peer)
+        phases = [peer[key] for key in ("forward_ms", "backward_ms", "iteration_ms", "optimizer_ms")]
+        assert all(0 < phase["p10"] <= phase["p90"] for phase in phases)
+        assert len(peer["tokens_per_second_by_turn"]) == 2
+        assert peer["loss"] == pytest.approx(math.log(256), rel=0.05)
+        # The clock around a turn sees what the marks within it see, and the gaps between.
+        seconds = shape["plan"]["batch"] * shape["plan"]["sequence"] * peer["iterations"]
+        seconds /= peer["tokens_per_second"]
+        assert peer["iteration_ms"]["mean"] * peer["iterations"] <= seconds * 1e3 * 1.001
+
+
+def test_e2e_counts_rounds_and_depth(record):
+    (shape,) = record["shapes"]
+    plan, peers, layers = PLANS["tiny"], shape["peers"], SHAPES["tiny"].layers
+    for name in ("badam", "misa", "misa_window"):
+        assert peers[name]["rounds"] == plan.rounds * plan.turns
+        assert peers[name]["switch_ms"]["mean"] > 0
+    for name in ("adamw", "lora"):
+        assert peers[name]["rounds"] == 0 and peers[name]["switch_ms"] is None
+        assert peers[name]["backward_depth"]["mean"] == layers
+    # BAdam visits each layer equally often, so its depth is 1, 2, ... layers in turn.
+    assert peers["badam"]["backward_depth"]["mean"] == (layers + 1) / 2
+    assert 1 <= peers["misa"]["backward_depth"]["mean"] <= layers
+
+
+@pytest.mark.parametrize("name", sorted(set(PLANS) - {"tiny"}))
+def test_plans_draw_often_enough_and_visit_layers_equally(name):
+    plan = PLANS[name]
+    assert plan.rounds * plan.turns >= 20
+    assert plan.rounds % SHAPES[name].layers == 0
+
+
+def test_e2e_says_what_the_time_limit_left_out(tmp_path, capsys):
+    command = ["--stage", "e2e", "--device", "cpu", "--shape", "tiny", "--out", str(tmp_path)]
+    assert gpu.main([*command, "--time-limit", "0"]) == 0
+    (shape,) = json.loads((tmp_path / "e2e.json").read_text())["shapes"]
+    assert shape["peers"] == {}
+    assert len(shape["left_out"]) == 2 * len(PEERS)
+    assert "left out at the time limit of 0 s: tiny: adamw, turn 1" in capsys.readouterr().out
+
+
+def test_e2e_keeps_the_others_when_a_peer_fails(monkeypatch):
+    def broken(model, plan, seed):
+        raise ImportError("No module named 'peft'")
+
+    monkeypatch.setitem(PEERS, "lora", broken)
+    *_, record = measure(PLANS["tiny"], torch.device("cpu"), deadline=math.inf)
+    assert record["peers"]["lora"] == {"error": "ImportError: No module named 'peft'"}
+    assert record["peers"]["misa"]["tokens_per_second"] > 0
+
+
+def test_smoke_counts_tests(tmp_path):
+    report = tmp_path / "report.xml"
+    report.write_text(
+        '<testsuites><testsuite tests="7" failures="1" errors="1" skipped="2"/>'
+        '<testsuite tests="3" failures="0" errors="0" skipped="0"/></testsuites>'
+    )
+    assert gpu.count_tests(report) == {"passed": 6, "failed": 2, "skipped": 2}
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens without a CUDA device")
+def test_gpu_stage_without_gpu_says_so(tmp_path, capsys):
+    assert gpu.main(["--stage", "smoke", "--out", str(tmp_path)]) == 2
+    assert "no CUDA device" in capsys.readouterr().err
+
+
+def test_summary_of_known_times():
+    times = np.arange(1.0, 12.0).tolist()
+    samples = Samples(times, times, times[:9], times[9:], times, [2.0, 3.0], [5, 6], [4] * 11, [], [], 2, 1.0)
+    result = summary(samples, tokens=100)
+    assert result["tokens_per_second"] == 1100 / 5
+    assert result["tokens_per_second_by_turn"] == [250.0, 200.0]
+    assert result["forward_ms"] == {"mean": 6.0, "p10": 2.0, "p90": 10.0}
+    assert result["switch_ms"]["mean"] == 10.5
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", PEERS)
+def test_turn_on_the_gpu(name):
+    device = torch.device("cuda")
+    plan = PLANS["tiny"]
+    model = build_model(plan, device)
+    tokens = torch.randint(256, (plan.batch, plan.sequence), device=device)
+    samples = Samples()
+    run_turn(model, tokens, name, plan, 0, samples)
+    assert all(ms > 0 for ms in samples.iteration_ms)
+    assert samples.allocated_bytes[0] > sum(2 * p.numel() for p in model.parameters())

@@ -1,0 +1,155 @@
+"""The package as it is installed: names, types, version, the wheel, and what an import costs."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from email.parser import Parser
+from pathlib import Path
+
+import pytest
+
+import misa_kernels
+
+ROOT = Path(__file__).parents[1]
+PUBLIC = {
+    "MISA",
+    "param_groups",
+    "ImportanceSampler",
+    "UniformSampler",
+    "CyclicSampler",
+    "paper",
+    "authors",
+    "badam",
+    "lisa",
+    "__version__",
+}
+
+
+def run_python(code: str, **environment: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_public_names_exist_and_are_documented():
+    assert set(misa_kernels.__all__) == PUBLIC
+    for name in PUBLIC - {"__version__"}:
+        assert getattr(misa_kernels, name).__doc__, name
+
+
+def test_version_is_a_release_number():
+    assert re.fullmatch(r"\d+\.\d+\.\d+", misa_kernels.__version__)
+
+
+def test_import_costs_little_beyond_torch():
+    """Promised are 50 ms; asserted twice that of the best of three, as other work shares the cores."""
+    code = (
+        "import time, torch; start = time.perf_counter(); import misa_kernels; "
+        "print(1e3 * (time.perf_counter() - start))"
+    )
+    assert min(float(run_python(code)) for _ in range(3)) < 100
+
+
+def test_import_brings_no_optional_package():
+    code = """
+import sys, torch
+before = set(sys.modules)
+import misa_kernels
+print(sorted({name.partition('.')[0] for name in set(sys.modules) - before} & {
+    'transformers', 'peft', 'matplotlib', 'tqdm', 'scipy', 'triton', 'accelerate'}))
+"""
+    assert run_python(code).strip() == "[]"
+
+
+def test_import_leaves_the_process_as_it_was():
+    code = """
+import json, logging, os, random, sys, warnings
+import numpy, torch
+
+def state():
+    return json.dumps([
+        dict(os.environ), list(sys.path), repr(warnings.filters), repr(logging.root.handlers),
+        logging.root.level, str(torch.get_default_dtype()), torch.get_num_threads(),
+        torch.are_deterministic_algorithms_enabled(), torch.is_grad_enabled(),
+        torch.get_rng_state().tolist(), repr(random.getstate()), repr(numpy.random.get_state()),
+        numpy.geterr(), torch.backends.cuda.matmul.allow_tf32, sys.getrecursionlimit(),
+        len(os.listdir('/proc/self/task')) if os.path.exists('/proc/self/task') else 0,
+    ])
+
+before = state()
+import misa_kernels
+print(before == state())
+"""
+    assert run_python(code).strip() == "True"
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
+    """Build from a copy, so that the checkout stays free of build folders."""
+    pytest.importorskip("setuptools", minversion="77")
+    folder = tmp_path_factory.mktemp("wheel")
+    source = folder / "source"
+    shutil.copytree(
+        ROOT / "misa_kernels", source / "misa_kernels", ignore=shutil.ignore_patterns("__pycache__")
+    )
+    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    command = [sys.executable, "-m", "pip", "wheel", "--no-build-isolation", "--no-deps", "--no-index"]
+    done = subprocess.run([*command, "-w", str(folder), str(source)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    (path,) = folder.glob("*.whl")
+    assert path.name == f"misa_kernels-{misa_kernels.__version__}-py3-none-any.whl"
+    return zipfile.ZipFile(path)
+
+
+def test_wheel_holds_the_package_and_nothing_else(wheel):
+    names = {name for name in wheel.namelist() if ".dist-info/" not in name}
+    expected = {
+        path.relative_to(ROOT).as_posix()
+        for path in (ROOT / "misa_kernels").rglob("*")
+        if path.suffix == ".py" or path.name == "py.typed"
+    }
+    assert names == expected
+    assert "misa_kernels/py.typed" in names
+
+
+def test_wheel_says_what_it_needs(wheel):
+    (name,) = (name for name in wheel.namelist() if name.endswith("METADATA"))
+    metadata = Parser().parsestr(wheel.read(name).decode())
+    needs = [need.replace(" ", "") for need in metadata.get_all("Requires-Dist")]
+    assert [need for need in needs if "extra==" not in need] == [
+        "numpy",
+        "torch>=2.6",
+        needs[2],
+    ]
+    assert re.fullmatch(r"triton;sys_platform==.linux.", needs[2])
+    assert metadata["Requires-Python"] == ">=3.10"
+    assert metadata["License-Expression"] == "Apache-2.0"
+    assert set(metadata.get_all("Provides-Extra")) == {"train", "dev"}
+
+
+def test_wheel_works_without_the_checkout(wheel, tmp_path):
+    wheel.extractall(tmp_path)
+    code = "import json, misa_kernels; print(json.dumps([misa_kernels.__file__, misa_kernels.__version__]))"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+    )
+    file, version = json.loads(done.stdout)
+    assert Path(file).is_relative_to(tmp_path)
+    assert version == misa_kernels.__version__
