@@ -13,6 +13,8 @@ BIN := $(VENV)/bin
 FAST := -m "not slow and not gpu"
 # Worker processes share two cores, and no benchmark plugin belongs in a test run.
 PYTEST := $(BIN)/python -m pytest -p no:benchmark
+# No figure is printed of what is wrong: the tests of what `make bench` times come first.
+TIMED := tests/test_optimizer.py tests/test_rounds.py tests/test_sampler.py
 SOURCES := misa_kernels benchmarks examples tests setup.py
 
 .DEFAULT_GOAL := help
@@ -42,7 +44,7 @@ format: $(VENV)/.dev  ## put sources into the form that lint asks for
 	$(BIN)/clang-format -i csrc/*
 
 bench: $(VENV)/.dev  ## on the CPU: a step beside torch's AdamW, a switch of 20,000 modules; the tests come first
-	$(PYTEST) -q -n 2 $(FAST)
+	$(PYTEST) -q -n 2 $(FAST) $(TIMED)
 	$(BIN)/python -m pytest -q benchmarks/step.py benchmarks/switch.py
 
 # No environment, no network: the machine's own Python and torch, this checkout on the path.

@@ -93,9 +93,7 @@ def lora(model: Llama, plan: Plan, seed: int) -> Peer:
 
 def sampled(model: Llama, plan: Plan, seed: int, **options: Any) -> Peer:
     """MISA with the draw that `options` describe."""
-    optimizer = MISA(
-        param_groups(model), lr=LR, delta=plan.delta, inner_steps=plan.inner_steps, seed=seed, **options
-    )
+    optimizer = MISA(param_groups(model), lr=LR, delta=plan.delta, inner_steps=plan.inner_steps, seed=seed, **options)
     return Peer(optimizer, optimizer.release)
 
 
@@ -251,9 +249,7 @@ def summary(samples: Samples, tokens: int) -> dict[str, Any]:
     seconds = sum(samples.wall_s)
     return {
         "tokens_per_second": tokens * sum(samples.iterations) / seconds,
-        "tokens_per_second_by_turn": [
-            tokens * n / s for n, s in zip(samples.iterations, samples.wall_s, strict=True)
-        ],
+        "tokens_per_second_by_turn": [tokens * n / s for n, s in zip(samples.iterations, samples.wall_s, strict=True)],
         "iterations": sum(samples.iterations),
         "rounds": samples.rounds,
         **{
@@ -332,7 +328,7 @@ def table(records: list[dict[str, Any]]) -> str:
     """Return the measurements as lines of text, a peer each."""
     lines = [
         f"{'shape':<6}{'peer':<13}{'tokens/s':>10}{'forward':>9}{'backward':>10}{'step':>8}{'switch':>8} ms"
-        f"{'peak GiB':>10}{'depth':>7}"
+        f"{'peak GiB':>10}{'reserved':>9}{'depth':>7}"
     ]
     for record in records:
         for name, peer in record["peers"].items():
@@ -341,9 +337,9 @@ def table(records: list[dict[str, Any]]) -> str:
                 lines.append(f"{head} {peer['error'][:70]}")
                 continue
             times = [peer[key]["mean"] if peer[key] else math.nan for key in TIMES]
-            peak = (peer["peak_allocated_bytes"] or math.nan) / GIB
+            peak, reserved = ((peer[key] or math.nan) / GIB for key in ("peak_allocated_bytes", "peak_reserved_bytes"))
             lines.append(
                 f"{head}{peer['tokens_per_second']:>10,.0f}{times[0]:>9.2f}{times[1]:>10.2f}{times[2]:>8.2f}"
-                f"{times[3]:>8.2f}   {peak:>10.1f}{peer['backward_depth']['mean']:>7.1f}"
+                f"{times[3]:>8.2f}   {peak:>10.1f}{reserved:>9.1f}{peer['backward_depth']['mean']:>7.1f}"
             )
     return "\n".join(lines)

@@ -90,8 +90,7 @@ def count_tests(report: Path) -> dict[str, int]:
     """Return passed, failed and skipped from a JUnit report; an error at set-up counts as failed."""
     suites = list(ElementTree.parse(report).getroot().iter("testsuite"))
     total, failures, errors, skipped = (
-        sum(int(suite.get(name, 0)) for suite in suites)
-        for name in ("tests", "failures", "errors", "skipped")
+        sum(int(suite.get(name, 0)) for suite in suites) for name in ("tests", "failures", "errors", "skipped")
     )
     failed = failures + errors
     return {"passed": total - failed - skipped, "failed": failed, "skipped": skipped}

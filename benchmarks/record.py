@@ -54,11 +54,11 @@ def version(package: str) -> str | None:
 
 
 def commit() -> str:
-    """Return the commit, followed by "+" where files differ from it, or "unknown" without git."""
+    """Return the commit, followed by "+" where tracked files differ from it, or "unknown" without git."""
     head = output_of("git", "-C", str(ROOT), "rev-parse", "HEAD")
     if head is None:
         return "unknown"
-    return head + ("+" if output_of("git", "-C", str(ROOT), "status", "--porcelain") else "")
+    return head + ("+" if output_of("git", "-C", str(ROOT), "status", "--porcelain", "-uno") else "")
 
 
 def output_of(*command: str) -> str | None:

@@ -10,6 +10,9 @@ from torch import Tensor
 
 from misa_kernels import MISA
 
+# The notice of what is sampled is for people who train.
+pytestmark = pytest.mark.filterwarnings("ignore:MISA samples:UserWarning")
+
 # 16 weights of 512 x 512: 4.2 million elements, enough to leave the caches.
 SIZE = 512
 TENSORS = 16

@@ -9,6 +9,9 @@ import torch
 
 from misa_kernels import MISA, CyclicSampler, ImportanceSampler, UniformSampler
 
+# The notice of what is sampled is for people who train.
+pytestmark = pytest.mark.filterwarnings("ignore:MISA samples:UserWarning")
+
 MODULES = 20_000
 # Tensors so small that the update is all overhead; 200 of them are active.
 DELTA = 0.01

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from misa_kernels.partition import Partition
+from misa_kernels.sampler import CyclicSampler, ImportanceSampler, UniformSampler
 
 # What torch.optim.AdamW has and MISA does not; only these values mean the same in both.
 ADAMW_ONLY: dict[str, bool | None] = {
@@ -39,6 +40,7 @@ CONSTRUCTOR_WIDE = (
     "backend",
 )
 
+Sampler = ImportanceSampler | UniformSampler | CyclicSampler
 _claimed: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
@@ -108,10 +110,13 @@ def check_constructor(
     delta: Any,
     inner_steps: Any,
     total_steps: Any,
+    sampler: Any,
     keep_states: Any,
+    momentum_flush: Any,
     v_floor: Any,
     param_precision: Any,
     max_grad_norm: Any,
+    skip_nonfinite: Any,
     seed: Any,
     process_group: Any,
     backend: Any,
@@ -125,6 +130,11 @@ def check_constructor(
         _check_count("inner_steps", inner_steps, 1, "'auto' or a whole number >= 1: optimizer steps in a round")
     if total_steps is not None:
         _check_count("total_steps", total_steps, 1, "None or a whole number >= 1: optimizer steps of the run")
+    if sampler is not None and not isinstance(sampler, Sampler):
+        raise TypeError(f"sampler={sampler!r} must be None or a sampler object, such as ImportanceSampler()")
+    for name, value in (("momentum_flush", momentum_flush), ("v_floor", v_floor), ("skip_nonfinite", skip_nonfinite)):
+        if not isinstance(value, bool):
+            raise TypeError(f"{name}={value!r} must be True or False")
     _check_choice("keep_states", keep_states, ("staying", "none"))
     _check_choice("param_precision", param_precision, ("master", "stochastic"))
     if max_grad_norm is not None:
@@ -153,11 +163,19 @@ def copied_groups(params: Iterable[Any]) -> list[dict[str, Any]]:
             f"params is a {type(params).__name__}: give a list, such as model.parameters() or param_groups(model)"
         )
     entries = list(params)
-    grouped = [dict(entry) for entry in entries] if all(isinstance(e, dict) for e in entries) else [{"params": entries}]
+    groups = [dict(entry) for entry in entries if isinstance(entry, dict)]
+    if groups and len(groups) < len(entries):
+        raise TypeError(
+            f"params mixes {len(groups)} groups with {len(entries) - len(groups)} parameters: give either groups or "
+            "parameters"
+        )
+    grouped = groups or [{"params": entries}]
     seen: set[int] = set()
     for number, group in enumerate(grouped):
         check_group(group)
-        tensors = group.get("params", [])
+        if "params" not in group:
+            raise ValueError(f"group {number} has no 'params': give it a list of parameters")
+        tensors = group["params"]
         group["params"] = [tensors] if isinstance(tensors, Tensor) else list(tensors)
         for position, entry in enumerate(group["params"]):
             param = entry[1] if isinstance(entry, tuple) else entry

@@ -10,7 +10,6 @@ import copy
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 # Kept in the first group of a saved state: the round, the step in it, step() calls so far, the seed of all
@@ -77,31 +76,6 @@ def match(
                 own[param] = saved["state"].get(index, {})
                 _check_elements(own[param], sizes[param], f"parameter {index}")
     return own
-
-
-def scores(own: dict[Tensor, dict[str, Any]], spans: dict[Tensor, slice], live: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return the saved score vectors over all slots, on the host.
-
-    Args:
-        own: Saved state by parameter, see `match`.
-        spans: Range of slots of each parameter.
-        live: The live score vectors, for their names, lengths and dtypes.
-
-    Raises:
-        ValueError: If the blocks of a parameter are not those that were saved.
-    """
-    vectors = {name: torch.zeros_like(vector) for name, vector in live.items()}
-    for param, state in own.items():
-        span = spans[param]
-        for name in vectors.keys() & state.keys():
-            if state[name].numel() != span.stop - span.start:
-                raise ValueError(
-                    f"state dict has {state[name].numel()} blocks for a tensor of shape {tuple(param.shape)} but this "
-                    f"optimizer has {span.stop - span.start}: use the delta, granularity and oversized it was saved "
-                    "with"
-                )
-            vectors[name][span] = state[name].cpu()
-    return vectors
 
 
 def hyperparameters(saved_group: dict[str, Any]) -> dict[str, Any]:

@@ -80,7 +80,7 @@ def param_groups(
                 optimizer.zero_grad()
     """
     if not isinstance(model, nn.Module):
-        raise TypeError(f"model is {type(model).__name__} and must be a torch.nn.Module: pass the model itself")
+        raise TypeError(f"model is {type(model).__name__} and must be an nn.Module: pass the model itself")
     _check_choice("mode", mode, {"finetune": "the rest is frozen", "pretrain": "the rest is dense"})
     _check_choice("experts", experts, {"each": "an expert is a module", "whole": "a stack of them is"})
     always_on = _always_on(dense, model)
@@ -158,19 +158,61 @@ def _tensors(model: nn.Module) -> Iterator[_Tensor]:
             )
 
 
+def _is_stacked(param: nn.Parameter, owner: nn.Module) -> bool:
+    return param.ndim == 3 and len(param) > 1 and not isinstance(owner, _NOT_EXPERTS)
+
+
+def _layers_inside(tensors: Sequence[_Tensor], model: nn.Module) -> list[str | None]:
+    """Return the layer that each tensor lies in, None outside of them."""
+    layers: dict[int, str] = {}
+    for path, layer in _stacked_layers(model):
+        for part in layer.modules():
+            layers.setdefault(id(part), path)
+    if layers:
+        return [layers.get(id(tensor.owner)) for tensor in tensors]
+    # Without a stack, the vectors beside a matrix, such as its bias, lie in the same layer as it.
+    for tensor in tensors:
+        if tensor.is_matrix:
+            layers.setdefault(id(tensor.owner), tensor.module)
+    return [tensor.module if tensor.is_matrix else layers.get(id(tensor.owner)) for tensor in tensors]
+
+
+def _next_layers(inside: Sequence[str | None]) -> list[str | None]:
+    """Fill in the next layer for what lies outside; what lies behind the last keeps None."""
+    filled: list[str | None] = []
+    following = None
+    for layer in reversed(inside):
+        following = layer or following
+        filled.append(following)
+    return filled[::-1]
+
+
+def _stacked_layers(module: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """Yield name and module of the elements of the outermost stacks, in registration order."""
+    stack = _is_stack(module)
+    for name, child in module.named_children():
+        child_path = f"{path}.{name}" if path else name
+        if stack and _can_be_layer(child):
+            yield child_path, child
+        else:
+            yield from _stacked_layers(child, child_path)
+
+
 def _is_stack(module: nn.Module) -> bool:
     """Whether this container is a stack of layers.
 
-    It is if layers of one class repeat in it. If they do not, it must hold nothing but layers, as for the only
-    layer of a small model, and be no Sequential(backbone, head) or ModuleDict of towers: those have
-    repetitions beneath, and are looked into.
+    In it, layers of one class repeat, or it holds nothing but layers, perhaps only one. A ModuleDict, or a
+    Sequential where none repeat, may also hold towers, or a backbone and a head: where something repeats
+    beneath, that is the stack.
     """
     if not isinstance(module, _CONTAINERS):
         return False
     children = list(module.children())
-    if _repeats(module) or not children or not all(map(_can_be_layer, children)):
-        return _repeats(module)
-    return isinstance(module, nn.ModuleList) or not any(map(_repeats, module.modules()))
+    repeats = _repeats(module)
+    if not repeats and not (children and all(map(_can_be_layer, children))):
+        return False
+    may_wrap = isinstance(module, nn.ModuleDict) or (isinstance(module, nn.Sequential) and not repeats)
+    return not may_wrap or not any(_repeats(part) for child in children for part in child.modules())
 
 
 def _repeats(module: nn.Module) -> bool:
@@ -193,23 +235,23 @@ def _is_trainable(param: nn.Parameter) -> bool:
 def _always_on(dense: Iterable[nn.Module | nn.Parameter], model: nn.Module) -> set[int]:
     """Return the identities of the parameters that `dense` names."""
     if isinstance(dense, (nn.Module, torch.Tensor, str)):
-        raise TypeError(f"dense is a single {type(dense).__name__}: it must be a list, write dense=[...]")
+        raise TypeError(f"dense is a single {type(dense).__name__} and must be a list: write dense=[...]")
     own = {id(param) for param in model.parameters()}
     chosen: set[int] = set()
     for i, entry in enumerate(dense):
         if not isinstance(entry, (nn.Module, nn.Parameter)):
             raise TypeError(
-                f"dense[{i}] is {type(entry).__name__}: entries must be modules or parameters of the model, "
-                "pass the objects, not their names"
+                f"dense[{i}] is {type(entry).__name__} and must be a module or a parameter of the model: pass "
+                "the object itself, not its name"
             )
         params = list(entry.parameters()) if isinstance(entry, nn.Module) else [entry]
-        what = f"dense[{i}]={type(entry).__name__} of {sum(param.numel() for param in params):,} parameters"
+        what = f"dense[{i}], {type(entry).__name__} of {sum(param.numel() for param in params):,} elements,"
         if any(id(param) not in own for param in params):
-            raise ValueError(f"{what} must lie in the model: take it from the model given to param_groups")
+            raise ValueError(f"{what} must lie in the model: take it from the one given to param_groups")
         if not any(map(_is_trainable, params)):
             raise ValueError(
-                f"{what} holds nothing that can be trained: give it floating-point parameters with "
-                "requires_grad=True, or leave it out"
+                f"{what} must hold a floating-point parameter with requires_grad=True to train: set that, or "
+                "leave it out"
             )
         chosen.update(map(id, params))
     return chosen

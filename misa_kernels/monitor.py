@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from misa_kernels.partition import Partition
+
 # Two float64 arrays of 224 modules are 3.6 kB a round: a long run stays under 4 MB.
 HISTORY = 1000
 
@@ -51,18 +53,55 @@ class Round:
 class Monitor:
     """The record of a run.
 
+    Args:
+        partition: What may be trained.
+
     Attributes:
         names: Names of the B modules (or layers), by number.
         layers: Names of the layers, from the input to the output.
         rounds: The last 1000 rounds, oldest first; the last one is running.
     """
 
-    def __init__(self, names: Sequence[str], layers: Sequence[str]) -> None:
-        self.names = list(names)
-        self.layers = list(layers)
+    def __init__(self, partition: Partition) -> None:
+        self._partition = partition
+        self.names = [module.name for module in partition.modules]
+        self.layers = partition.layers
         self.rounds: deque[Round] = deque(maxlen=HISTORY)
 
     @property
     def current(self) -> Round:
         """The running round."""
         return self.rounds[-1]
+
+    def begin_round(
+        self,
+        number: int,
+        first_step: int,
+        active: Sequence[int],
+        importance: npt.NDArray[np.float64],
+        probability: npt.NDArray[np.float64],
+        perplexity: float,
+    ) -> None:
+        """Append the record of a round; the arguments are fields of `Round`."""
+        chosen = [self._partition.modules[i] for i in active]
+        dense = self._partition.dense
+        trained = {block.param for module in chosen for block in module.blocks} | {block.param for block in dense}
+        lowest = [module.layer for module in chosen]
+        if self._partition.dense_layer is not None:
+            lowest.append(self._partition.dense_layer)
+        total = self._partition.total_numel
+        self.rounds.append(
+            Round(
+                round=number,
+                first_step=first_step,
+                active=tuple(active),
+                importance=importance,
+                probability=probability,
+                perplexity=perplexity,
+                perplexity_fraction=perplexity / len(self.names),
+                active_fraction=sum(module.numel for module in chosen) / total,
+                dense_fraction=sum(block.stop - block.start for block in dense) / total,
+                gradient_fraction=sum(param.numel() for param in trained) / total,
+                backward_depth=None if -1 in lowest else len(self.layers) - min(lowest),
+            )
+        )

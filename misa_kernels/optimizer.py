@@ -11,23 +11,20 @@ import torch
 from torch import Tensor
 
 from misa_kernels import arguments, checkpoint, kernels
-from misa_kernels.arena import Arena
-from misa_kernels.monitor import Monitor, Round
+from misa_kernels.active import ActiveSet
+from misa_kernels.arguments import Sampler
+from misa_kernels.monitor import Monitor
 from misa_kernels.partition import Module, partition
-from misa_kernels.reference import Hyper, Row, momentum_flush, noise_key, store_weight
 from misa_kernels.sampler import (
     Candidates,
-    CyclicSampler,
     Draw,
     ImportanceSampler,
-    UniformSampler,
     costliest,
     fold,
     scores,
 )
 from misa_kernels.slots import SCORES, Slots
 
-Sampler = ImportanceSampler | UniformSampler | CyclicSampler
 Params = Iterable[Tensor] | Iterable[tuple[str, Tensor]] | Iterable[dict[str, Any]]
 
 
@@ -108,10 +105,13 @@ class MISA(torch.optim.Optimizer):
             delta=delta,
             inner_steps=inner_steps,
             total_steps=total_steps,
+            sampler=sampler,
             keep_states=keep_states,
+            momentum_flush=momentum_flush,
             v_floor=v_floor,
             param_precision=param_precision,
             max_grad_norm=max_grad_norm,
+            skip_nonfinite=skip_nonfinite,
             seed=seed,
             process_group=process_group,
             backend=backend,
@@ -123,18 +123,14 @@ class MISA(torch.optim.Optimizer):
 
         self.sampler: Sampler = ImportanceSampler() if sampler is None else sampler
         self._keep_states = keep_states
-        self._momentum_flush = momentum_flush
-        self._v_floor = v_floor
-        self._param_precision = param_precision
         self._max_grad_norm = max_grad_norm
         self._skip_nonfinite = skip_nonfinite
-        self._seed = seed
 
         arguments.check_unclaimed(self.param_groups)
         self._partition = partition(self.param_groups, delta, self.sampler.granularity, self.sampler.oversized)
-        self._slots = Slots(self._partition, self.param_groups)
         arguments.check_trainable(self._partition, param_precision)
         self.modules: list[Module] = self._partition.modules
+        self._slots = Slots(self._partition, self.param_groups)
         self._candidates = Candidates(
             numel=np.array([module.numel for module in self.modules]),
             layer=np.array([module.layer for module in self.modules]),
@@ -142,21 +138,27 @@ class MISA(torch.optim.Optimizer):
             count=np.zeros(len(self.modules), dtype=np.int64),
             last_round=np.full(len(self.modules), -1),
         )
+        self._trained = ActiveSet(
+            self._slots,
+            self._partition.names,
+            self.param_groups,
+            self.state,
+            budget=self._partition.budget,
+            momentum_flush=momentum_flush,
+            v_floor=v_floor,
+            param_precision=param_precision,
+            seed=seed,
+        )
         self.inner_steps = self._resolve_inner_steps(inner_steps, total_steps)
-        self.monitor = Monitor([module.name for module in self.modules], self._partition.layers)
-        self._round = self._round_step = self._steps = self._skipped_steps = 0
-        self._arena: Arena | None = None
-        self._rows: dict[int, Row] = {}
-        # What each weight with a master looked like after our last write.
-        self._written: dict[Tensor, tuple[int, int]] = {}
+        self.monitor = Monitor(self._partition)
+        self._round = self._round_step = self._skipped_steps = 0
         self._released = False
         draw = self._draw()
 
         arguments.notify(self.param_groups, self._partition, delta)
         self.register_state_dict_post_hook(_complete)
-        trained = [*self._partition.dense, *(block for module in self.modules for block in module.blocks)]
-        self._thawable = [p for p in self._partition.frozen if p.requires_grad] + [b.param for b in trained]
         arguments.claim(self.param_groups)
+        self._thawable = [param for group in self.param_groups for param in group["params"] if param.requires_grad]
         for param in self._partition.frozen:
             if param.requires_grad:
                 param.requires_grad_(False)
@@ -198,7 +200,7 @@ class MISA(torch.optim.Optimizer):
     @property
     def state_bytes(self) -> int:
         """Bytes of moments and masters; 0 before the first step."""
-        return 0 if self._arena is None else self._arena.nbytes
+        return 0 if self._trained.arena is None else self._trained.arena.nbytes
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -223,73 +225,23 @@ class MISA(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        arena = self._allocate() if self._arena is None else self._arena
-        present = {slot: row for slot, row in self._rows.items() if self._has_gradient(slot)}
-        self._refresh(present)
-        for slot, row in present.items():
-            block = self._slots.blocks[slot]
-            assert block.param.grad is not None
-            row.grad = block.param.grad.reshape(-1)[block.start : block.stop]
-        finite = self._kernels.adamw_step(
-            list(present.values()), max_grad_norm=self._max_grad_norm, skip_nonfinite=self._skip_nonfinite
+        if self._trained.arena is None:
+            self._trained.allocate(self._slots_of(self._active.tolist()))
+        self._trained.update(
+            self._kernels,
+            max_grad_norm=self._max_grad_norm,
+            skip_nonfinite=self._skip_nonfinite,
+            root=self.sampler.importance_norm == "norm",
         )
-        for row in present.values():
-            # The arena outlives the gradient, which the user may want gone.
-            row.grad = row.theta
-        self._remember_weights()
-        if self.sampler.importance_norm == "norm":
-            self._root_of_squares(arena)
-        arena.advance([slot for slot in self._rows if slot not in present], finite)
-        self._steps += 1
         self._round_step += 1
         if self._round_step >= self.inner_steps:
-            self._end_round(arena)
+            self._end_round()
         return loss
 
-    def _has_gradient(self, slot: int) -> bool:
-        grad = self._slots.blocks[slot].param.grad
-        if grad is not None and grad.layout is not torch.strided:
-            raise TypeError(
-                f"the gradient of {self._partition.names[self._slots.blocks[slot].index]} is {grad.layout}: MISA updates dense "
-                "gradients; use sparse=False in the embedding, or give it the role 'frozen'"
-            )
-        return grad is not None
-
-    def _refresh(self, rows: dict[int, Row]) -> None:
-        """Bring rows up to date with weights, hyperparameters and the step's rounding noise."""
-        hyper = [Hyper.of(group) for group in self.param_groups]
-        for slot, row in rows.items():
-            block = self._slots.blocks[slot]
-            param = block.param
-            if param.device != row.age.device or param.dtype != row.theta.dtype:
-                raise RuntimeError(
-                    f"{self._partition.names[block.index]} is {param.dtype} on {param.device} but was {row.theta.dtype} on "
-                    f"{row.age.device} in the first step: move and cast the model before training"
-                )
-            row.theta = param.detach().view(-1)[block.start : block.stop]
-            row.hyper = hyper[self._slots.group[slot]]
-            if self._param_precision == "stochastic" and param.dtype.itemsize == 2:
-                row.noise_key = noise_key(self._seed, 2 * self._steps, block.index)
-            if row.master is not None and self._written.get(param) != (param._version, param.data_ptr()):
-                adopt_weight(row.master, row.theta)
-
-    def _remember_weights(self) -> None:
-        for slot, row in self._rows.items():
-            if row.master is not None:
-                param = self._slots.blocks[slot].param
-                self._written[param] = (param._version, param.data_ptr())
-
-    def _root_of_squares(self, arena: Arena) -> None:
-        """Turn ‖g‖² of the step into ‖g‖, of the whole module where it has several tensors."""
-        for number in self._active.tolist():
-            first, *others = self._slots.of[number]
-            for slot in others:
-                arena.sq_norm[first].add_(arena.sq_norm[slot])
-                arena.sq_norm[slot].zero_()
-        arena.sq_norm.sqrt_()
-
-    def _end_round(self, arena: Arena) -> None:
-        score_sum, updates, skipped = arena.read_round()
+    def _end_round(self) -> None:
+        """Fold the scores, draw the next active set and make it active."""
+        assert self._trained.arena is not None
+        score_sum, updates, skipped = self._trained.arena.read_round()
         sums, counts = self._slots.sum(score_sum)[self._active], self._slots.max(updates)[self._active]
         mean = sums / np.maximum(counts, 1)
         if self.sampler.importance_norm == "mean":
@@ -305,14 +257,19 @@ class MISA(torch.optim.Optimizer):
         self._record(draw)
 
     def _draw(self) -> Draw:
-        return self.sampler.draw(self._candidates, self._partition.budget, self._round, self._seed)
+        return self.sampler.draw(self._candidates, self._partition.budget, self._round, self._trained.seed)
+
+    def _slots_of(self, numbers: Iterable[int]) -> list[int]:
+        return [slot for number in numbers for slot in self._slots.of[number]]
 
     def _activate(self, active: npt.NDArray[np.int64]) -> None:
         """Make `active` the active set: retire what leaves, toggle `requires_grad`, lend the arena anew."""
         before, after = self._active.tolist(), active.tolist()
         keep = set(before) & set(after) if self._keep_states == "staying" else set()
-        if self._arena is not None:
-            self._retire([slot for number in before if number not in keep for slot in self._slots.of[number]])
+        self._trained.switch(
+            self._slots_of(number for number in before if number not in keep),
+            self._slots_of(number for number in after if number not in keep),
+        )
         trained = {block.param for number in after for block in self.modules[number].blocks}
         for number in before:
             for block in self.modules[number].blocks:
@@ -324,30 +281,6 @@ class MISA(torch.optim.Optimizer):
         self._active = active
         self._candidates.last_round[active] = self._round
         self._publish_scores()
-        if self._arena is not None:
-            self._lend(
-                self._arena,
-                [*range(self._slots.dense), *(slot for number in sorted(keep) for slot in self._slots.of[number])],
-                [slot for number in after if number not in keep for slot in self._slots.of[number]],
-            )
-
-    def _retire(self, slots: list[int]) -> None:
-        """Flush and write back the slots given, and forget their state."""
-        rows = {slot: self._rows.pop(slot) for slot in slots}
-        self._refresh(rows)
-        for slot, row in rows.items():
-            block = self._slots.blocks[slot]
-            theta = row.theta.to(row.exp_avg.dtype) if row.master is None else row.master
-            flushed = self._momentum_flush and slot >= self._slots.dense
-            if flushed:
-                theta = momentum_flush(theta, row.exp_avg, row.exp_avg_sq, row.hyper, row.age)
-            if flushed or row.master is not None:
-                # Stochastic, or updates below half an ulp would be lost in every round.
-                key = noise_key(self._seed, 2 * self._steps + 1, block.index)
-                store_weight(row.theta, theta, row.start, key)
-            for name in checkpoint.ELEMENTWISE:
-                self.state[block.param].pop(self._slots.key(name, slot), None)
-            self._written.pop(block.param, None)
 
     def _publish_scores(self) -> None:
         active = np.zeros(len(self.modules), dtype=np.bool_)
@@ -363,90 +296,14 @@ class MISA(torch.optim.Optimizer):
             if span.start >= self._slots.dense:
                 self.state[param].update({name: vector[span] for name, vector in self._slots.scores.items()})
 
-    def _allocate(self) -> Arena:
-        """Allocate the arena where the weights are now, and move loaded state into it."""
-        blocks = self._slots.blocks
-        devices = {block.param.device for block in blocks}
-        if len(devices) > 1 or "meta" in {device.type for device in devices}:
-            raise RuntimeError(
-                f"the parameters are on {', '.join(sorted(map(str, devices)))}: MISA needs them on one device that "
-                "holds data"
-            )
-        arena = Arena(
-            [block.stop - block.start for block in blocks],
-            [block.param.dtype for block in blocks],
-            range(self._slots.dense),
-            self._partition.budget,
-            devices.pop(),
-            masters=self._param_precision == "master",
-            v_floor=self._v_floor,
-        )
-        loaded = {param: dict(own) for param, own in self.state.items()}
-        for param, span in self._slots.spans.items():
-            self.state[param].update({name: vector[span] for name, vector in arena.vectors.items()})
-        enter = [slot for number in self._active.tolist() for slot in self._slots.of[number]]
-        self._lend(arena, [], [*range(self._slots.dense), *enter])
-        for param, own in loaded.items():
-            for name, value in own.items():
-                if name not in SCORES and name in self.state[param]:
-                    self.state[param][name].copy_(value)
-        for row in self._rows.values():
-            if row.master is not None:
-                adopt_weight(row.master, row.theta)
-        self._arena = arena
-        return arena
-
-    def _lend(self, arena: Arena, keep: list[int], enter: list[int]) -> None:
-        """Lend the arena to the slots given and make their rows and their entries in `state`."""
-        arena.lend(keep, enter)
-        self._rows = {}
-        for slot in [*keep, *enter]:
-            block = self._slots.blocks[slot]
-            theta = block.param.detach().view(-1)[block.start : block.stop]
-            views = arena.views(slot)
-            self.state[block.param].update({self._slots.key(name, slot): view for name, view in views.items()})
-            group = self.param_groups[self._slots.group[slot]]
-            self._rows[slot] = Row(
-                exp_avg=views["exp_avg"],
-                exp_avg_sq=views["exp_avg_sq"],
-                master=views.get("master"),
-                age=arena.age[slot],
-                sq_norm=arena.sq_norm[slot],
-                v_floor=None if arena.v_floor is None else arena.v_floor[slot],
-                start=block.start,
-                theta=theta,
-                grad=theta,
-                hyper=Hyper.of(group),
-                noise_key=None,
-            )
-        for slot in enter:
-            if "master" in arena.views(slot):
-                arena.views(slot)["master"].copy_(self._rows[slot].theta)
-        self._remember_weights()
-
     def _record(self, draw: Draw) -> None:
-        """Append the record of the round that begins."""
-        chosen = [self.modules[number] for number in self._active.tolist()]
-        dense = self._partition.dense
-        trained = {block.param for module in chosen for block in module.blocks} | {block.param for block in dense}
-        lowest = [module.layer for module in chosen]
-        if self._partition.dense_layer is not None:
-            lowest.append(self._partition.dense_layer)
-        total = self._partition.total_numel
-        self.monitor.rounds.append(
-            Round(
-                round=self._round,
-                first_step=self._steps - self._round_step,
-                active=tuple(self._active.tolist()),
-                importance=scores(self._candidates, self.sampler.importance_beta, self.sampler.importance_norm),
-                probability=draw.probability,
-                perplexity=draw.perplexity,
-                perplexity_fraction=draw.perplexity / len(self.modules),
-                active_fraction=sum(module.numel for module in chosen) / total,
-                dense_fraction=sum(block.stop - block.start for block in dense) / total,
-                gradient_fraction=sum(param.numel() for param in trained) / total,
-                backward_depth=None if -1 in lowest else len(self._partition.layers) - min(lowest),
-            )
+        self.monitor.begin_round(
+            self._round,
+            self._trained.steps - self._round_step,
+            self.active,
+            scores(self._candidates, self.sampler.importance_beta, self.sampler.importance_norm),
+            draw.probability,
+            draw.perplexity,
         )
 
     def rehearse(self) -> None:
@@ -458,7 +315,7 @@ class MISA(torch.optim.Optimizer):
         Raises:
             RuntimeError: After the first step.
         """
-        if self._steps or self._released:
+        if self._trained.steps or self._released:
             raise RuntimeError("rehearse() came after the first step(): call it right after construction")
         width = np.array([module.width for module in self.modules])
         window = getattr(self.sampler, "depth_window", None)
@@ -475,8 +332,8 @@ class MISA(torch.optim.Optimizer):
         """
         if self._released:
             return
-        self._retire(list(self._rows))
-        self._arena = None
+        self._trained.retire(list(self._trained.rows))
+        self._trained.forget()
         for own in self.state.values():
             for name in [name for name in own if name not in SCORES]:
                 del own[name]
@@ -488,7 +345,8 @@ class MISA(torch.optim.Optimizer):
     @property
     def skipped_steps(self) -> int:
         """Steps left out for nonfinite gradients since construction; reading it waits for the device."""
-        return self._skipped_steps + (0 if self._arena is None else int(self._arena.skipped))
+        arena = self._trained.arena
+        return self._skipped_steps + (0 if arena is None else int(arena.skipped))
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Resume from a saved state: hyperparameters, scores, active set, position in the round, moments, masters.
@@ -508,7 +366,7 @@ class MISA(torch.optim.Optimizer):
         for hook in self._optimizer_load_state_dict_pre_hooks.values():
             saved = hook(self, saved) or saved
         own = checkpoint.match(saved, self.param_groups, self._slots.sizes())
-        values = checkpoint.scores(own, self._slots.spans, self._slots.scores)
+        values = self._slots.read(own)
         active = np.flatnonzero(self._slots.first(values["active"]))
         needed = int(self._candidates.numel[active].sum())
         if needed > self._partition.budget:
@@ -521,12 +379,12 @@ class MISA(torch.optim.Optimizer):
             group.update(checkpoint.hyperparameters(saved_group))
         position = saved["param_groups"][0]
         self._round, self._round_step = position["round"], position["round_step"]
-        self._steps, self._seed = position["steps"], position["seed"]
+        self._trained.steps, self._trained.seed = position["steps"], position["seed"]
         self._skipped_steps = position["skipped_steps"]
         self._candidates.importance[:] = self._slots.first(values["importance"])
         self._candidates.count[:] = self._slots.first(values["importance_count"])
         self._candidates.last_round[:] = self._slots.first(values["last_round"])
-        self._arena, self._rows, self._written = None, {}, {}
+        self._trained.forget()
         self.state.clear()
         for param, tensors in own.items():
             self.state[param].update(
@@ -549,11 +407,6 @@ class MISA(torch.optim.Optimizer):
         )
 
 
-def adopt_weight(master: Tensor, theta: Tensor) -> None:
-    """Where a 16-bit weight is no longer its master rounded, somebody set it: take it over into the master."""
-    master.copy_(torch.where(master.to(theta.dtype) == theta, master, theta.to(master.dtype)))
-
-
 def _complete(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
     """Make a state dict independent of the arena and add the position of the run (a post hook of torch's)."""
     assert isinstance(optimizer, MISA)
@@ -561,8 +414,8 @@ def _complete(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> N
     position = (
         optimizer._round,
         optimizer._round_step,
-        optimizer._steps,
-        optimizer._seed,
+        optimizer._trained.steps,
+        optimizer._trained.seed,
         optimizer.skipped_steps,
     )
     state_dict["param_groups"][0].update(zip(checkpoint.POSITION, position, strict=True))

@@ -67,8 +67,8 @@ class Partition:
         total_numel: N, the parameters that the user had not frozen, all roles included.
         budget: Most parameters that may be active at a time, dense ones apart.
         layers: Names of the layers, from the input to the output; empty where the groups do not tell.
-        dense_layer: The lowest layer that backward must reach for the sake of a dense parameter, None where
-            that is none. One that comes without a layer may lie anywhere and counts for layer 0.
+        dense_layer: Number of the lowest layer that backward must reach for the sake of dense parameters; None
+            where they need none, -1 where a group does not tell.
         split: Names of the modules that were cut into row blocks, being larger than the budget.
     """
 
@@ -133,9 +133,7 @@ def partition(
             "with requires_grad=True, without a role or with the role 'sampled'"
         )
     dense = [tensor for tensor in tensors if tensor.role == "dense"]
-    reached = [
-        0 if tensor.layer is None else position[tensor.layer] for tensor in dense if not tensor.is_behind
-    ]
+    reached = [-1 if tensor.layer is None else position[tensor.layer] for tensor in dense if not tensor.is_behind]
     return Partition(
         modules=modules,
         dense=[tensor.block for tensor in dense],
@@ -144,7 +142,7 @@ def partition(
         total_numel=total_numel,
         budget=budget,
         layers=layers,
-        dense_layer=min(reached, default=None) if layers else None,
+        dense_layer=min(reached, default=None),
         split=[module.name for module in split],
     )
 
@@ -282,8 +280,8 @@ def _modules(tensors: Sequence[_Tensor], position: Mapping[str, int], granularit
         if granularity == "layer":
             if tensor.layer is None:
                 raise ValueError(
-                    f"granularity='layer' must know the layer of every sampled parameter, and group "
-                    f"{tensor.group} has no 'layers': make the groups with param_groups(model)"
+                    f"granularity='layer' needs the layer of every sampled parameter, and group {tensor.group} has "
+                    "no 'layers': make the groups with param_groups(model)"
                 )
             names = (tensor.layer,)
         whole = tensor.block

@@ -129,11 +129,10 @@ class ImportanceSampler:
         first = self._first(candidates, eligible, budget, ties)
         # In descending order of keys: draws from p, one by one, each restricted to what is left and fits.
         order = eligible[np.argsort(-(log_p + gumbel[eligible]), kind="stable")]
-        room = budget - int(candidates.numel[first].sum())
-        active = first + _pack(order[~np.isin(order, first)], candidates.numel, room)
+        active = np.sort(_pack(np.append(first, order), candidates.numel, budget))
         probability = np.zeros(candidates.numel.size)
         probability[eligible] = np.exp(log_p)
-        return Draw(np.array(sorted(active), dtype=np.int64), probability, _perplexity(log_p), eta)
+        return Draw(active, probability, _perplexity(log_p), eta)
 
     def _log_probability(self, candidates: Candidates, eligible: Ints, budget: int) -> tuple[Floats, float]:
         """Return log p of the eligible candidates, and eta; the unscored count as the mean of the scored."""
@@ -147,7 +146,7 @@ class ImportanceSampler:
         clip = math.inf if self.exponent_clip is None else self.exponent_clip
         return _log_softmax(np.minimum(self.eta * score, clip)), float(self.eta)
 
-    def _first(self, candidates: Candidates, eligible: Ints, budget: int, ties: Floats) -> list[int]:
+    def _first(self, candidates: Candidates, eligible: Ints, budget: int, ties: Floats) -> Ints:
         """Return what enters before the weighted draw: what a sweep has left, else the longest waiting."""
         numel, last_round = candidates.numel, candidates.last_round
         unvisited = eligible[last_round[eligible] < 0]
@@ -156,7 +155,7 @@ class ImportanceSampler:
         waiting = eligible[np.lexsort((-ties[eligible], last_round[eligible]))][: self.least_recent]
         longest = _pack(waiting[:1], numel, budget)
         room = math.floor(self.least_recent_share * budget) - int(numel[longest].sum())
-        return longest + _pack(waiting[1:], numel, room)
+        return np.append(longest, _pack(waiting[1:], numel, room))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -269,9 +268,7 @@ def costliest(candidates: Candidates, width: Ints, budget: int, depth_window: in
         inputs.setdefault((int(layer[b]) if layer[b] >= 0 else -1 - b, int(width[b])), b)
     lowest = densest[layer[densest] == layer[layer >= 0].min(initial=layer.max())]
     reach = lowest[np.argsort(numel[lowest], kind="stable")][:1]
-    # As keys of a dict, the numbers keep their first place and lose the later ones.
-    order = dict.fromkeys([*reach.tolist(), *inputs.values(), *largest.tolist()])
-    return np.sort(_pack(np.array(list(order)), numel, budget))
+    return np.sort(_pack(np.concatenate([reach, [*inputs.values()], largest]), numel, budget))
 
 
 def _rng(seed: int, stream: int) -> np.random.Generator:
@@ -339,14 +336,17 @@ def _log_probability_at(perplexity: float, score: Floats) -> tuple[Floats, float
     return _log_softmax(-high * gap), high / spread
 
 
-def _pack(order: Ints, numel: Ints, room: int) -> list[int]:
-    """Go through `order`, take each candidate that still fits into `room` parameters and skip the others."""
-    taken = []
+def _pack(order: Ints, numel: Ints, room: int) -> Ints:
+    """Go through `order`, take each candidate that still fits into `room` parameters and skip the others.
+
+    A candidate that occurs again is passed over.
+    """
+    taken: dict[int, None] = {}
     for b, size in zip(order.tolist(), numel[order].tolist(), strict=True):
-        if size <= room:
-            taken.append(b)
+        if size <= room and b not in taken:
+            taken[b] = None
             room -= size
-    return taken
+    return np.array(list(taken), dtype=np.int64)
 
 
 def _is_number(x: Any) -> bool:

@@ -75,6 +75,34 @@ class Slots:
         sampled = self.candidate[self.dense :]
         self.scores[name].numpy()[self.dense :] = values[sampled]
 
+    def read(self, own: dict[Tensor, dict[str, Any]]) -> dict[str, Tensor]:
+        """Return saved score vectors over all slots, on the host.
+
+        Args:
+            own: Saved state by parameter, see `checkpoint.match`.
+
+        Raises:
+            ValueError: If scores are missing, or the blocks of a parameter are not those that were saved.
+        """
+        vectors = {name: torch.zeros_like(vector) for name, vector in self.scores.items()}
+        for param, span in self.spans.items():
+            if span.start < self.dense:
+                continue
+            shape, count = tuple(param.shape), span.stop - span.start
+            for name, vector in vectors.items():
+                if name not in own[param]:
+                    raise ValueError(
+                        f"state dict has no scores ({name!r}) for a tensor of shape {shape}: it is incomplete or "
+                        "belongs to another model"
+                    )
+                if own[param][name].numel() != count:
+                    raise ValueError(
+                        f"state dict has {own[param][name].numel()} blocks for a tensor of shape {shape} but this "
+                        f"optimizer has {count}: use the delta, granularity and oversized it was saved with"
+                    )
+                vector[span] = own[param][name].cpu()
+        return vectors
+
     def sum(self, values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
         """Return the sum over the slots of each candidate, from one number a slot."""
         total = np.zeros(len(self.of))

@@ -292,12 +292,10 @@ class Simulation:
     def _discard(self, b: int) -> None:
         """Line 16: theta <- theta - lr beta1/(1-beta1) m^/(sqrt(v^)+eps), no decay, if the age is above 0."""
         for i in self.members[b]:
-            group = self.groups[self.group[i]]
-            if self.options.momentum_flush and self.states[i].age > 0:
-                beta1 = group.betas[0]
-                self.theta[i] = self.theta[i] - group.lr * beta1 / (1 - beta1) * self._direction(
-                    i, self.states[i].v
-                )
+            state, group = self.states[i], self.groups[self.group[i]]
+            if self.options.momentum_flush and state.age > 0:
+                factor = group.lr * group.betas[0] / (1 - group.betas[0])
+                self.theta[i] = self.theta[i] - factor * self._direction(i, state.v)
             del self.states[i]
 
     def _fresh(self, i: int) -> State:

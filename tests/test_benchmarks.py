@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import time
 
 import numpy as np
 import pytest
@@ -152,6 +153,36 @@ def test_smoke_counts_tests(tmp_path):
         '<testsuite tests="3" failures="0" errors="0" skipped="0"/></testsuites>'
     )
     assert gpu.count_tests(report) == {"passed": 6, "failed": 2, "skipped": 2}
+
+
+@pytest.fixture
+def other_project(tmp_path, monkeypatch):
+    """A checkout with three GPU tests, which need none, and one test that must not run."""
+    (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers = gpu\n")
+    (tmp_path / "test_some.py").write_text(
+        "import time, pytest\n"
+        "@pytest.mark.gpu\ndef test_passes(): time.sleep(0.2)\n"
+        "@pytest.mark.gpu\ndef test_skips(): pytest.skip()\n"
+        "@pytest.mark.gpu\ndef test_fails(): assert not __file__.endswith('failing.py')\n"
+        "def test_other(): assert False\n"
+    )
+    monkeypatch.setattr(gpu.record, "ROOT", tmp_path)
+    return tmp_path
+
+
+def test_smoke_runs_the_gpu_tests_and_no_others(other_project):
+    counts = gpu.run_gpu_tests(time.monotonic() + 60)
+    assert (counts["passed"], counts["failed"], counts["skipped"]) == (2, 0, 1)
+    assert counts["ok"] is True and counts["timed_out"] is False
+    (other_project / "test_some.py").rename(other_project / "test_failing.py")
+    counts = gpu.run_gpu_tests(time.monotonic() + 60)
+    assert (counts["passed"], counts["failed"], counts["skipped"]) == (1, 1, 1)
+    assert counts["ok"] is False and counts["exit_code"] == 1
+
+
+def test_smoke_stops_at_the_time_limit(other_project):
+    counts = gpu.run_gpu_tests(time.monotonic() + 0.05)
+    assert counts["timed_out"] is True and counts["ok"] is False and counts["passed"] == 0
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens without a CUDA device")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -177,9 +178,7 @@ def test_update_matches_float64(libraries, n, t):
         for letter, got, want, bound in zip(("theta", "m", "v"), result, expected, bounds, strict=True):
             excess = np.abs(got - want) - bound
             assert got.dtype == np.float32
-            assert (excess <= 0).all(), (
-                f"{name}: {letter} is off by {excess.max()} more than roundings explain"
-            )
+            assert (excess <= 0).all(), f"{name}: {letter} is off by {excess.max()} more than roundings explain"
 
 
 @given(
@@ -191,9 +190,7 @@ def test_update_matches_float64(libraries, n, t):
     t=st.integers(1, 1_000_000),
     seed=st.integers(0, 2**32 - 1),
 )
-def test_update_matches_float64_for_any_hyperparameters(
-    libraries, lr, beta1, beta2, eps, weight_decay, t, seed
-):
+def test_update_matches_float64_for_any_hyperparameters(libraries, lr, beta1, beta2, eps, weight_decay, t, seed):
     hyper = hyper_at(t, lr, beta1, beta2, eps, weight_decay)
     state = draw_state(64, seed, fresh=False)
     bounds = rounding_bounds(*state, hyper, ROUNDINGS["header"])
@@ -354,9 +351,7 @@ def test_reference_rounds_as_the_header(libraries):
     """Bit for bit, over all exponents and subnormals."""
     x = random_floats(1 << 18, seed=4)
     noise = header_noise16(libraries[0], np.arange(x.size, dtype=np.uint64), key=99)
-    ours = reference.round_stochastic(
-        torch.from_numpy(x), torch.bfloat16, torch.from_numpy(noise.astype(np.int64))
-    )
+    ours = reference.round_stochastic(torch.from_numpy(x), torch.bfloat16, torch.from_numpy(noise.astype(np.int64)))
     np.testing.assert_array_equal(torch_bits(ours), header_stochastic(libraries[0], x, noise))
 
 
@@ -367,3 +362,25 @@ def test_reference_rounds_nonfinite_as_the_header(libraries):
     ours = bf16_values(torch_bits(reference.round_stochastic(x, torch.bfloat16, noise)))
     theirs = bf16_values(header_stochastic(libraries[0], bits.view(np.float32), noise.numpy()))
     np.testing.assert_array_equal(ours, theirs)
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
+def test_gpu_code_rounds_whatever_the_flags_say(tmp_path):
+    """The flags that would make division and square root approximate reach nothing in the header."""
+    source = tmp_path / "one.cu"
+    source.write_text(
+        '#include "adamw.h"\n'
+        "__global__ void one(float* theta, float g, float* m, float* v, float a, float b, std::uint16_t* out) {\n"
+        "  misa::adamw(*theta, g, *m, *v, a, b, a, b, a, b, a, b);\n"
+        "  *out = misa::bf16_stochastic(*theta, misa::noise16(7, 3));\n"
+        "}\n"
+    )
+    flags = ["-prec-div=false", "-prec-sqrt=false", "-fmad=true", "-arch=sm_80"]
+    command = ["nvcc", "-ptx", *flags, f"-I{ROOT / 'csrc'}", "-o", str(tmp_path / "one.ptx"), str(source)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    ptx = (tmp_path / "one.ptx").read_text()
+    counts = {name: len(re.findall(rf"\b{re.escape(name)}\b", ptx)) for name in ("div.rn.f32", "sqrt.rn.f32")}
+    assert counts == {"div.rn.f32": 1, "sqrt.rn.f32": 1}
+    assert ptx.count("fma.rn.f32") == 4
+    assert "approx" not in ptx and "div.full" not in ptx

@@ -71,7 +71,7 @@ class Case:
         arguments: keyword arguments of MISA, which the simulation knows under the same names.
         draw: sampler to build, None for the preset's own; sampler holds its options.
         by_layer: candidates are layers.
-        missing: (step, module) -> whether the module gets no gradient.
+        missing: (step, tensor) -> whether the tensor gets no gradient.
         nonfinite: steps whose gradients hold a NaN or an infinity.
         schedule: whether lr, betas and weight decay change in mid-round.
     """
@@ -90,9 +90,14 @@ class Case:
     rounds: int = 14
 
 
-def expert_starves(step: int, module: str) -> bool:
-    """No token for the experts on two steps of three, and none at all for queries in later rounds."""
-    return (module.endswith("expert") and step % 3 > 0) or (module.endswith("query") and step % 16 >= 8)
+def whole_modules(step: int, tensor: Tensor) -> bool:
+    """No token for the experts on two steps of three, and no gradient for queries in two rounds of four."""
+    return (tensor.module.endswith("expert") and step % 3 > 0) or (tensor.module.endswith("query") and step % 16 >= 8)
+
+
+def second_tensors(step: int, tensor: Tensor) -> bool:
+    """Of an expert's two matrices, the second goes without on three steps of four: ages are per tensor."""
+    return tensor.module.endswith("expert") and tensor.shape == (6, 3) and step % 4 != 1
 
 
 EVERYTHING = {"max_grad_norm": 0.5, "skip_nonfinite": True, "momentum_flush": True, "v_floor": True}
@@ -104,7 +109,8 @@ CASES = {
     "default, most modules": Case(delta=0.8),
     "default, schedule": Case(schedule=True),
     "default, clipped": Case(arguments={"max_grad_norm": 0.3}),
-    "default, missing gradients": Case(missing=expert_starves),
+    "default, missing gradients": Case(missing=whole_modules),
+    "default, half an expert": Case(missing=second_tensors, arguments={"momentum_flush": True}, delta=0.5),
     "default, nonfinite": Case(arguments={"skip_nonfinite": True}, nonfinite=(1, 6, 7, 16, 17, 18, 19, 30)),
     "default, flush": Case(arguments={"momentum_flush": True}, delta=0.5),
     "default, floor": Case(arguments={"v_floor": True, "backend": "reference"}, delta=0.5),
@@ -112,7 +118,7 @@ CASES = {
     "default, layers": Case(draw="importance", sampler={"granularity": "layer"}, by_layer=True, delta=0.6),
     "everything": Case(
         arguments={**EVERYTHING, "backend": "reference"},
-        missing=expert_starves,
+        missing=whole_modules,
         nonfinite=(2, 9, 10, 11, 12),
         schedule=True,
         inner_steps=5,
@@ -124,7 +130,7 @@ CASES = {
     "eta 20": Case(draw="importance", sampler={"eta": 20.0, "importance_beta": 0.5, "least_recent": 3}),
     "perplexity": Case(draw="importance", sampler={"perplexity": 0.9, "least_recent": 0}),
     "paper": Case("paper", inner_steps=5),
-    "paper, schedule": Case("paper", schedule=True, inner_steps=3, missing=expert_starves),
+    "paper, schedule": Case("paper", schedule=True, inner_steps=3, missing=whole_modules),
     "paper, floor": Case("paper", {"v_floor": True}),
     "authors": Case("authors"),
     "authors, schedule": Case("authors", schedule=True, delta=0.5, inner_steps=3),
@@ -143,24 +149,29 @@ TOLERANCE = {
     torch.float64: {"theta": 1e-9, "score": 1e-9, "zero": 1e-12},
     torch.float32: {"theta": 2e-5, "score": 1e-4, "zero": 2e-6},
 }
-# Between AdamW and MISA in float32, in units in the last place of the largest value that the weight has had:
-# half a unit of rounding a step on either side, adding up as a random walk over 60 steps.
+# Between AdamW and MISA in float32, in units in the last place of the largest value that a weight has had. Each
+# step rounds either weight by half a unit, and 120 such errors add up like a random walk: 0.29 * 120^0.5 = 3 units
+# of standard deviation. Measured over eight seeds: 6 at most.
 ADAMW_ULPS = 8
 # The solver of the optimizer owes the perplexity "well below 1 %", and no more.
-SOLVED = 1e-4
+SOLVED = 1e-5
 
 
-def gradient(i: int, theta: list[Floats], step: int) -> Floats:
-    """A smooth nonlinear coupling of all weights, swinging with the step, of a size that is the tensor's own.
+@functools.cache
+def phase(i: int, shape: tuple[int, ...]) -> Floats:
+    """Where in its swing each element of a gradient starts."""
+    return np.random.default_rng([i, 7]).uniform(0, 2 * math.pi, shape)
 
-    Norms of the tensors spread over four orders of magnitude.
-    """
-    own = theta[i]
-    phase = np.random.default_rng([i, 7]).uniform(0, 2 * math.pi, own.shape)
-    everyone = sum(float(np.tanh(other).mean()) for other in theta)
-    norm = 10 ** (-3.4 + 4 * ((5 * i) % 19) / 18) * (1 + 0.5 * math.sin(0.11 * step + i))
-    direction = np.tanh(own + 0.3 * np.roll(own, 1)) + 0.2 * everyone + np.cos(phase + 0.4 * step)
-    return norm / math.sqrt(own.size) * direction
+
+def smooth_gradients(theta: list[Floats], step: int) -> list[Floats]:
+    """A nonlinear coupling of all weights that swings with the step, in norms over four orders of magnitude."""
+    everyone = sum(float(np.tanh(own).mean()) for own in theta)
+    gradients = []
+    for i, own in enumerate(theta):
+        norm = 10 ** (-3.4 + 4 * ((5 * i) % 19) / 18) * (1 + 0.5 * math.sin(0.11 * step + i))
+        direction = np.tanh(own + 0.3 * np.roll(own, 1)) + np.cos(phase(i, own.shape) + 0.4 * step)
+        gradients.append(norm / math.sqrt(own.size) * (direction + 0.2 * everyone))
+    return gradients
 
 
 class Pair:
@@ -227,10 +238,10 @@ class Pair:
 
     def gradients(self, theta: list[Floats]) -> dict[int, Floats | None]:
         """Gradients of one world, with those left out or spoilt that the case says."""
-        gradients: dict[int, Floats | None] = {}
+        gradients: dict[int, Floats | None] = dict(enumerate(smooth_gradients(theta, self.step_number)))
         for i, t in enumerate(self.tensors):
-            starved = self.case.missing is not None and self.case.missing(self.step_number, t.module)
-            gradients[i] = None if starved else gradient(i, theta, self.step_number)
+            if self.case.missing is not None and self.case.missing(self.step_number, t):
+                gradients[i] = None
         if self.step_number in self.case.nonfinite:
             # In a dense tensor at even steps, in all tensors at odd ones.
             for i, g in gradients.items():
@@ -308,10 +319,10 @@ class Pair:
 
     def compare_rounds(self) -> None:
         """The monitor's records of all rounds so far."""
-        tolerance = TOLERANCE[self.dtype]
+        simulation, tolerance = self.simulation, TOLERANCE[self.dtype]
         rounds = list(self.optimizer.monitor.rounds)
-        assert len(rounds) == len(self.simulation.rounds)
-        for got, expected in zip(rounds, self.simulation.rounds, strict=True):
+        assert len(rounds) == len(simulation.rounds)
+        for got, expected in zip(rounds, simulation.rounds, strict=True):
             where = f"round {expected.number}"
             assert got.round == expected.number
             assert got.first_step == expected.first_step, where
@@ -319,13 +330,16 @@ class Pair:
             close = functools.partial(assert_allclose, err_msg=where)
             close(got.importance, expected.importance, rtol=2 * tolerance["score"])
             # A relative error of eta moves log p by so much times the span of the exponents.
-            span = 1 - np.log(np.maximum(expected.probability, 1e-300)).min()
+            span = 1 - np.log(expected.probability[expected.probability > 0]).min()
             loose = max(tolerance["score"], SOLVED if self._solves_eta() else 0.0)
             close(got.probability, expected.probability, rtol=loose * span, atol=1e-290)
             close(got.perplexity, expected.perplexity, rtol=loose)
             close(got.perplexity_fraction, expected.perplexity / len(expected.probability), rtol=loose)
             close(got.active_fraction, expected.active_fraction, rtol=1e-12)
             assert got.active_fraction <= self.case.delta
+            dense = sum(t.size for t, b in zip(simulation.theta, simulation.candidate, strict=True) if b == DENSE)
+            fraction = expected.active_fraction + dense / simulation.total_numel
+            close(got.gradient_fraction, fraction, rtol=1e-12)
             assert got.backward_depth == expected.backward_depth, where
             assert got.skipped_steps == expected.skipped_steps, where
 
@@ -373,12 +387,12 @@ def test_split_tensor_is_sampled_by_row_blocks():
     for step in range(45):
         own = [p.detach().numpy() for p in params]
         own = [own[0][:7], own[0][7:14], own[0][14:], *own[1:]]
-        pieces = [gradient(i, own, step) for i in range(6)]
+        pieces = smooth_gradients(own, step)
         optimizer.zero_grad()
         for p, g in zip(params, [np.concatenate(pieces[:3]), *pieces[3:]], strict=True):
             p.grad = torch.tensor(g) if p.requires_grad else None
         optimizer.step()
-        simulation.step({i: gradient(i, simulation.theta, step) for i in range(6)})
+        simulation.step(dict(enumerate(smooth_gradients(simulation.theta, step))))
         assert list(optimizer.active) == simulation.active
         assert params[0].requires_grad == (simulation.active[0] < 3)
         theta = [np.concatenate(simulation.theta[:3]), *simulation.theta[3:]]
@@ -391,7 +405,11 @@ def test_split_tensor_is_sampled_by_row_blocks():
 def network(dtype: torch.dtype) -> nn.Sequential:
     """Matrices and vectors, so that delta = 1 has modules as well as dense tensors."""
     torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(6, 9), nn.Tanh(), nn.LayerNorm(9), nn.Linear(9, 4)).to(dtype)
+    model = nn.Sequential(nn.Linear(6, 9), nn.Tanh(), nn.LayerNorm(9), nn.Linear(9, 4))
+    for p in model.parameters():
+        # A weight that started at zero would be no larger than its updates, and its ulp no measure for them.
+        nn.init.normal_(p)
+    return model.to(dtype)
 
 
 def adamw_and_misa(models: list[nn.Sequential], steps: int) -> list[tuple[torch.optim.Optimizer, Any]]:

@@ -1,0 +1,141 @@
+"""Bad input: one sentence with the value, the rule and the remedy, and nothing changed."""
+
+import pytest
+import tiny
+import torch
+from torch import nn
+
+from misa_kernels import MISA, ImportanceSampler, param_groups
+
+RANGES = [
+    ("lr", -1.0),
+    ("lr", float("nan")),
+    ("lr", float("inf")),
+    ("lr", "fast"),
+    ("lr", torch.tensor(-1.0)),
+    ("betas", (0.9,)),
+    ("betas", (0.9, 1.0)),
+    ("betas", (-0.1, 0.9)),
+    ("betas", 0.9),
+    ("eps", -1e-8),
+    ("weight_decay", -0.1),
+    ("delta", 0.0),
+    ("delta", 1.5),
+    ("delta", float("nan")),
+    ("delta", "3 %"),
+    ("delta", True),
+    ("inner_steps", 0),
+    ("inner_steps", 2.5),
+    ("inner_steps", "many"),
+    ("total_steps", 0),
+    ("total_steps", 1e3),
+    ("sampler", "uniform"),
+    ("sampler", ImportanceSampler),
+    ("keep_states", "all"),
+    ("momentum_flush", "yes"),
+    ("v_floor", True),
+    ("param_precision", "split"),
+    ("max_grad_norm", 0.0),
+    ("max_grad_norm", float("inf")),
+    ("skip_nonfinite", None),
+    ("seed", -1),
+    ("seed", 0.5),
+    ("seed", 2**63),
+    ("process_group", object()),
+    ("backend", "triton"),
+    ("backend", "cpu"),
+    ("amsgrad", True),
+    ("maximize", True),
+    ("foreach", True),
+    ("fused", True),
+    ("capturable", True),
+    ("differentiable", True),
+    ("momentum", 0.9),
+]
+
+
+def flags_and_grads(model):
+    return [(p.requires_grad, p.grad is None) for p in model.parameters()]
+
+
+@pytest.mark.parametrize(("name", "value"), RANGES, ids=[f"{name}={value!r:.20}" for name, value in RANGES])
+def test_argument_out_of_range(name, value):
+    model = tiny.build()
+    tiny.loss_of(model, tiny.batch(0)).backward()
+    before = flags_and_grads(model)
+    with pytest.raises((ValueError, TypeError)) as error:
+        MISA(param_groups(model), **{"delta": 0.3, name: value})
+    message = str(error.value)
+    assert name in message
+    # One sentence: no line break, no full stop but that of an attribute or a number.
+    assert "\n" not in message and ". " not in message
+    assert flags_and_grads(model) == before
+    # And nothing is left behind that would keep the next one from being built.
+    MISA(param_groups(model), delta=0.3)
+
+
+def test_defaults_of_adamw_are_accepted():
+    defaults = {"amsgrad": False, "maximize": False, "foreach": None, "capturable": False, "fused": None}
+    MISA(param_groups(tiny.build()), delta=0.3, differentiable=False, **defaults)
+
+
+def parameters(*shapes, **options):
+    return [nn.Parameter(torch.zeros(shape, **options)) for shape in shapes]
+
+
+@pytest.mark.parametrize(
+    ("params", "message"),
+    [
+        (lambda: [], "params is empty"),
+        (lambda: [{"params": []}], "params is empty"),
+        (lambda: [{"params": parameters((2, 2))}, *parameters((2, 2))], "either"),
+        (lambda: parameters((2, 2))[0], "give a list"),
+        (lambda: set(parameters((2, 2))), "give a list"),
+        (lambda: parameters((2, 2)) * 2, "given twice"),
+        (lambda: [{"params": (p := parameters((2, 2)))}, {"params": p}], "given twice"),
+        (lambda: parameters((5,), (3,)), "be sampled"),
+        (lambda: parameters((2, 2), (10, 10)), "must not exceed the budget"),
+        (lambda: parameters((2, 2), dtype=torch.complex64), "must be real|real parameters"),
+        (lambda: [{"params": parameters((2, 2)), "role": "trained"}], "role='trained'"),
+        (lambda: [{"params": parameters((2, 2)), "seed": 3}], "seed=3 stands in a param group"),
+        (lambda: [{"params": parameters((2, 2)), "lr": -3.0}], "lr=-3.0"),
+        (lambda: [{"params": parameters((2, 2)), "amsgrad": True}], "amsgrad=True"),
+        (lambda: [nn.Parameter(torch.zeros(4, 4).t()[:, :2])], "contiguous"),
+        (
+            lambda: [{"params": [nn.Parameter(torch.zeros(2, 2).int(), requires_grad=False)], "role": "dense"}],
+            "floating",
+        ),
+        (lambda: [nn.Parameter(torch.zeros(2, 2).to(torch.float8_e4m3fn)) for _ in range(4)], "MISA trains float32"),
+    ],
+)
+def test_parameters_that_cannot_be_optimized(params, message):
+    with pytest.raises((ValueError, TypeError), match=message):
+        MISA(params(), delta=0.3)
+
+
+def test_group_without_params_is_one_sentence():
+    with pytest.raises(ValueError, match="group 0 has no 'params'"):
+        MISA([{"role": "sampled"}])
+
+
+def test_float16_needs_a_master():
+    with pytest.raises(ValueError, match="use 'master'"):
+        MISA(parameters((2, 2), dtype=torch.float16), delta=1.0, param_precision="stochastic")
+
+
+def test_sparse_gradient_is_refused_and_changes_nothing():
+    embedding = nn.Embedding(10, 4, sparse=True)
+    other = nn.Parameter(torch.ones(4, 4))
+    optimizer = MISA([other, embedding.weight], delta=1.0)
+    other.grad = torch.ones(4, 4)
+    embedding(torch.tensor([1, 2])).sum().backward()
+    with pytest.raises(TypeError, match="sparse=False"):
+        optimizer.step()
+    assert torch.equal(other, torch.ones(4, 4))
+    assert optimizer.state_dict()["param_groups"][0]["steps"] == 0
+
+
+def test_weights_on_several_devices_or_none_are_refused():
+    optimizer = MISA([nn.Parameter(torch.ones(2, 2, device="meta")), nn.Parameter(torch.ones(2, 2))], delta=1.0)
+    with pytest.raises(RuntimeError, match="cpu, meta"):
+        optimizer.step()
