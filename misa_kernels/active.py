@@ -162,21 +162,22 @@ class ActiveSet:
     def retire(self, leave: Iterable[int]) -> None:
         """Flush, write back and forget the slots given."""
         rows = {slot: self.rows.pop(slot) for slot in leave}
-        self._refresh(rows)
-        for slot, row in rows.items():
-            block = self._slots.blocks[slot]
+        flushed = {slot for slot in rows if self._momentum_flush and slot >= self._slots.dense}
+        written = {slot: row for slot, row in rows.items() if slot in flushed or row.master is not None}
+        self._refresh(written)
+        for slot, row in written.items():
             theta = row.theta.to(row.exp_avg.dtype) if row.master is None else row.master
-            flushed = self._momentum_flush and slot >= self._slots.dense
-            if flushed:
+            if slot in flushed:
                 theta = momentum_flush(theta, row.exp_avg, row.exp_avg_sq, row.hyper, row.age)
-            if flushed or row.master is not None:
-                # Stochastic, or updates below half an ulp would be lost in every round. Odd numbers, since the
-                # even ones key the noise of the steps.
-                key = noise_key(self.seed, 2 * self.steps + 1, block.index)
-                store_weight(row.theta, theta, row.start, key)
+            # Stochastic, or updates below half an ulp would be lost in every round. Odd numbers, since the even
+            # ones key the noise of the steps.
+            key = noise_key(self.seed, 2 * self.steps + 1, self._slots.blocks[slot].index)
+            store_weight(row.theta, theta, row.start, key)
+        for slot in rows:
+            param = self._slots.blocks[slot].param
             for name in ELEMENTWISE:
-                self._state[block.param].pop(self._slots.key(name, slot), None)
-            self._written.pop(block.param, None)
+                self._state[param].pop(self._slots.key(name, slot), None)
+            self._written.pop(param, None)
 
     def forget(self) -> None:
         """Drop rows and arena, writing nothing back; what is in `state` counts from now on."""

@@ -19,11 +19,6 @@ POSITION = ("round", "round_step", "steps", "seed", "skipped_steps")
 ELEMENTWISE = ("exp_avg", "exp_avg_sq", "master")
 
 
-def key(name: str, number: int, blocks: int) -> str:
-    """Return the state key of one block's tensor: "exp_avg", or "exp_avg.3" for block 3 of several."""
-    return name if blocks == 1 else f"{name}.{number}"
-
-
 def detach(state: dict[Any, dict[str, Any]]) -> dict[Any, dict[str, Any]]:
     """Return a copy of a state whose tensors share no memory with it.
 
@@ -46,14 +41,14 @@ def detach(state: dict[Any, dict[str, Any]]) -> dict[Any, dict[str, Any]]:
 
 
 def match(
-    saved: dict[str, Any], groups: Sequence[dict[str, Any]], sizes: dict[Tensor, list[int]]
+    saved: dict[str, Any], groups: Sequence[dict[str, Any]], sizes: dict[Tensor, dict[str, int]]
 ) -> dict[Tensor, dict[str, Any]]:
     """Return the saved state of each parameter that may be trained.
 
     Args:
         saved: What `state_dict` returned.
         groups: The live `param_groups`.
-        sizes: Numel of each block of every parameter that may be trained.
+        sizes: For every parameter that may be trained, its elementwise state keys and their numel.
 
     Raises:
         ValueError: If it is another optimizer's, another model's, or made with other block boundaries.
@@ -93,12 +88,10 @@ def _check_names(ours: list[Any] | None, theirs: list[Any] | None, what: str) ->
     )
 
 
-def _check_elements(state: dict[str, Any], sizes: list[int], name: str) -> None:
-    for number, size in enumerate(sizes):
-        for field in ELEMENTWISE:
-            value = state.get(key(field, number, len(sizes)))
-            if value is not None and value.numel() != size:
-                raise ValueError(
-                    f"state dict has {field} of {value.numel()} elements for {name} but this optimizer needs {size}: "
-                    "it belongs to another model"
-                )
+def _check_elements(state: dict[str, Any], sizes: dict[str, int], name: str) -> None:
+    for field, size in sizes.items():
+        if field in state and state[field].numel() != size:
+            raise ValueError(
+                f"state dict has {field} of {state[field].numel()} elements for {name} but this optimizer needs {size}: "
+                "it belongs to another model"
+            )

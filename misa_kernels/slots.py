@@ -13,7 +13,6 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from misa_kernels.checkpoint import key
 from misa_kernels.partition import Block, Partition
 
 # One number a sampled block, on the host, from construction on: what the sampler knows and what is active.
@@ -54,6 +53,8 @@ class Slots:
         for slot, block in enumerate(self.blocks):
             start = self.spans[block.param].start if block.param in self.spans else slot
             self.spans[block.param] = slice(start, slot + 1)
+        alone = [self.spans[block.param].stop - self.spans[block.param].start == 1 for block in self.blocks]
+        self._suffixes = ["" if a else f".{block.number}" for a, block in zip(alone, self.blocks, strict=True)]
         self.scores = {name: torch.zeros(len(self.blocks), dtype=dtype) for name, dtype in SCORES.items()}
 
     def sizes(self) -> dict[Tensor, list[int]]:
@@ -61,10 +62,8 @@ class Slots:
         return {param: [block.stop - block.start for block in self.blocks[span]] for param, span in self.spans.items()}
 
     def key(self, name: str, slot: int) -> str:
-        """Return the state key of one slot's tensor, see `checkpoint.key`."""
-        block = self.blocks[slot]
-        span = self.spans[block.param]
-        return key(name, block.number, span.stop - span.start)
+        """Return the state key of one slot's tensor: "exp_avg", or "exp_avg.3" for block 3 of several."""
+        return name + self._suffixes[slot]
 
     def first(self, values: Tensor) -> npt.NDArray[Any]:
         """Return one number a candidate, that of its first slot, from one a slot."""

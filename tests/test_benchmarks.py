@@ -127,6 +127,19 @@ def test_plans_draw_often_enough_and_visit_layers_equally(name):
     assert plan.rounds % SHAPES[name].layers == 0
 
 
+@pytest.mark.parametrize("peer", ["badam", "misa", "misa_window"])
+@pytest.mark.parametrize("name", sorted(PLANS))
+def test_plans_leave_room_for_a_layer(name, peer):
+    """On weights without data: an error of the budget must not wait for a GPU."""
+    with torch.device("meta"):
+        model = Llama(SHAPES[name])
+    optimizer = PEERS[peer](model, PLANS[name], 0).optimizer
+    assert optimizer.active
+    if peer == "badam":
+        (active,) = optimizer.active
+        assert optimizer.modules[active].numel == sum(p.numel() for p in model.layers[0].parameters() if p.dim() > 1)
+
+
 def test_e2e_says_what_the_time_limit_left_out(tmp_path, capsys):
     command = ["--stage", "e2e", "--device", "cpu", "--shape", "tiny", "--out", str(tmp_path)]
     assert gpu.main([*command, "--time-limit", "0"]) == 0

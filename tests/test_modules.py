@@ -406,6 +406,12 @@ MODELS = {
         2 + 6,
         {"in.weight": "one"},
     ),
+    "a ModuleDict as a name space": Expected(
+        lambda: nn.ModuleDict({"wte": nn.Embedding(5, 4), "h": nn.ModuleList([Block()]), "ln_f": nn.LayerNorm(4)}),
+        {"h.0": ["mix"]},
+        1 + 3 + 2,
+        {"wte.weight": "h.0", "ln_f.weight": None},
+    ),
     "layers as lists": Expected(
         pairs_in_lists,
         stack("layers", ["0.1", "1.mix"], ["0.1", "1.mix"]),

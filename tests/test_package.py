@@ -54,10 +54,10 @@ def test_version_is_a_release_number():
 
 
 def test_import_costs_little_beyond_torch():
-    """Promised are 50 ms; asserted twice that of the best of three, as other work shares the cores."""
+    """Promised are 50 ms; asserted twice that of processor time, the best of three: the cores are shared."""
     code = (
-        "import time, torch; start = time.perf_counter(); import misa_kernels; "
-        "print(1e3 * (time.perf_counter() - start))"
+        "import time, torch; start = time.process_time(); import misa_kernels; "
+        "print(1e3 * (time.process_time() - start))"
     )
     assert min(float(run_python(code)) for _ in range(3)) < 100
 
