@@ -10,7 +10,7 @@ import gc
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -38,7 +38,8 @@ class Plan:
         delta: MISA's and BAdam's budget: room for one whole layer, which BAdam needs.
         checkpointing: Keep the layers' inputs alone and compute activations again in the backward pass.
         inner_steps: Steps in a round of a sampler: few, so that many draws are seen.
-        rounds: Rounds of a sampler in a turn: a multiple of the layers, for BAdam to visit all equally often.
+        rounds: Rounds of a sampler in a turn, an even number for the two halves of the window; BAdam gets as
+            many more as it needs to visit each layer equally often.
         steps: Iterations in a turn of a peer without rounds.
         turns: How often each peer has its turn.
     """
@@ -61,19 +62,26 @@ class Plan:
 
 # In the order of their worth: what the time limit cuts off is at the end.
 PLANS = {
-    "8b": Plan("8b", 2, 2048, delta=0.03, checkpointing=True, inner_steps=2, rounds=32),
-    "1b": Plan("1b", 4, 2048, delta=0.05, checkpointing=False, inner_steps=5, rounds=16),
-    "130m": Plan("130m", 32, 512, delta=0.06, checkpointing=False, inner_steps=5, rounds=24),
+    "8b": Plan("8b", 2, 2048, delta=0.03, checkpointing=True, inner_steps=2, rounds=12),
+    "1b": Plan("1b", 4, 2048, delta=0.05, checkpointing=False, inner_steps=5, rounds=12),
+    "130m": Plan("130m", 32, 512, delta=0.06, checkpointing=False, inner_steps=5, rounds=12),
     "tiny": Plan("tiny", 2, 32, delta=0.2, checkpointing=True, inner_steps=2, rounds=4, steps=4),
 }
 
 
 @dataclass
 class Peer:
-    """An optimizer at work on the model; `close` takes back what it changed there."""
+    """An optimizer at work on the model.
+
+    Attributes:
+        optimizer: What trains.
+        close: Takes back what it changed in the model.
+        rounds: Rounds of a turn, 0 for an optimizer without rounds.
+    """
 
     optimizer: torch.optim.Optimizer
     close: Callable[[], object]
+    rounds: int = 0
 
 
 def full_adamw(model: Llama, plan: Plan, seed: int) -> Peer:
@@ -94,12 +102,14 @@ def lora(model: Llama, plan: Plan, seed: int) -> Peer:
 def sampled(model: Llama, plan: Plan, seed: int, **options: Any) -> Peer:
     """MISA with the draw that `options` describe."""
     optimizer = MISA(param_groups(model), lr=LR, delta=plan.delta, inner_steps=plan.inner_steps, seed=seed, **options)
-    return Peer(optimizer, optimizer.release)
+    return Peer(optimizer, optimizer.release, plan.rounds)
 
 
 def badam_layers(model: Llama, plan: Plan, seed: int) -> Peer:
     """The BAdam preset: whole layers in turn."""
-    return sampled(model, plan, seed, **badam())
+    layers = SHAPES[plan.shape].layers
+    rounds = layers * math.ceil(plan.rounds / layers)
+    return replace(sampled(model, plan, seed, **badam()), rounds=rounds)
 
 
 def misa_modules(model: Llama, plan: Plan, seed: int) -> Peer:
@@ -188,8 +198,7 @@ def run_turn(model: Llama, tokens: Tensor, name: str, plan: Plan, turn: int, sam
     clock = Clock(tokens.device)
     reset(model)
     peer = PEERS[name](model, plan, turn)
-    has_rounds = isinstance(peer.optimizer, MISA)
-    iterations = plan.rounds * plan.inner_steps if has_rounds else plan.steps
+    iterations = peer.rounds * plan.inner_steps or plan.steps
     try:
         for _ in range(plan.inner_steps):
             iterate(model, tokens, peer.optimizer, clock)
@@ -213,11 +222,11 @@ def run_turn(model: Llama, tokens: Tensor, name: str, plan: Plan, turn: int, sam
     if not math.isfinite(samples.loss):
         raise ArithmeticError(f"loss={samples.loss} must be finite: times of diverged weights mean nothing")
     samples.iterations.append(iterations)
-    samples.rounds += plan.rounds if has_rounds else 0
+    samples.rounds += peer.rounds
     for number, (start, forward, backward, end) in enumerate(marks, start=1):
         samples.forward_ms.append(clock.ms(start, forward))
         samples.backward_ms.append(clock.ms(forward, backward))
-        ends_round = has_rounds and number % plan.inner_steps == 0
+        ends_round = peer.rounds and number % plan.inner_steps == 0
         (samples.switch_ms if ends_round else samples.optimizer_ms).append(clock.ms(backward, end))
         samples.iteration_ms.append(clock.ms(start, end))
 

@@ -71,16 +71,12 @@ def compare(settings: Settings, device: str, out: Path) -> None:
     record: dict[str, object] = {"settings": asdict(settings), "device": device, "torch": torch.__version__}
     record["results"] = [asdict(run) | {"cost": asdict(costs[run.method])} for run in runs]
     (out / "results.json").write_text(json.dumps(record, default=np.ndarray.tolist), encoding="utf-8")
-    title = (
-        f"A model of {size:,} parameters, taught Python, learns C++: all but AdamW with equal optimizer state"
-    )
+    title = f"A model of {size:,} parameters, taught Python, learns C++: all but AdamW with equal optimizer state"
     plot.draw(runs, costs, title, out / "demo.png")
     print(f"written: {out / 'demo.png'}, {out / 'table.txt'}, {out / 'results.json'}")
 
 
-def finetune_all(
-    names: list[str], weights: dict[str, Tensor], settings: Settings, device: str, bar: tqdm
-) -> list[Run]:
+def finetune_all(names: list[str], weights: dict[str, Tensor], settings: Settings, device: str, bar: tqdm) -> list[Run]:
     """Fine-tune by all methods in processes of one thread each, two at a time (one on a GPU).
 
     Args:

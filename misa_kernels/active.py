@@ -84,9 +84,14 @@ class ActiveSet:
             # The row outlives the gradient, which the user may want gone.
             row.grad = row.theta
         self._remember(present)
+        missing = [slot for slot in self.rows if slot not in present]
+        for slot in missing:
+            self.rows[slot].sq_norm.zero_()
         if root:
             self._root_of_squares(self.arena)
-        self.arena.advance([slot for slot in self.rows if slot not in present], finite)
+        self.arena.advance(
+            missing, [slot for slot in missing if present.keys().isdisjoint(self._fellows(slot))], finite
+        )
         self.steps += 1
 
     def allocate(self, enter: Iterable[int]) -> None:
@@ -121,7 +126,8 @@ class ActiveSet:
         for param, own in loaded.items():
             for name, value in own.items():
                 if name not in SCORES and name in self._state[param]:
-                    self._state[param][name].copy_(value)
+                    live = self._state[param][name]
+                    live.copy_(value.reshape(live.shape))
         for row in self.rows.values():
             if row.master is not None:
                 adopt_weight(row.master, row.theta)
@@ -139,14 +145,18 @@ class ActiveSet:
         for slot in [*stay, *enter]:
             block, views = self._slots.blocks[slot], self.arena.views(slot)
             theta = block.param.detach().view(-1)[block.start : block.stop]
-            self._state[block.param].update({self._slots.key(name, slot): view for name, view in views.items()})
+            shape = block.param.shape if len(theta) == block.param.numel() else (-1, *block.param.shape[1:])
+            self._state[block.param].update(
+                {self._slots.key(name, slot): view.view(shape) for name, view in views.items()}
+            )
+            floors = None if slot < self._slots.dense else self.arena.v_floor
             self.rows[slot] = Row(
                 exp_avg=views["exp_avg"],
                 exp_avg_sq=views["exp_avg_sq"],
                 master=views.get("master"),
                 age=self.arena.age[slot],
                 sq_norm=self.arena.sq_norm[slot],
-                v_floor=None if self.arena.v_floor is None else self.arena.v_floor[slot],
+                v_floor=None if floors is None else floors[self._fellows(slot)[0]],
                 start=block.start,
                 theta=theta,
                 grad=theta,
@@ -226,6 +236,10 @@ class ActiveSet:
                 arena.sq_norm[first].add_(arena.sq_norm[slot])
                 arena.sq_norm[slot].zero_()
         arena.sq_norm.sqrt_()
+
+    def _fellows(self, slot: int) -> Sequence[int]:
+        """Return the slots of the module that a slot belongs to; a dense slot stands alone."""
+        return [slot] if slot < self._slots.dense else self._slots.of[int(self._slots.candidate[slot])]
 
     def _name(self, slot: int) -> str:
         return self._names[self._slots.blocks[slot].index]

@@ -99,9 +99,9 @@ class Arena:
 
     Attributes:
         age: int32, updates since activation, per slot.
-        updates: int32, updates applied in this round, per slot.
+        updates: int32, updates that the slot's module had in this round, per slot.
         score_sum: float64, sum of ‖g‖² (or ‖g‖) over this round's updates, per slot.
-        sq_norm: float64, ‖g‖² of the current step, per slot.
+        sq_norm: float64, ‖g‖² of the current step, per slot; 0 where there is none.
         v_floor: float64 per slot, or None.
         skipped: int32, 0-dim, steps skipped in this round.
     """
@@ -155,16 +155,17 @@ class Arena:
         caller to fill.
         """
         keep = list(keep)
+        left = {slot for pool in self.pools.values() for slot in pool.offsets}.difference(keep)
         for dtype, pool in self.pools.items():
             pool.lend(
                 [slot for slot in keep if self.dtypes[slot] == dtype],
                 [slot for slot in enter if self.dtypes[slot] == dtype],
                 self.numel,
             )
-        entering = torch.tensor(enter, dtype=torch.int64).to(self.device)
-        self.age.index_fill_(0, entering, 0)
+        fresh = torch.tensor([*left, *enter], dtype=torch.int64).to(self.device)
+        self.age.index_fill_(0, fresh, 0)
         if self.v_floor is not None:
-            self.v_floor.index_fill_(0, entering, 0)
+            self.v_floor.index_fill_(0, fresh, 0)
         self._active_index = torch.tensor([*keep, *enter], dtype=torch.int64).to(self.device)
         self._active.zero_().index_fill_(0, self._active_index, 1)
         for sums in (self.updates, self.score_sum, self.sq_norm, self.skipped):
@@ -182,25 +183,25 @@ class Arena:
         vectors = {"age": self.age, "updates": self.updates, "score_sum": self.score_sum}
         return vectors if self.v_floor is None else {**vectors, "v_floor": self.v_floor}
 
-    def advance(self, missing: Sequence[int], finite: Tensor | None) -> None:
-        """Count one step: ages, updates and scores of the active slots that were updated.
+    def advance(self, missing: Iterable[int], idle: Iterable[int], finite: Tensor | None) -> None:
+        """Count one step: ages, updates and scores of the active slots.
 
         Args:
-            missing: Active slots that had no gradient.
+            missing: Active slots that had no gradient; their age stays.
+            idle: Those of them whose whole module had none; their updates stay, too.
             finite: 0-dim bool, False if the whole step was skipped; None if it cannot be.
         """
-        applied = self._active
-        if missing:
+        for counter, absent in ((self.age, missing), (self.updates, idle)):
             applied = self._scratch.copy_(self._active)
-            for slot in missing:
+            for slot in absent:
                 applied[slot].zero_()
-                self.sq_norm[slot].zero_()
+            if finite is not None:
+                applied.mul_(finite)
+            counter.add_(applied)
         if finite is not None:
-            applied = torch.mul(applied, finite, out=self._scratch)
-            self.sq_norm.masked_fill_(finite.logical_not(), 0.0)
-            self.skipped.add_(finite.logical_not())
-        self.age.add_(applied)
-        self.updates.add_(applied)
+            skipped = finite.logical_not()
+            self.sq_norm.masked_fill_(skipped, 0.0)
+            self.skipped.add_(skipped)
         self.score_sum.add_(self.sq_norm)
 
     def read_round(self) -> tuple[np.ndarray, np.ndarray, int]:

@@ -92,6 +92,6 @@ def _check_elements(state: dict[str, Any], sizes: dict[str, int], name: str) -> 
     for field, size in sizes.items():
         if field in state and state[field].numel() != size:
             raise ValueError(
-                f"state dict has {field} of {state[field].numel()} elements for {name} but this optimizer needs {size}: "
-                "it belongs to another model"
+                f"state dict has {field} of {state[field].numel()} elements for {name} but this optimizer needs "
+                f"{size}: it belongs to another model"
             )

@@ -58,7 +58,7 @@ class MISA(torch.optim.Optimizer):
             "none": all are dropped at every switch, as in the paper.
         momentum_flush: At the end of a round apply what is left in the momentum of modules whose state is
             dropped (the paper's line 16).
-        v_floor: The AMSGrad-type maximum of the paper's proof, kept per tensor; `backend="reference"` only.
+        v_floor: The AMSGrad-type maximum of the paper's proof, one a module; `backend="reference"` only.
         param_precision: What keeps updates below the resolution of 16-bit weights: "master", a float32 copy
             of the active ones, or "stochastic", stochastic rounding (bfloat16 only).
         max_grad_norm: Clip gradients to this global norm, over active and dense tensors, inside the step;

@@ -43,7 +43,8 @@ class Row:
         master: The weight in float32, of shape (n,), or None where the weight itself is enough.
         age: Updates since activation, 0-dim int32; read, never written here.
         sq_norm: Where ‖g‖² of this step goes, 0-dim float64.
-        v_floor: The floor c of the proof's AMSGrad-type maximum, 0-dim float64, or None.
+        v_floor: The floor c of the proof's AMSGrad-type maximum, 0-dim float64, one for all tensors of a module,
+            or None.
         start: Index of the first element within the whole parameter; keys the rounding noise.
         theta: The weight, of shape (n,) in float32, float64, bfloat16 or float16.
         grad: The gradient, of shape (n,), any floating dtype.
@@ -125,12 +126,14 @@ def adamw_step(
             finite = total.isfinite()
         if max_grad_norm is not None:
             coefficient = (max_grad_norm / (total.sqrt() + 1e-6)).clamp(max=1.0)
-    for row in rows:
-        _update(row, coefficient, finite)
+    # Tensors of one module share their floor, and all of them use that of the step before.
+    floors = [None if row.v_floor is None else row.v_floor.clone() for row in rows]
+    for row, floor in zip(rows, floors, strict=True):
+        _update(row, coefficient, finite, floor)
     return finite
 
 
-def _update(row: Row, coefficient: Tensor | None, finite: Tensor | None) -> None:
+def _update(row: Row, coefficient: Tensor | None, finite: Tensor | None, floor: Tensor | None) -> None:
     compute_dtype = row.exp_avg.dtype
     g = row.grad.to(compute_dtype)
     if coefficient is not None:
@@ -150,7 +153,7 @@ def _update(row: Row, coefficient: Tensor | None, finite: Tensor | None) -> None
         h.beta2,
         (1 - h.beta2**t).rsqrt().to(compute_dtype),
         h.eps,
-        None if row.v_floor is None else row.v_floor.to(compute_dtype),
+        None if floor is None else floor.to(compute_dtype),
     )
     if finite is not None:
         theta = torch.where(finite, theta, old)
@@ -205,7 +208,8 @@ def round_stochastic(x: Tensor, dtype: torch.dtype, noise: Tensor) -> Tensor:
         x: float32, any shape. NaN and infinities are converted as they are.
         dtype: bfloat16 or float16.
         noise: Uniform integers in [0, 65536), the shape of `x`. For bfloat16 the result is that of
-            adding them to the bits of `x` and truncating.
+            adding them to the bits of `x` and truncating, except beyond its largest finite value, where
+            `x` stays.
     """
     nearest = x.to(dtype)
     bits = nearest.view(torch.int16)

@@ -13,6 +13,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from misa_kernels.checkpoint import ELEMENTWISE
 from misa_kernels.partition import Block, Partition
 
 # One number a sampled block, on the host, from construction on: what the sampler knows and what is active.
@@ -57,9 +58,16 @@ class Slots:
         self._suffixes = ["" if a else f".{block.number}" for a, block in zip(alone, self.blocks, strict=True)]
         self.scores = {name: torch.zeros(len(self.blocks), dtype=dtype) for name, dtype in SCORES.items()}
 
-    def sizes(self) -> dict[Tensor, list[int]]:
-        """Return the numel of each block of every parameter."""
-        return {param: [block.stop - block.start for block in self.blocks[span]] for param, span in self.spans.items()}
+    def sizes(self) -> dict[Tensor, dict[str, int]]:
+        """Return, for every parameter, the state keys of its blocks' moments and masters, and their numel."""
+        return {
+            param: {
+                self.key(name, slot): self.blocks[slot].stop - self.blocks[slot].start
+                for slot in range(span.start, span.stop)
+                for name in ELEMENTWISE
+            }
+            for param, span in self.spans.items()
+        }
 
     def key(self, name: str, slot: int) -> str:
         """Return the state key of one slot's tensor: "exp_avg", or "exp_avg.3" for block 3 of several."""

@@ -120,22 +120,20 @@ def test_e2e_counts_rounds_and_depth(record):
     assert 1 <= peers["misa"]["backward_depth"]["mean"] <= layers
 
 
-@pytest.mark.parametrize("name", sorted(set(PLANS) - {"tiny"}))
-def test_plans_draw_often_enough_and_visit_layers_equally(name):
-    plan = PLANS[name]
-    assert plan.rounds * plan.turns >= 20
-    assert plan.rounds % SHAPES[name].layers == 0
-
-
 @pytest.mark.parametrize("peer", ["badam", "misa", "misa_window"])
 @pytest.mark.parametrize("name", sorted(PLANS))
-def test_plans_leave_room_for_a_layer(name, peer):
+def test_plans_leave_room_for_a_layer_and_see_many_draws(name, peer):
     """On weights without data: an error of the budget must not wait for a GPU."""
     with torch.device("meta"):
         model = Llama(SHAPES[name])
-    optimizer = PEERS[peer](model, PLANS[name], 0).optimizer
+    plan = PLANS[name]
+    made = PEERS[peer](model, plan, 0)
+    optimizer = made.optimizer
     assert optimizer.active
+    assert made.rounds * plan.turns >= 20 or name == "tiny"
+    assert made.rounds % 2 == 0
     if peer == "badam":
+        assert made.rounds % SHAPES[name].layers == 0
         (active,) = optimizer.active
         assert optimizer.modules[active].numel == sum(p.numel() for p in model.layers[0].parameters() if p.dim() > 1)
 

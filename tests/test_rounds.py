@@ -150,9 +150,9 @@ TOLERANCE = {
     torch.float64: {"theta": 1e-9, "score": 1e-9, "zero": 1e-12},
     torch.float32: {"theta": 2e-5, "score": 1e-4, "zero": 2e-6},
 }
-# Between AdamW and MISA in float32, in units in the last place of the largest value that a weight has had. Each
-# step rounds either weight by half a unit, and 120 such errors add up like a random walk: 0.29 * 120^0.5 = 3 units
-# of standard deviation. Measured over eight seeds: 6 at most.
+# Between AdamW and MISA in float32, in units in the last place of the largest value that a weight has had.
+# Each step rounds either weight by half a unit, and 120 such errors add up like a random walk, to a standard
+# deviation of 0.29 * 120^0.5 = 3 units. Measured over eight seeds: 6 at most.
 ADAMW_ULPS = 8
 # The solver of the optimizer owes the perplexity "well below 1 %", and no more.
 SOLVED = 1e-5
@@ -165,7 +165,7 @@ def phase(i: int, shape: tuple[int, ...]) -> Floats:
 
 
 def smooth_gradients(theta: list[Floats], step: int) -> list[Floats]:
-    """A nonlinear coupling of all weights that swings with the step, in norms over four orders of magnitude."""
+    """A nonlinear coupling of all weights that swings with the step, with norms over four decades."""
     everyone = sum(float(np.tanh(own).mean()) for own in theta)
     gradients = []
     for i, own in enumerate(theta):
@@ -338,7 +338,7 @@ class Pair:
             close(got.perplexity_fraction, expected.perplexity / len(expected.probability), rtol=loose)
             close(got.active_fraction, expected.active_fraction, rtol=1e-12)
             assert got.active_fraction <= self.case.delta
-            dense = sum(t.size for t, b in zip(simulation.theta, simulation.candidate, strict=True) if b == DENSE)
+            dense = sum(simulation.theta[i].size for i, b in enumerate(simulation.candidate) if b == DENSE)
             fraction = expected.active_fraction + dense / simulation.total_numel
             close(got.gradient_fraction, fraction, rtol=1e-12)
             assert got.backward_depth == expected.backward_depth, where
