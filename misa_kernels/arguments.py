@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from misa_kernels.partition import Partition
-from misa_kernels.sampler import CyclicSampler, ImportanceSampler, UniformSampler
+from misa_kernels.sampler import Sampler
 
 # What torch.optim.AdamW has and MISA does not; only these values mean the same in both.
 ADAMW_ONLY: dict[str, bool | None] = {
@@ -40,7 +40,6 @@ CONSTRUCTOR_WIDE = (
     "backend",
 )
 
-Sampler = ImportanceSampler | UniformSampler | CyclicSampler
 _claimed: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 

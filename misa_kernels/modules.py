@@ -44,8 +44,8 @@ def param_groups(
     one class, with matrices inside, repeat. Several stacks, of an encoder and a decoder or of a vision and a
     text model, follow one another as they are registered. In a model without a stack each matrix is a layer.
 
-    The model is only read. What is frozen (`requires_grad=False`) or of an integer dtype, as quantised
-    weights are, stays frozen; tied parameters appear once, under their first name.
+    The model is only read. What has `requires_grad=False`, as all quantised weights do, stays frozen; tied
+    parameters appear once, under their first name.
 
     Args:
         model: The model, complete: adapters attached, weights tied, frozen parts frozen.
@@ -93,7 +93,7 @@ def param_groups(
     }
     for tensor, layer, lowest in zip(tensors, inside, _next_layers(inside), strict=True):
         module: str | list[str] = tensor.name
-        if not _is_trainable(tensor.param):
+        if not tensor.param.requires_grad:
             role = "frozen"
         elif id(tensor.param) in always_on:
             role = "dense"
@@ -228,10 +228,6 @@ def _can_be_layer(module: nn.Module) -> bool:
     return any(param.ndim >= 2 for param in module.parameters())
 
 
-def _is_trainable(param: nn.Parameter) -> bool:
-    return param.requires_grad and (param.is_floating_point() or param.is_complex())
-
-
 def _always_on(dense: Iterable[nn.Module | nn.Parameter], model: nn.Module) -> set[int]:
     """Return the identities of the parameters that `dense` names."""
     if isinstance(dense, (nn.Module, torch.Tensor, str)):
@@ -248,10 +244,9 @@ def _always_on(dense: Iterable[nn.Module | nn.Parameter], model: nn.Module) -> s
         what = f"dense[{i}], {type(entry).__name__} of {sum(param.numel() for param in params):,} elements,"
         if any(id(param) not in own for param in params):
             raise ValueError(f"{what} must lie in the model: take it from the one given to param_groups")
-        if not any(map(_is_trainable, params)):
+        if not any(param.requires_grad for param in params):
             raise ValueError(
-                f"{what} must hold a floating-point parameter with requires_grad=True to train: set that, or "
-                "leave it out"
+                f"{what} must hold a parameter with requires_grad=True to train: set that, or leave it out"
             )
         chosen.update(map(id, params))
     return chosen

@@ -12,13 +12,13 @@ from torch import Tensor
 
 from misa_kernels import arguments, checkpoint, kernels
 from misa_kernels.active import ActiveSet
-from misa_kernels.arguments import Sampler
 from misa_kernels.monitor import Monitor
 from misa_kernels.partition import Module, partition
 from misa_kernels.sampler import (
     Candidates,
     Draw,
     ImportanceSampler,
+    Sampler,
     costliest,
     fold,
     scores,

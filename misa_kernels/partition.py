@@ -113,7 +113,7 @@ def partition(
     layers = _layer_order(tensors)
     position = {layer: number for number, layer in enumerate(layers)}
     params = [tensor.block.param for tensor in tensors]
-    total_numel = sum(param.numel() for param in params if param.requires_grad and not _is_integer(param))
+    total_numel = sum(param.numel() for param in params if param.requires_grad)
     budget = math.floor(delta * total_numel)
 
     modules: list[Module] = []
@@ -214,15 +214,11 @@ def _names(groups: Sequence[Mapping[str, Any]]) -> list[str]:
     return names
 
 
-def _is_integer(param: nn.Parameter) -> bool:
-    return not (param.is_floating_point() or param.is_complex())
-
-
 def _role(param: nn.Parameter, name: str, role: str | None, delta: float) -> str:
     """Return how a parameter is trained, after refusing what cannot be."""
-    if _is_integer(param) and role in ("sampled", "dense"):
+    if role in ("sampled", "dense") and not (param.is_floating_point() or param.is_complex()):
         raise TypeError(f"{name} is {param.dtype} and must be of a floating dtype to be {role}: freeze it")
-    if role == "frozen" or not param.requires_grad or _is_integer(param) or not param.numel():
+    if role == "frozen" or not param.requires_grad or not param.numel():
         return "frozen"
     if role is None:
         role = "sampled" if param.ndim >= 2 else "dense" if delta == 1 else "frozen"
@@ -322,16 +318,17 @@ def _too_large(modules: Sequence[Module], delta: float, total: int, granularity:
     module = max(modules, key=lambda module: module.numel)
     ten_thousandths = count(10_000 * module.numel // total)
     enough = next(d / 10_000 for d in ten_thousandths if math.floor(d / 10_000 * total) >= module.numel)
-    remedies = f"make the groups with param_groups(model), raise delta to {enough}, give it the role 'frozen'"
-    uncut = ""
+    remedies = ["make the groups with param_groups(model)", f"raise delta to {enough}", "give it the role 'frozen'"]
+    limit = ""
     if granularity == "layer":
-        remedies += ", or draw modules with granularity='module'"
+        remedies.append("draw modules with granularity='module'")
     elif oversized == "error":
-        remedies += ", or cut it into row blocks with oversized='split'"
+        remedies.append("cut it into row blocks with oversized='split'")
     else:
-        uncut = " and cannot be split, having several tensors or rows larger than that"
+        limit = ", and oversized='split' cuts only single whole tensors whose rows fit"
     others = f" (the largest of {len(modules)} such modules)" if len(modules) > 1 else ""
     return (
         f"{module.name}{others} has {module.numel:,} parameters and must not exceed the budget of "
-        f"{math.floor(delta * total):,}, delta={delta} of {total:,}{uncut}: {remedies}"
+        f"{math.floor(delta * total):,}, delta={delta} of {total:,}{limit}: "
+        f"{', '.join(remedies[:-1])}, or {remedies[-1]}"
     )

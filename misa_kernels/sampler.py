@@ -193,12 +193,14 @@ class CyclicSampler:
         _check_options(self)
 
     def draw(self, candidates: Candidates, budget: int, round: int, seed: int) -> Draw:
-        """Take the longest waiting, in order of (last round, number), up to the first that does not fit.
+        """Go on where the last round ended, up to the first candidate that does not fit; the last is followed by 0.
 
         Arguments as for `ImportanceSampler.draw`; `round` and `seed` have no effect.
         """
         size = candidates.numel.size
-        order = np.argsort(candidates.last_round, kind="stable")
+        latest = candidates.last_round == candidates.last_round.max()
+        ends = np.flatnonzero(latest & ~np.roll(latest, -1))
+        order = np.roll(np.arange(size), -(ends[0] + 1) if ends.size else 0)
         active = order[np.cumsum(candidates.numel[order]) <= budget]
         return Draw(np.sort(active), np.full(size, 1 / size), perplexity=float(size), eta=0.0)
 
@@ -240,9 +242,10 @@ def costliest(candidates: Candidates, width: Ints, budget: int, depth_window: in
     The model, in order of weight. Everything above the lowest active layer keeps its activations: a smallest
     candidate of the lowest layer comes first (with a depth window, all come from the window that holds this
     layer). An active candidate keeps its input, `width` numbers a token, and candidates of one layer with one
-    width share it (q, k, v): then one candidate per input, by width per parameter. Gradients and states go by
-    size: the largest fill the rest. Being greedy, the kept widths fall short of the best set's, by less than
-    twice the largest width.
+    width mostly share it (q, k, v): then one candidate per input, by width per parameter. Gradients and states go
+    by size: the largest fill the rest, among equals the last registered, whose input is the likeliest to be
+    one of its own (the output projection of attention). Being greedy, the kept widths fall short of the best
+    set's, by less than twice the largest width.
 
     Args:
         candidates: All candidates; importance and last_round have no effect.
@@ -260,8 +263,9 @@ def costliest(candidates: Candidates, width: Ints, budget: int, depth_window: in
     eligible = np.arange(numel.size)
     if depth_window is not None:
         eligible = np.flatnonzero(np.isin(layer, _windows(layer, depth_window)[0]))
-    largest = eligible[np.argsort(-numel[eligible], kind="stable")]
-    densest = eligible[np.lexsort((numel[eligible], -width[eligible] / numel[eligible]))]
+    largest = eligible[np.lexsort((-eligible, -numel[eligible]))]
+    # Among equals the widest first, or narrow inputs would run out and leave room for shared ones only.
+    densest = eligible[np.lexsort((-width[eligible], -width[eligible] / numel[eligible]))]
     inputs: dict[tuple[int, int], int] = {}
     for b in densest.tolist():
         # Nothing is known to be shared in an unknown layer: there each candidate is a layer of its own.
@@ -306,7 +310,8 @@ def _log_softmax(w: Floats) -> Floats:
 
 def _perplexity(log_p: Floats) -> float:
     """Return exp(H(p)), H(p) = -sum p log p."""
-    return math.exp(-float(np.exp(log_p) @ log_p))
+    # Not a dot product: BLAS would wake its threads for each of the 25 calls of a solve.
+    return math.exp(-float((np.exp(log_p) * log_p).sum()))
 
 
 def _log_probability_at(perplexity: float, score: Floats) -> tuple[Floats, float]:

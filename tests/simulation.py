@@ -177,6 +177,7 @@ class Simulation:
         self.G = np.zeros(size)
         self.count = np.zeros(size, dtype=np.int64)
         self.last_round = np.full(size, -1)
+        self.turn = 0
         self.states = {i: self._fresh(i) for i, c in enumerate(self.candidate) if c == DENSE}
         self.active: list[int] = []
         self.rounds: list[Round] = []
@@ -365,12 +366,13 @@ class Simulation:
         return taken
 
     def _cyclic(self) -> list[int]:
-        """Consecutive candidates in the order of (last round, number), until the first that does not fit."""
+        """Consecutive candidates from where the last round ended, until the first that does not fit."""
         taken: list[int] = []
-        for b in sorted(range(len(self.G)), key=lambda b: (self.last_round[b], b)):
-            if self.numel[taken].sum() + self.numel[b] > self.budget:
-                break
+        b = self.turn
+        while len(taken) < len(self.G) and self.numel[taken].sum() + self.numel[b] <= self.budget:
             taken.append(b)
+            b = (b + 1) % len(self.G)
+        self.turn = b
         return sorted(taken)
 
     def _backward_depth(self, active: list[int]) -> int:

@@ -316,7 +316,7 @@ def test_split_blocks_tile_the_tensor(rows: int, row: list[int], rest: int, delt
     budget = math.floor(Fraction(delta) * (rows * row_numel + rest))
     groups = [{"params": [param], "role": "sampled"}, {"params": [fixed], "role": "frozen"}]
     if row_numel > budget:
-        with pytest.raises(ValueError, match="cannot be split"):
+        with pytest.raises(ValueError, match="whose rows fit"):
             partition(groups, delta, "module", "split")
         return
     result = partition(groups, delta, "module", "split")
@@ -372,15 +372,22 @@ OVERSIZED = {
     "rows too large": (
         matrices((2, 300), (100, 4)),
         {"delta": 0.25, "oversized": "split"},
-        "w0 has 600 parameters and must not exceed the budget of 250, delta=0.25 of 1,000 and cannot be split, having "
-        "several tensors or rows larger than that: make the groups with param_groups(model), raise delta to 0.6, "
+        "w0 has 600 parameters and must not exceed the budget of 250, delta=0.25 of 1,000, and oversized='split' cuts "
+        "only single whole tensors whose rows fit: make the groups with param_groups(model), raise delta to 0.6, or "
         "give it the role 'frozen'",
+    ),
+    "row blocks": (
+        matrices((60, 10), (40, 10), modules=[["a", "b"], "c"]),
+        {"delta": 0.25, "oversized": "split"},
+        "a (the largest of 2 such modules) has 300 parameters and must not exceed the budget of 250, delta=0.25 of "
+        "1,000, and oversized='split' cuts only single whole tensors whose rows fit: make the groups with "
+        "param_groups(model), raise delta to 0.3, or give it the role 'frozen'",
     ),
     "joined": (
         matrices((30, 10), (30, 10), (40, 10), modules=["a", "a", "b"]),
         {"delta": 0.5, "oversized": "split"},
-        "a has 600 parameters and must not exceed the budget of 500, delta=0.5 of 1,000 and cannot be split, having "
-        "several tensors or rows larger than that: make the groups with param_groups(model), raise delta to 0.6, "
+        "a has 600 parameters and must not exceed the budget of 500, delta=0.5 of 1,000, and oversized='split' cuts "
+        "only single whole tensors whose rows fit: make the groups with param_groups(model), raise delta to 0.6, or "
         "give it the role 'frozen'",
     ),
     "layer": (

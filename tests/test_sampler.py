@@ -106,9 +106,7 @@ def set_probabilities(numel: list[int], weight: list[float], room: int) -> dict[
 def test_sets_follow_sequential_draws_that_skip_what_does_not_fit(sampler, numel, weight, budget):
     candidates = make(numel, score=np.log(weight) / 2)
     expected = set_probabilities(numel, weight, budget)
-    draws = Counter(
-        tuple(sampler.draw(candidates, budget, number, seed=2).active.tolist()) for number in range(20_000)
-    )
+    draws = Counter(tuple(sampler.draw(candidates, budget, number, seed=2).active.tolist()) for number in range(20_000))
     assert draws.keys() <= expected.keys()
     assert_frequencies([draws[active] for active in expected], list(expected.values()))
 
@@ -265,10 +263,11 @@ def test_number_as_eta_is_the_formula_of_the_paper(eta):
     assert draw.perplexity == pytest.approx(math.exp(stats.entropy(weight)), rel=1e-12)
 
 
-def test_formula_of_the_authors_code():
+@pytest.mark.parametrize("eta", [1.0, 0.2])
+def test_formula_of_the_authors_code(eta):
     norm = [0.5, 1.0, 2.0, 3.0, 50.0]
-    weight = [math.exp(min(5.0, 1.0 * g**2)) for g in norm]
-    sampler = ImportanceSampler(eta=1.0, importance_norm="norm", exponent_clip=5.0)
+    weight = [math.exp(min(5.0, eta * g**2)) for g in norm]
+    sampler = ImportanceSampler(eta=eta, importance_norm="norm", exponent_clip=5.0)
     draw = sampler.draw(make([2] * 5, score=norm), 4, round=0, seed=0)
     np.testing.assert_allclose(draw.probability, np.array(weight) / math.fsum(weight), rtol=1e-12)
 
@@ -375,9 +374,7 @@ def fewest_sets(numel: list[int], budget: int) -> int:
         if not left:
             return 0
         anchor, *others = sorted(left)
-        subsets = itertools.chain.from_iterable(
-            itertools.combinations(others, n) for n in range(len(others) + 1)
-        )
+        subsets = itertools.chain.from_iterable(itertools.combinations(others, n) for n in range(len(others) + 1))
         fitting = (s for s in subsets if numel[anchor] + sum(numel[b] for b in s) <= budget)
         return 1 + min(best(left - {anchor, *s}) for s in fitting)
 
@@ -580,8 +577,7 @@ def test_costliest_keeps_more_than_any_set_drawn_from_a_transformer(delta, windo
     active = costliest(candidates, np.array(width), budget, window).tolist()
     kept = kept_width(active, layer, width)
     drawn = [
-        UniformSampler(depth_window=window).draw(candidates, budget, number, seed=0).active
-        for number in range(1000)
+        UniformSampler(depth_window=window).draw(candidates, budget, number, seed=0).active for number in range(1000)
     ]
     assert layer[active].min() == 0
     assert kept >= max(kept_width(other, layer, width) for other in drawn)
@@ -596,9 +592,10 @@ def test_costliest_counts_a_shared_input_once():
     assert active.tolist() == [0, 3]
 
 
-def test_costliest_without_layers_still_keeps_the_widest():
-    candidates = make([8, 8, 8, 24], layer=[-1] * 4)
-    assert costliest(candidates, np.array([9, 8, 8, 8]), 24, None).tolist() == [0, 1, 2]
+def test_costliest_shares_nothing_in_unknown_layers():
+    numel, width = [4, 4, 8], np.array([8, 8, 8])
+    assert costliest(make(numel, layer=[0, 0, 0]), width, 12, None).tolist() == [0, 2]
+    assert costliest(make(numel, layer=[-1, -1, -1]), width, 12, None).tolist() == [0, 1]
 
 
 # Options
