@@ -5,6 +5,7 @@ from __future__ import annotations
 import sysconfig
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -86,11 +87,13 @@ def _tensor(text: bytes) -> Tensor:
     return torch.frombuffer(bytearray(text), dtype=torch.uint8)
 
 
+@cache
 def pretraining_corpus() -> Corpus:
     """Return the text that the model learns from scratch: Python's standard library."""
     return read("Python standard library", python_files())
 
 
+@cache
 def finetuning_corpus() -> Corpus:
     """Return the text that the model is then adapted to: the C++ headers of PyTorch."""
     return read("PyTorch C++ headers", header_files())

@@ -68,19 +68,25 @@ def measure(
         advance(2)
 
     turns = {}
-    depths = {name: Depth() for name in names}
+    bases = {}
     steps = STEPS_A_ROUND * (settings.timing_rounds + 1)
     for name in names:
         base = new_model(settings, device)
         base.load_state_dict(weights)
-        depths[name].watch(base)
+        bases[name] = base
         # A short training makes MISA's rounds as short as they may be: a new draw for every turn.
         model, optimizer = METHODS[name].build(base, METHODS[name].lr, steps, settings.seed)
         batches = random_batches(text, settings.batch, settings.context, settings.seed)
         turns[name] = train(model, optimizer, batches, steps)
 
+    for name in names:
+        for _ in range(STEPS_A_ROUND):
+            next(turns[name])
+        advance(STEPS_A_ROUND)
+
     seconds: dict[str, list[float]] = {name: [] for name in names}
-    for _ in range(settings.timing_rounds + 1):
+    depths = {name: Depth(bases[name]) for name in names}
+    for _ in range(settings.timing_rounds):
         for name in names:
             _wait(device)
             start = time.perf_counter()
@@ -92,7 +98,7 @@ def measure(
 
     costs = {}
     for name in names:
-        step_seconds = float(np.mean(seconds[name][1:])) / STEPS_A_ROUND
+        step_seconds = float(np.mean(seconds[name])) / STEPS_A_ROUND
         tokens = settings.batch * settings.context
         costs[name] = Cost(1e3 * step_seconds, tokens / step_seconds, peak_bytes[name], depths[name].mean())
     return costs
@@ -119,14 +125,11 @@ def peak_memory(name: str, weights: dict[str, Tensor], settings: Settings, devic
 
 
 class Depth:
-    """Counts the layers that backward runs through: those whose output needs a gradient."""
+    """Counts, from now on, the layers that backward runs through: those whose output needs a gradient."""
 
-    def __init__(self) -> None:
+    def __init__(self, model: Llama) -> None:
         self.forwards = 0
         self.layers = 0
-
-    def watch(self, model: Llama) -> None:
-        """Count from now on in this model's layers."""
         for layer in model.layers:
             layer.register_forward_hook(self._count)
         model.norm.register_forward_hook(self._count_forward)

@@ -25,12 +25,10 @@ class Method:
         lr: Highest learning rate.
         build: Maps the model, the learning rate, the number of steps of the training and a seed to the
             model to train (LoRA wraps it) and its optimizer.
-        about: What the method trains, in a few words.
     """
 
     lr: float
     build: Build
-    about: str
 
 
 def adamw(model: Llama, lr: float, steps: int, seed: int) -> tuple[nn.Module, torch.optim.Optimizer]:
@@ -43,7 +41,7 @@ def lora(model: Llama, lr: float, steps: int, seed: int) -> tuple[nn.Module, tor
     from peft import LoraConfig, get_peft_model
 
     rank = lora_rank(model)
-    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=lora_targets(model))
+    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=list(matrices(model)))
     torch.manual_seed(seed)
     wrapped = get_peft_model(model, config)
     return wrapped, torch.optim.AdamW((p for p in wrapped.parameters() if p.requires_grad), lr=lr)
@@ -76,25 +74,33 @@ def misa_window(model: Llama, lr: float, steps: int, seed: int) -> tuple[nn.Modu
     return model, MISA(param_groups(model), lr=lr, delta=DELTA, total_steps=steps, seed=seed, sampler=sampler)
 
 
+# Validation losses of the full demo (torch 2.13, CPU, seed 0) by learning rate; the best is used.
+#
+# lr            .001   .002   .003    .004    .006    .008    .012   .016
+# AdamW        1.438  1.383  1.369  [1.366]  1.367
+# LoRA                               1.634   1.601  [1.593]  1.605  1.629
+# BAdam               1.813         [1.751]  1.751   1.769
+# LISA                1.791         [1.719]  1.724   1.727
+# uniform             1.785          1.708  [1.682]  1.688   1.718
+# MISA                1.771          1.703  [1.689]  1.694
+# MISA, window        1.771          1.703  [1.696]  1.708
+#
+# Another seed moves a loss by about .01: at .006, seeds 0, 1 and 2 gave 1.682, 1.700 and 1.697 (uniform),
+# 1.689, 1.696 and 1.693 (MISA), 1.696, 1.683 and 1.714 (MISA, window).
 METHODS = {
-    "AdamW": Method(1e-3, adamw, "all parameters"),
-    "LoRA": Method(4e-3, lora, "low-rank additions"),
-    "BAdam": Method(2e-3, badam_layers, "a layer at a time, in turn"),
-    "LISA": Method(2e-3, lisa_layers, "a layer at a time, at random"),
-    "uniform": Method(2e-3, uniform, "modules, equally likely"),
-    "MISA": Method(2e-3, misa, "modules by importance"),
-    "MISA, window": Method(2e-3, misa_window, "modules by importance, half the depth a round"),
+    "AdamW": Method(4e-3, adamw),
+    "LoRA": Method(8e-3, lora),
+    "BAdam": Method(4e-3, badam_layers),
+    "LISA": Method(4e-3, lisa_layers),
+    "uniform": Method(6e-3, uniform),
+    "MISA": Method(6e-3, misa),
+    "MISA, window": Method(6e-3, misa_window),
 }
 
 
 def matrices(model: Llama) -> dict[str, nn.Linear]:
     """Return the matrices inside the layers, by name: what all methods but AdamW confine themselves to."""
     return {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-
-
-def lora_targets(model: Llama) -> list[str]:
-    """Return the names of the matrices that LoRA adds to: all inside the layers."""
-    return list(matrices(model))
 
 
 def lora_rank(model: Llama) -> int:

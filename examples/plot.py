@@ -111,7 +111,7 @@ def _heatmap(axes: Axes, rounds: Rounds) -> None:
     axes.set_yticks(range(modules), [rounds.names[module].rsplit(".", 1)[-1] for module in order], fontsize=7)
     axes.tick_params(axis="y", length=0)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-    axes.set_xlabel("round")
+    axes.set_xlabel(f"round, {rounds.inner_steps} steps each")
     axes.set_title("MISA: modules trained in each round (dots)\nand their importance at the draw (grey: no score yet)")
     bar = axes.figure.colorbar(image, ax=axes, pad=0.015, fraction=0.04, aspect=50)
     bar.set_label("importance: squared norm of the gradient, mean over a round, then over rounds")

@@ -52,7 +52,7 @@ class Rounds:
     Attributes:
         names: Names of the B modules or layers that are drawn, in the model's order.
         layer: Layer of each, 0 nearest the input.
-        first_step: Number of steps before each round.
+        inner_steps: Optimizer steps in a round.
         importance: Score of each at each draw, float64, shape (rounds, B); NaN where there was none yet.
         active: Whether it was drawn, bool, shape (rounds, B).
         backward_depth: Layers that backward ran through, one number a round.
@@ -60,7 +60,7 @@ class Rounds:
 
     names: list[str]
     layer: list[int]
-    first_step: list[int]
+    inner_steps: int
     importance: np.ndarray
     active: np.ndarray
     backward_depth: list[int]
@@ -158,7 +158,7 @@ def drawn(optimizer: MISA, steps: int) -> Rounds:
     return Rounds(
         names=list(optimizer.monitor.names),
         layer=[module.layer for module in optimizer.modules],
-        first_step=[record.first_step for record in rounds],
+        inner_steps=optimizer.inner_steps,
         importance=np.stack([record.importance for record in rounds]),
         active=active,
         backward_depth=[record.backward_depth or 0 for record in rounds],

@@ -145,8 +145,7 @@ def test_learning_rate_rises_in_a_line_and_falls_along_a_cosine() -> None:
 
 def test_counted_depth_is_the_depth_the_optimizer_reports() -> None:
     base = Llama(LlamaConfig(context=16))
-    depth = Depth()
-    depth.watch(base)
+    depth = Depth(base)
     model, optimizer = METHODS["MISA, window"].build(base, 1e-3, 40, 0)
     assert isinstance(optimizer, MISA)
     steps = 0
