@@ -177,6 +177,10 @@ class Arena:
         start = pool.offsets[slot]
         return {name: buffer[start : start + self.numel[slot]] for name, buffer in pool.buffers.items()}
 
+    def has_master(self, slot: int) -> bool:
+        """Whether a slot's weight has a float32 copy."""
+        return "master" in self.pools[self.dtypes[slot]].buffers
+
     @property
     def vectors(self) -> dict[str, Tensor]:
         """The numbers per slot that outlive a step, by name."""

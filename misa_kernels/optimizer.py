@@ -116,15 +116,13 @@ class MISA(torch.optim.Optimizer):
             process_group=process_group,
             backend=backend,
         )
-        self._kernels = kernels.select(backend)
+        step_class = kernels.select(backend)
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         super().__init__(arguments.copied_groups(params), defaults)
         self._constructing = False
 
         self.sampler: Sampler = ImportanceSampler() if sampler is None else sampler
         self._keep_states = keep_states
-        self._max_grad_norm = max_grad_norm
-        self._skip_nonfinite = skip_nonfinite
 
         arguments.check_unclaimed(self.param_groups)
         self._partition = partition(self.param_groups, delta, self.sampler.granularity, self.sampler.oversized)
@@ -146,7 +144,13 @@ class MISA(torch.optim.Optimizer):
             budget=self._partition.budget,
             momentum_flush=momentum_flush,
             v_floor=v_floor,
-            param_precision=param_precision,
+            backend=step_class,
+            settings=kernels.Settings(
+                max_grad_norm=max_grad_norm,
+                skip_nonfinite=skip_nonfinite,
+                stochastic=param_precision == "stochastic",
+                root=self.sampler.importance_norm == "norm",
+            ),
             seed=seed,
         )
         self.inner_steps = self._resolve_inner_steps(inner_steps, total_steps)
@@ -227,12 +231,8 @@ class MISA(torch.optim.Optimizer):
                 loss = closure()
         if self._trained.arena is None:
             self._trained.allocate(self._slots_of(self._active.tolist()))
-        self._trained.update(
-            self._kernels,
-            max_grad_norm=self._max_grad_norm,
-            skip_nonfinite=self._skip_nonfinite,
-            root=self.sampler.importance_norm == "norm",
-        )
+        # A GradScaler leaves these here for the call instead of unscaling and skipping by itself.
+        self._trained.update(getattr(self, "grad_scale", None), getattr(self, "found_inf", None))
         self._round_step += 1
         if self._round_step >= self.inner_steps:
             self._end_round()

@@ -1,19 +1,34 @@
-"""Which code runs a step: the one place that chooses a backend.
+"""Which code runs the steps: the one place that chooses a backend.
 
-A backend is a module with `adamw_step(rows, *, max_grad_norm, skip_nonfinite)` as in `misa_kernels.reference`.
+A backend is a class built at every switch from the rows, the arena and the settings of the run. Its
+`run(StepInput)` takes a step: weights, moments and masters in place, without waiting for the device; its
+`collect()` brings the arena's ages, scores and skips up to date, before they are read.
 """
 
 from __future__ import annotations
 
-from types import ModuleType
+from typing import Protocol
 
-from misa_kernels import reference
+from misa_kernels.kernels.plain import PlainStep
+from misa_kernels.kernels.rows import Row, Settings, StepInput
+
+__all__ = ["BACKENDS", "Row", "Settings", "Step", "StepInput", "select"]
 
 BACKENDS = ("auto", "reference")
 
 
-def select(backend: str) -> ModuleType:
-    """Return the module that runs the steps.
+class Step(Protocol):
+    """The steps of one round."""
+
+    def run(self, step: StepInput) -> None:
+        """Take one step."""
+
+    def collect(self) -> None:
+        """Bring the arena's counters up to date."""
+
+
+def select(backend: str) -> type[PlainStep]:
+    """Return the class that runs the steps.
 
     Args:
         backend: "auto" (the fastest one there is) or "reference" (plain PyTorch, on any device).
@@ -26,4 +41,4 @@ def select(backend: str) -> ModuleType:
             f"backend={backend!r} must be one of {', '.join(map(repr, BACKENDS))}: this version has no fused "
             f"kernels; use 'auto'"
         )
-    return reference
+    return PlainStep
