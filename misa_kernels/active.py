@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from misa_kernels.arena import Arena
 from misa_kernels.checkpoint import ELEMENTWISE
-from misa_kernels.kernels import Row, Settings, Step, StepInput
+from misa_kernels.kernels import Backend, Row, Settings, Step, StepInput, select
 from misa_kernels.reference import Hyper, momentum_flush, noise_key, store_weight
 from misa_kernels.slots import SCORES, Slots
 
@@ -26,7 +26,7 @@ class ActiveSet:
         budget: δN, in elements.
         momentum_flush: Whether a sampled tensor that leaves gets the paper's line 16.
         v_floor: Whether the proof's floor is kept.
-        backend: What runs the steps, see `kernels.select`.
+        backend: Name of what runs the steps, see `kernels.check`.
         settings: What holds for all steps.
         seed: Seed of stochastic rounding.
 
@@ -46,7 +46,7 @@ class ActiveSet:
         budget: int,
         momentum_flush: bool,
         v_floor: bool,
-        backend: Callable[[Sequence[Row], Arena, Settings], Step],
+        backend: str,
         settings: Settings,
         seed: int,
     ) -> None:
@@ -57,7 +57,8 @@ class ActiveSet:
         self._budget = budget
         self._momentum_flush = momentum_flush
         self._v_floor = v_floor
-        self._backend = backend
+        self._backend_name = backend
+        self._backend: Backend | None = None
         self._settings = settings
         self.seed = seed
         self.steps = 0
@@ -116,12 +117,15 @@ class ActiveSet:
                 f"the parameters are on {', '.join(sorted(map(str, devices)))}: MISA needs them on one device that "
                 "holds data"
             )
+        dtypes = [block.param.dtype for block in blocks]
+        device = devices.pop()
+        self._backend = select(self._backend_name, device, set(dtypes))
         self.arena = Arena(
             [block.stop - block.start for block in blocks],
-            [block.param.dtype for block in blocks],
+            dtypes,
             range(self._slots.dense),
             self._budget,
-            devices.pop(),
+            device,
             masters=not self._settings.stochastic,
             v_floor=self._v_floor,
         )
@@ -137,6 +141,8 @@ class ActiveSet:
         for slot, row in self.rows.items():
             if self.arena.has_master(slot):
                 adopt_weight(self.arena.views(slot)["master"], row.weight())
+        # Once more, with the ages and sums that were loaded.
+        self._prepare()
 
     def switch(self, leave: Iterable[int], enter: Sequence[int]) -> None:
         """Retire the slots that leave and train those that enter, at age 0, beside the ones that stay.
@@ -146,9 +152,11 @@ class ActiveSet:
         if self.arena is None:
             return
         self.retire(leave)
-        stay = list(self.rows)
-        self.arena.lend(stay, enter)
-        self.rows |= {slot: self._slots.row(slot) for slot in enter}
+        assert self._backend is not None
+        fill = self._backend.reads_fresh_state
+        self.arena.lend(list(self.rows), enter, clear=fill)
+        entering = {slot: self._slots.row(slot) for slot in enter}
+        self.rows |= entering
         for slot, row in self.rows.items():
             whole = row.stop - row.start == row.param.numel()
             shape = row.param.shape if whole else (-1, *row.param.shape[1:])
@@ -156,10 +164,19 @@ class ActiveSet:
             self._state[row.param].update(
                 {self._slots.key(name, slot): view.view(shape) for name, view in views.items()}
             )
-            if slot in enter and "master" in views:
+            if fill and slot in entering and "master" in views:
                 views["master"].copy_(row.weight())
-        self._remember(self._slots.row(slot) for slot in enter)
+        self._remember(self.rows[slot] for slot in enter)
+        self._prepare()
+
+    def _prepare(self) -> None:
+        assert self.arena is not None and self._backend is not None
         self._step = self._backend(list(self.rows.values()), self.arena, self._settings)
+
+    def collect(self) -> None:
+        """Bring what `state` shows of ages and scores up to date."""
+        if self._step is not None:
+            self._step.collect()
 
     def retire(self, leave: Iterable[int]) -> None:
         """Flush, write back and forget the slots given; before the first step there is nothing to do."""
@@ -182,7 +199,10 @@ class ActiveSet:
         if master is None and not flushed:
             return
         weight, age = row.weight(), self.arena.age[row.slot]
-        theta = weight.to(views["exp_avg"].dtype) if master is None else master
+        theta = weight.to(views["exp_avg"].dtype)
+        if master is not None:
+            # A master without an update may never have been filled.
+            theta = torch.where(age > 0, master, theta)
         if flushed:
             hyper = Hyper.of(self._groups[row.group])
             theta = momentum_flush(theta, views["exp_avg"], views["exp_avg_sq"], hyper, age)

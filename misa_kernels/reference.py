@@ -10,11 +10,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 MASK32 = 0xFFFFFFFF
-IntOrTensor = TypeVar("IntOrTensor", int, Tensor)
+Integers = TypeVar("Integers", int, Tensor, npt.NDArray[np.int64])
 
 
 class Hyper(NamedTuple):
@@ -257,7 +259,16 @@ def noise_key(seed: int, step: int, parameter: int) -> int:
     return key
 
 
-def lowbias32(x: IntOrTensor) -> IntOrTensor:
+def noise_keys(seed: int, step: int, parameters: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """Return `noise_key` of many parameters at once, int64 of the same shape."""
+    key = 0
+    for word in (seed & MASK32, seed >> 32, step):
+        key = lowbias32((key + 0x9E3779B9 & MASK32) ^ word & MASK32)
+    mixed: npt.NDArray[np.int64] = lowbias32((key + 0x9E3779B9 & MASK32) ^ parameters & MASK32)
+    return mixed
+
+
+def lowbias32(x: Integers) -> Integers:
     """Hash 32 bits to 32 bits; C. Wellons' constants, https://nullprogram.com/blog/2018/07/31/."""
     x = x ^ (x >> 16)
     x = x * 0x7FEB352D & MASK32

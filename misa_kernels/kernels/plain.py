@@ -58,19 +58,10 @@ class PlainStep:
             found_inf=step.found_inf,
         )
         if settings.root:
-            self._root_of_squares()
+            arena.root_of_squares(row.fellows for row in self._rows if row.slot == row.fellows[0])
         missing = {row.slot for row, grad in zip(self._rows, step.grads, strict=True) if grad is None}
         idle = [row.slot for row in self._rows if missing.issuperset(row.fellows)]
         arena.advance(missing, idle, finite)
 
     def collect(self) -> None:
         """Do nothing: the arena's counters are up to date after every step."""
-
-    def _root_of_squares(self) -> None:
-        """Turn ‖g‖² of the step into ‖g‖, of the whole module where it has several tensors."""
-        sq_norm = self._arena.sq_norm
-        for row in self._rows:
-            if row.slot != row.fellows[0]:
-                sq_norm[row.fellows[0]].add_(sq_norm[row.slot])
-                sq_norm[row.slot].zero_()
-        sq_norm.sqrt_()
