@@ -178,6 +178,21 @@ class ActiveSet:
         if self._step is not None:
             self._step.collect()
 
+    def fresh(self) -> list[tuple[int, str]]:
+        """Return parameter and state key of moments and masters without an update, whose contents mean nothing.
+
+        Waits for the device.
+        """
+        if self.arena is None:
+            return []
+        ages = self.arena.age.tolist()
+        return [
+            (row.index, self._slots.key(name, slot))
+            for slot, row in self.rows.items()
+            if ages[slot] == 0
+            for name in ELEMENTWISE
+        ]
+
     def retire(self, leave: Iterable[int]) -> None:
         """Flush, write back and forget the slots given; before the first step there is nothing to do."""
         if self.arena is None:

@@ -417,6 +417,8 @@ def _complete(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> N
     assert isinstance(optimizer, MISA)
     optimizer._trained.collect()
     state_dict["state"] = checkpoint.detach(state_dict["state"])
+    for param, name in optimizer._trained.fresh():
+        state_dict["state"][param].pop(name, None)
     position = (
         optimizer._round,
         optimizer._round_step,

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from misa_kernels.arena import Arena
+from misa_kernels.kernels.launch import Launch
 from misa_kernels.kernels.rows import Row, Settings, StepInput
-from misa_kernels.kernels.triton import SKIP, Launch
+from misa_kernels.kernels.triton import SKIP
 from misa_kernels.reference import noise_keys
 
 
@@ -33,6 +34,7 @@ class FusedStep:
         self._arena = arena
         self._settings = settings
         self._params = [row.param for row in rows]
+        self._groups = max((row.group for row in rows), default=-1) + 1
         self._index = np.array([row.index for row in rows], dtype=np.int64)
         start = np.array([row.start for row in rows], dtype=np.int64)
         itemsize = np.array([param.element_size() for param in self._params], dtype=np.int64)
@@ -67,7 +69,7 @@ class FusedStep:
         self._launch.step(
             weights + self._weight_offset,
             np.where(pointers == 0, 0, pointers + self._grad_offset),
-            np.array(step.hyper, dtype=np.float64),
+            np.array(step.hyper[: self._groups], dtype=np.float64),
             noise_keys(step.seed, 2 * step.number, self._index) if settings.stochastic else None,
             max_grad_norm=settings.max_grad_norm,
             skip_nonfinite=settings.skip_nonfinite,

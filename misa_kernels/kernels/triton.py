@@ -1,10 +1,10 @@
-"""The whole optimizer step in one launch a bucket, on the GPU: AdamW, ‖g‖² for the scores, clipping, rounding.
+"""What a GPU computes in one step: AdamW of all active tensors, ‖g‖² for the scores, clipping, rounding.
 
-A *row* is one tensor or row block, a *chunk* `CHUNK` elements of it, the work of one program. Weights and
-gradients stay where torch put them; a table of rows says where. A *bucket* is the rows that share weight
-dtype, gradient dtype and alignment, hence one compiled variant. Each chunk has its own age and its own sum of
-squares, written by its program alone, so that there are neither races nor atomics on floats, and two runs
-give the same bits.
+A *row* is one tensor or row block, a *chunk* a fixed number of its elements: the work of one program. Weights
+and gradients stay where torch put them, and a table of rows says where. A *bucket* is the rows that share
+weight dtype, gradient dtype and alignment, hence one compiled variant and one launch. Each chunk has its own
+age and its own sum of squares, written by its program alone: no races, no atomics on floats, and two runs give
+the same bits. `misa_kernels/kernels/launch.py` fills the tables.
 """
 
 from __future__ import annotations
