@@ -65,8 +65,10 @@ class ActiveSet:
         self.arena: Arena | None = None
         self.rows: dict[int, Row] = {}
         self._step: Step | None = None
-        # What each weight with a master looked like after our last write.
-        self._written: dict[Tensor, tuple[int, int]] = {}
+        # The parameter of each row, and what changes when somebody else writes to it or exchanges its memory.
+        self._params: list[Tensor] = []
+        self._pointers: list[int] = []
+        self._versions: list[int] = []
 
     def update(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
         """Take one optimizer step on all tensors that have a gradient.
@@ -79,26 +81,25 @@ class ActiveSet:
             TypeError: For a gradient that is not dense; nothing is changed.
         """
         assert self._step is not None
-        rows = self.rows.values()
-        grads = [row.param.grad for row in rows]
-        for row, grad in zip(rows, grads, strict=True):
-            if grad is not None and grad.layout is not torch.strided:
-                raise TypeError(
-                    f"the gradient of {self._names[row.index]} is {grad.layout}: MISA updates dense gradients; use "
-                    "sparse=False in the embedding, or give it the role 'frozen'"
-                )
-        self._adopt(rows)
-        self._step.run(
-            StepInput(
-                grads=grads,
-                hyper=[Hyper.of(group) for group in self._groups],
-                seed=self.seed,
-                number=self.steps,
-                grad_scale=grad_scale,
-                found_inf=found_inf,
-            )
+        self._adopt()
+        grads = [param.grad for param in self._params]
+        step = StepInput(
+            grads=grads,
+            weight_pointers=self._pointers,
+            hyper=[Hyper.of(group) for group in self._groups],
+            seed=self.seed,
+            number=self.steps,
+            grad_scale=grad_scale,
+            found_inf=found_inf,
         )
-        self._remember(rows)
+        try:
+            self._step.run(step)
+        except (NotImplementedError, RuntimeError):
+            # Asked only now: the layout of 300 gradients takes a quarter of the host's time in a step. A sparse
+            # one has neither an address nor a flat view, so nothing has been launched.
+            self._refuse_sparse(grads)
+            raise
+        self._versions = [param._version for param in self._params]
         self.steps += 1
 
     def allocate(self, enter: Iterable[int]) -> None:
@@ -166,11 +167,13 @@ class ActiveSet:
             )
             if fill and slot in entering and "master" in views:
                 views["master"].copy_(row.weight())
-        self._remember(self.rows[slot] for slot in enter)
         self._prepare()
 
     def _prepare(self) -> None:
         assert self.arena is not None and self._backend is not None
+        self._params = [row.param for row in self.rows.values()]
+        self._pointers = [param.data_ptr() for param in self._params]
+        self._versions = [param._version for param in self._params]
         self._step = self._backend(list(self.rows.values()), self.arena, self._settings)
 
     def collect(self) -> None:
@@ -197,13 +200,12 @@ class ActiveSet:
         """Flush, write back and forget the slots given; before the first step there is nothing to do."""
         if self.arena is None:
             return
+        self._adopt()
         rows = {slot: self.rows.pop(slot) for slot in leave}
-        self._adopt(rows.values())
         for slot, row in rows.items():
             self._write_back(row)
             for name in ELEMENTWISE:
                 self._state[row.param].pop(self._slots.key(name, slot), None)
-            self._written.pop(row.param, None)
 
     def _write_back(self, row: Row) -> None:
         """Leave in the weight what momentum and master still hold of it."""
@@ -229,35 +231,36 @@ class ActiveSet:
         """Drop rows and arena, writing nothing back; what is in `state` counts from now on."""
         self.arena = self._step = None
         self.rows = {}
-        self._written = {}
+        self._params, self._pointers, self._versions = [], [], []
 
-    def _adopt(self, rows: Iterable[Row]) -> None:
+    def _adopt(self) -> None:
         """Take over into the masters what somebody else wrote to the weights; refuse weights that moved."""
         assert self.arena is not None
-        for row in rows:
-            param = row.param
-            if param.device != self.arena.device or param.dtype != self.arena.dtypes[row.slot]:
+        pointers = [param.data_ptr() for param in self._params]
+        versions = [param._version for param in self._params]
+        if pointers == self._pointers and versions == self._versions:
+            return
+        now, before = zip(pointers, versions, strict=True), zip(self._pointers, self._versions, strict=True)
+        for row, a, b in zip(self.rows.values(), now, before, strict=True):
+            param, dtype = row.param, self.arena.dtypes[row.slot]
+            if param.device != self.arena.device or param.dtype != dtype:
                 raise RuntimeError(
-                    f"{self._names[row.index]} is {param.dtype} on {param.device} but was "
-                    f"{self.arena.dtypes[row.slot]} on {self.arena.device} in the first step: move and cast the model "
-                    "before training"
+                    f"{self._names[row.index]} is {param.dtype} on {param.device} but was {dtype} on "
+                    f"{self.arena.device} in the first step: move and cast the model before training"
                 )
-            if param in self._written and self._written[param] != _fingerprint(param):
+            if a != b and self.arena.has_master(row.slot):
                 adopt_weight(self.arena.views(row.slot)["master"], row.weight())
+        self._pointers = pointers
 
-    def _remember(self, rows: Iterable[Row]) -> None:
-        """Note what weights with a master look like after our own writing."""
-        assert self.arena is not None
-        for row in rows:
-            if self.arena.has_master(row.slot):
-                self._written[row.param] = _fingerprint(row.param)
+    def _refuse_sparse(self, grads: Sequence[Tensor | None]) -> None:
+        for row, grad in zip(self.rows.values(), grads, strict=True):
+            if grad is not None and grad.layout is not torch.strided:
+                raise TypeError(
+                    f"the gradient of {self._names[row.index]} is {grad.layout}: MISA updates dense gradients; use "
+                    "sparse=False in the embedding, or give it the role 'frozen'"
+                ) from None
 
 
 def adopt_weight(master: Tensor, theta: Tensor) -> None:
     """Where a 16-bit weight is no longer its master rounded, somebody set it: take it over into the master."""
     master.copy_(torch.where(master.to(theta.dtype) == theta, master, theta.to(master.dtype)))
-
-
-def _fingerprint(param: Tensor) -> tuple[int, int]:
-    """Return what changes when somebody else writes to a weight or exchanges its memory."""
-    return param._version, param.data_ptr()

@@ -28,7 +28,7 @@ SHAPES = [(8, 6), (5, 7), (16, 3), (3, 9), (8, 6), (1, 11), (5,)]
 
 
 def build(backend, dtype=torch.float32, **options):
-    """Six matrices, of which two or three are active, and an always-on vector: a program costs the interpreter 30 ms."""
+    """Six matrices, two or three of them active, and an always-on vector: a program takes the interpreter 30 ms."""
     torch.manual_seed(0)
     model = nn.ParameterList(nn.Parameter(torch.randn(shape).to(DEVICE, dtype)) for shape in SHAPES)
     groups = [
@@ -76,7 +76,7 @@ def test_rounds_equal_those_of_the_reference(variant, dtype):
         ):
             # A bfloat16 weight may round the other way where the last bit of its master differs: one ulp.
             rtol = 1e-6 if dtype == torch.float32 else 2.0**-7
-            torch.testing.assert_close(q, p, rtol=rtol, atol=1e-6, msg=lambda m, n=name: f"{n} in step {step}: {m}")
+            torch.testing.assert_close(q, p, rtol=rtol, atol=1e-6, msg=f"{name} in step {step}: {p} {q}")
         a, b = expected.state_dict(), optimizer.state_dict()
         assert a["param_groups"] == b["param_groups"]
         for i, own in a["state"].items():

@@ -62,8 +62,8 @@ class FusedStep:
 
     def run(self, step: StepInput) -> None:
         """Launch the step."""
-        grads = [None if grad is None else grad.contiguous() for grad in step.grads]
-        weights = np.array([param.data_ptr() for param in self._params], dtype=np.int64)
+        grads = [grad if grad is None or grad.is_contiguous() else grad.contiguous() for grad in step.grads]
+        weights = np.array(step.weight_pointers, dtype=np.int64)
         pointers = np.array([0 if grad is None else grad.data_ptr() for grad in grads], dtype=np.int64)
         settings = self._settings
         self._launch.step(
@@ -76,6 +76,8 @@ class FusedStep:
             grad_scale=step.grad_scale,
             found_inf=step.found_inf,
         )
+        # Autograd must notice that saved weights are no longer what they were.
+        torch.autograd.graph.increment_version(self._params)
         skipped = self._skipped(step.found_inf)
         if skipped is not None:
             self._arena.skipped.add_(skipped)

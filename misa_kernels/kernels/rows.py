@@ -62,6 +62,7 @@ class StepInput:
 
     Attributes:
         grads: The gradient of each row's whole parameter, or None.
+        weight_pointers: Address of each row's whole parameter.
         hyper: Hyperparameters of each param group.
         seed: Seed of the noise.
         number: Number of the step; even and odd ones key different noise, see `noise_key`.
@@ -70,6 +71,7 @@ class StepInput:
     """
 
     grads: Sequence[Tensor | None]
+    weight_pointers: Sequence[int]
     hyper: Sequence[Hyper]
     seed: int
     number: int
