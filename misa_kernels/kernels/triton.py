@@ -12,7 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-# Below 3.6 the interpreter, `tl.fma` on scalars or the flags of the launch differ.
+# The oldest version that the kernels were compiled and tested with; torch 2.10 brings it.
 if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 6):
     raise ImportError(f"triton is {triton.__version__} but misa_kernels needs 3.6: install torch 2.10 or later")
 
