@@ -167,10 +167,10 @@ class Launch:
 
     def step(
         self,
-        weights: Sequence[int],
-        grads: Sequence[int],
+        weights: npt.ArrayLike,
+        grads: npt.ArrayLike,
         hyper: npt.ArrayLike,
-        noise_keys: Sequence[int] | None = None,
+        noise_keys: npt.ArrayLike | None = None,
         *,
         max_grad_norm: float | None = None,
         skip_nonfinite: bool = False,
