@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -11,7 +10,8 @@ from torch import Tensor
 
 from misa_kernels.arena import Arena
 from misa_kernels.checkpoint import ELEMENTWISE
-from misa_kernels.reference import Hyper, Row, momentum_flush, noise_key, store_weight
+from misa_kernels.kernels import Backend, Row, Settings, Step, StepInput, select
+from misa_kernels.reference import Hyper, momentum_flush, noise_key, store_weight
 from misa_kernels.slots import SCORES, Slots
 
 
@@ -26,7 +26,8 @@ class ActiveSet:
         budget: δN, in elements.
         momentum_flush: Whether a sampled tensor that leaves gets the paper's line 16.
         v_floor: Whether the proof's floor is kept.
-        param_precision: "master" or "stochastic".
+        backend: Name of what runs the steps, see `kernels.check`.
+        settings: What holds for all steps.
         seed: Seed of stochastic rounding.
 
     Attributes:
@@ -45,7 +46,8 @@ class ActiveSet:
         budget: int,
         momentum_flush: bool,
         v_floor: bool,
-        param_precision: str,
+        backend: str,
+        settings: Settings,
         seed: int,
     ) -> None:
         self._slots = slots
@@ -55,43 +57,49 @@ class ActiveSet:
         self._budget = budget
         self._momentum_flush = momentum_flush
         self._v_floor = v_floor
-        self._param_precision = param_precision
+        self._backend_name = backend
+        self._backend: Backend | None = None
+        self._settings = settings
         self.seed = seed
         self.steps = 0
         self.arena: Arena | None = None
         self.rows: dict[int, Row] = {}
-        # What each weight with a master looked like after our last write.
-        self._written: dict[Tensor, tuple[int, int]] = {}
+        self._step: Step | None = None
+        # The parameter of each row, and what changes when somebody else writes to it or exchanges its memory.
+        self._params: list[Tensor] = []
+        self._pointers: list[int] = []
+        self._versions: list[int] = []
 
-    def update(self, backend: ModuleType, *, max_grad_norm: float | None, skip_nonfinite: bool, root: bool) -> None:
+    def update(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
         """Take one optimizer step on all tensors that have a gradient.
 
         Args:
-            backend: See `kernels.select`.
-            max_grad_norm: Global norm to clip to, or None.
-            skip_nonfinite: Whether to leave everything as it is when a gradient is not finite.
-            root: Whether scores add up ‖g‖ instead of ‖g‖².
+            grad_scale: What a GradScaler multiplied the gradients by, or None.
+            found_inf: Nonzero where a GradScaler found a nonfinite gradient, or None.
+
+        Raises:
+            TypeError: For a gradient that is not dense; nothing is changed.
         """
-        assert self.arena is not None
-        present = {slot: row for slot, row in self.rows.items() if self._has_gradient(slot)}
-        self._refresh(present)
-        for slot, row in present.items():
-            block = self._slots.blocks[slot]
-            assert block.param.grad is not None
-            row.grad = block.param.grad.reshape(-1)[block.start : block.stop]
-        finite = backend.adamw_step(list(present.values()), max_grad_norm=max_grad_norm, skip_nonfinite=skip_nonfinite)
-        for row in present.values():
-            # The row outlives the gradient, which the user may want gone.
-            row.grad = row.theta
-        self._remember(present)
-        missing = [slot for slot in self.rows if slot not in present]
-        for slot in missing:
-            self.rows[slot].sq_norm.zero_()
-        if root:
-            self._root_of_squares(self.arena)
-        self.arena.advance(
-            missing, [slot for slot in missing if present.keys().isdisjoint(self._fellows(slot))], finite
+        assert self._step is not None
+        self._adopt()
+        grads = [param.grad for param in self._params]
+        step = StepInput(
+            grads=grads,
+            weight_pointers=self._pointers,
+            hyper=[Hyper.of(group) for group in self._groups],
+            seed=self.seed,
+            number=self.steps,
+            grad_scale=grad_scale,
+            found_inf=found_inf,
         )
+        try:
+            self._step.run(step)
+        except (NotImplementedError, RuntimeError):
+            # Asked only now: the layout of 300 gradients takes a quarter of the host's time in a step. A sparse
+            # one has neither an address nor a flat view, so nothing has been launched.
+            self._refuse_sparse(grads)
+            raise
+        self._versions = [param._version for param in self._params]
         self.steps += 1
 
     def allocate(self, enter: Iterable[int]) -> None:
@@ -110,13 +118,16 @@ class ActiveSet:
                 f"the parameters are on {', '.join(sorted(map(str, devices)))}: MISA needs them on one device that "
                 "holds data"
             )
+        dtypes = [block.param.dtype for block in blocks]
+        device = devices.pop()
+        self._backend = select(self._backend_name, device, set(dtypes))
         self.arena = Arena(
             [block.stop - block.start for block in blocks],
-            [block.param.dtype for block in blocks],
+            dtypes,
             range(self._slots.dense),
             self._budget,
-            devices.pop(),
-            masters=self._param_precision == "master",
+            device,
+            masters=not self._settings.stochastic,
             v_floor=self._v_floor,
         )
         loaded = {param: dict(own) for param, own in self._state.items()}
@@ -128,9 +139,11 @@ class ActiveSet:
                 if name not in SCORES and name in self._state[param]:
                     live = self._state[param][name]
                     live.copy_(value.reshape(live.shape))
-        for row in self.rows.values():
-            if row.master is not None:
-                adopt_weight(row.master, row.theta)
+        for slot, row in self.rows.items():
+            if self.arena.has_master(slot):
+                adopt_weight(self.arena.views(slot)["master"], row.weight())
+        # Once more, with the ages and sums that were loaded.
+        self._prepare()
 
     def switch(self, leave: Iterable[int], enter: Sequence[int]) -> None:
         """Retire the slots that leave and train those that enter, at age 0, beside the ones that stay.
@@ -140,116 +153,114 @@ class ActiveSet:
         if self.arena is None:
             return
         self.retire(leave)
-        stay = list(self.rows)
-        self.arena.lend(stay, enter)
-        for slot in [*stay, *enter]:
-            block, views = self._slots.blocks[slot], self.arena.views(slot)
-            theta = block.param.detach().view(-1)[block.start : block.stop]
-            shape = block.param.shape if len(theta) == block.param.numel() else (-1, *block.param.shape[1:])
-            self._state[block.param].update(
+        assert self._backend is not None
+        fill = self._backend.reads_fresh_state
+        self.arena.lend(list(self.rows), enter, clear=fill)
+        entering = {slot: self._slots.row(slot) for slot in enter}
+        self.rows |= entering
+        for slot, row in self.rows.items():
+            whole = row.stop - row.start == row.param.numel()
+            shape = row.param.shape if whole else (-1, *row.param.shape[1:])
+            views = self.arena.views(slot)
+            self._state[row.param].update(
                 {self._slots.key(name, slot): view.view(shape) for name, view in views.items()}
             )
-            floors = None if slot < self._slots.dense else self.arena.v_floor
-            self.rows[slot] = Row(
-                exp_avg=views["exp_avg"],
-                exp_avg_sq=views["exp_avg_sq"],
-                master=views.get("master"),
-                age=self.arena.age[slot],
-                sq_norm=self.arena.sq_norm[slot],
-                v_floor=None if floors is None else floors[self._fellows(slot)[0]],
-                start=block.start,
-                theta=theta,
-                grad=theta,
-                hyper=Hyper.of(self._groups[self._slots.group[slot]]),
-                noise_key=None,
-            )
-        entered = {slot: self.rows[slot] for slot in enter}
-        for row in entered.values():
-            if row.master is not None:
-                row.master.copy_(row.theta)
-        self._remember(entered)
+            if fill and slot in entering and "master" in views:
+                views["master"].copy_(row.weight())
+        self._prepare()
+
+    def _prepare(self) -> None:
+        assert self.arena is not None and self._backend is not None
+        self._params = [row.param for row in self.rows.values()]
+        self._pointers = [param.data_ptr() for param in self._params]
+        self._versions = [param._version for param in self._params]
+        self._step = self._backend(list(self.rows.values()), self.arena, self._settings)
+
+    def collect(self) -> None:
+        """Bring what `state` shows of ages and scores up to date."""
+        if self._step is not None:
+            self._step.collect()
+
+    def fresh(self) -> list[tuple[int, str]]:
+        """Return parameter and state key of moments and masters without an update, whose contents mean nothing.
+
+        Waits for the device.
+        """
+        if self.arena is None:
+            return []
+        ages = self.arena.age.tolist()
+        return [
+            (row.index, self._slots.key(name, slot))
+            for slot, row in self.rows.items()
+            if ages[slot] == 0
+            for name in ELEMENTWISE
+        ]
 
     def retire(self, leave: Iterable[int]) -> None:
-        """Flush, write back and forget the slots given."""
+        """Flush, write back and forget the slots given; before the first step there is nothing to do."""
+        if self.arena is None:
+            return
+        self._adopt()
         rows = {slot: self.rows.pop(slot) for slot in leave}
-        flushed = {slot for slot in rows if self._momentum_flush and slot >= self._slots.dense}
-        written = {slot: row for slot, row in rows.items() if slot in flushed or row.master is not None}
-        self._refresh(written)
-        for slot, row in written.items():
-            theta = row.theta.to(row.exp_avg.dtype) if row.master is None else row.master
-            if slot in flushed:
-                theta = momentum_flush(theta, row.exp_avg, row.exp_avg_sq, row.hyper, row.age)
-            # Stochastic, or updates below half an ulp would be lost in every round. Odd numbers, since the even
-            # ones key the noise of the steps.
-            key = noise_key(self.seed, 2 * self.steps + 1, self._slots.blocks[slot].index)
-            store_weight(row.theta, theta, row.start, key)
-        for slot in rows:
-            param = self._slots.blocks[slot].param
+        for slot, row in rows.items():
+            self._write_back(row)
             for name in ELEMENTWISE:
-                self._state[param].pop(self._slots.key(name, slot), None)
-            self._written.pop(param, None)
+                self._state[row.param].pop(self._slots.key(name, slot), None)
+
+    def _write_back(self, row: Row) -> None:
+        """Leave in the weight what momentum and master still hold of it."""
+        assert self.arena is not None
+        views = self.arena.views(row.slot)
+        master = views.get("master")
+        flushed = self._momentum_flush and row.module is not None
+        if master is None and not flushed:
+            return
+        weight, age = row.weight(), self.arena.age[row.slot]
+        theta = weight.to(views["exp_avg"].dtype)
+        if master is not None:
+            # A master without an update may never have been filled.
+            theta = torch.where(age > 0, master, theta)
+        if flushed:
+            hyper = Hyper.of(self._groups[row.group])
+            theta = momentum_flush(theta, views["exp_avg"], views["exp_avg_sq"], hyper, age)
+        # Stochastic, or updates below half an ulp would be lost in every round. Odd numbers, since the even ones
+        # key the noise of the steps.
+        store_weight(weight, theta, row.start, noise_key(self.seed, 2 * self.steps + 1, row.index))
 
     def forget(self) -> None:
         """Drop rows and arena, writing nothing back; what is in `state` counts from now on."""
-        self.arena = None
+        self.arena = self._step = None
         self.rows = {}
-        self._written = {}
+        self._params, self._pointers, self._versions = [], [], []
 
-    def _has_gradient(self, slot: int) -> bool:
-        param = self._slots.blocks[slot].param
-        if param.grad is not None and param.grad.layout is not torch.strided:
-            raise TypeError(
-                f"the gradient of {self._name(slot)} is {param.grad.layout}: MISA updates dense gradients; use "
-                "sparse=False in the embedding, or give it the role 'frozen'"
-            )
-        return param.grad is not None
-
-    def _refresh(self, rows: dict[int, Row]) -> None:
-        """Bring rows up to date with weights, hyperparameters and the noise of this step."""
-        hyper = [Hyper.of(group) for group in self._groups]
-        for slot, row in rows.items():
-            block = self._slots.blocks[slot]
-            param = block.param
-            if param.device != row.age.device or param.dtype != row.theta.dtype:
+    def _adopt(self) -> None:
+        """Take over into the masters what somebody else wrote to the weights; refuse weights that moved."""
+        assert self.arena is not None
+        pointers = [param.data_ptr() for param in self._params]
+        versions = [param._version for param in self._params]
+        if pointers == self._pointers and versions == self._versions:
+            return
+        now, before = zip(pointers, versions, strict=True), zip(self._pointers, self._versions, strict=True)
+        for row, a, b in zip(self.rows.values(), now, before, strict=True):
+            param, dtype = row.param, self.arena.dtypes[row.slot]
+            if param.device != self.arena.device or param.dtype != dtype:
                 raise RuntimeError(
-                    f"{self._name(slot)} is {param.dtype} on {param.device} but was {row.theta.dtype} on "
-                    f"{row.age.device} in the first step: move and cast the model before training"
+                    f"{self._names[row.index]} is {param.dtype} on {param.device} but was {dtype} on "
+                    f"{self.arena.device} in the first step: move and cast the model before training"
                 )
-            row.theta = param.detach().view(-1)[block.start : block.stop]
-            row.hyper = hyper[self._slots.group[slot]]
-            if self._param_precision == "stochastic" and param.dtype.itemsize == 2:
-                row.noise_key = noise_key(self.seed, 2 * self.steps, block.index)
-            if row.master is not None and self._written.get(param) != _fingerprint(param):
-                adopt_weight(row.master, row.theta)
+            if a != b and self.arena.has_master(row.slot):
+                adopt_weight(self.arena.views(row.slot)["master"], row.weight())
+        self._pointers = pointers
 
-    def _remember(self, rows: dict[int, Row]) -> None:
-        for slot, row in rows.items():
-            if row.master is not None:
-                param = self._slots.blocks[slot].param
-                self._written[param] = _fingerprint(param)
-
-    def _root_of_squares(self, arena: Arena) -> None:
-        """Turn ‖g‖² of the step into ‖g‖, of the whole module where it has several tensors."""
-        for number in {int(self._slots.candidate[slot]) for slot in self.rows if slot >= self._slots.dense}:
-            first, *others = self._slots.of[number]
-            for slot in others:
-                arena.sq_norm[first].add_(arena.sq_norm[slot])
-                arena.sq_norm[slot].zero_()
-        arena.sq_norm.sqrt_()
-
-    def _fellows(self, slot: int) -> Sequence[int]:
-        """Return the slots of the module that a slot belongs to; a dense slot stands alone."""
-        return [slot] if slot < self._slots.dense else self._slots.of[int(self._slots.candidate[slot])]
-
-    def _name(self, slot: int) -> str:
-        return self._names[self._slots.blocks[slot].index]
+    def _refuse_sparse(self, grads: Sequence[Tensor | None]) -> None:
+        for row, grad in zip(self.rows.values(), grads, strict=True):
+            if grad is not None and grad.layout is not torch.strided:
+                raise TypeError(
+                    f"the gradient of {self._names[row.index]} is {grad.layout}: MISA updates dense gradients; use "
+                    "sparse=False in the embedding, or give it the role 'frozen'"
+                ) from None
 
 
 def adopt_weight(master: Tensor, theta: Tensor) -> None:
     """Where a 16-bit weight is no longer its master rounded, somebody set it: take it over into the master."""
     master.copy_(torch.where(master.to(theta.dtype) == theta, master, theta.to(master.dtype)))
-
-
-def _fingerprint(param: Tensor) -> tuple[int, int]:
-    """Return what changes when somebody else writes to a weight or exchanges its memory."""
-    return param._version, param.data_ptr()

@@ -55,8 +55,8 @@ class Pool:
         self.offsets: dict[int, int] = {}
         self.used = 0
 
-    def lend(self, keep: Iterable[int], enter: Iterable[int], numel: Sequence[int]) -> None:
-        """Close the gaps between the slots kept, keeping their contents, and append zeroed new ones."""
+    def lend(self, keep: Iterable[int], enter: Iterable[int], numel: Sequence[int], clear: bool) -> None:
+        """Close the gaps between the slots kept, keeping their contents, and append new ones."""
         self.used, moved = 0, {}
         # Ascending, so that a slot only ever moves down into space already vacated.
         for slot in sorted(keep, key=self.offsets.__getitem__):
@@ -69,8 +69,9 @@ class Pool:
             moved[slot] = self.used
             self.used += padded(numel[slot])
         self.offsets = moved
-        for name in ("exp_avg", "exp_avg_sq"):
-            self.buffers[name][start : self.used].zero_()
+        if clear:
+            for name in ("exp_avg", "exp_avg_sq"):
+                self.buffers[name][start : self.used].zero_()
 
 
 def move_down(buffer: Tensor, source: int, target: int, numel: int) -> None:
@@ -148,11 +149,15 @@ class Arena:
         buffers = [buffer for pool in self.pools.values() for buffer in pool.buffers.values()]
         return sum(buffer.numel() * buffer.element_size() for buffer in buffers)
 
-    def lend(self, keep: Iterable[int], enter: Sequence[int]) -> None:
-        """Make `keep` and `enter` the active slots; entering ones start at age 0 with zero moments.
+    def lend(self, keep: Iterable[int], enter: Sequence[int], *, clear: bool = True) -> None:
+        """Make `keep` and `enter` the active slots; entering ones start at age 0.
 
-        Starts a round: the sums of the one before are cleared. Masters of entering slots are left for the
-        caller to fill.
+        Starts a round: the sums of the one before are cleared.
+
+        Args:
+            keep: Active slots that stay, with their contents.
+            enter: Slots that enter, without their masters, which are left for the caller to fill.
+            clear: Whether the moments of entering slots are set to 0.
         """
         keep = list(keep)
         left = {slot for pool in self.pools.values() for slot in pool.offsets}.difference(keep)
@@ -161,6 +166,7 @@ class Arena:
                 [slot for slot in keep if self.dtypes[slot] == dtype],
                 [slot for slot in enter if self.dtypes[slot] == dtype],
                 self.numel,
+                clear,
             )
         fresh = torch.tensor([*left, *enter], dtype=torch.int64).to(self.device)
         self.age.index_fill_(0, fresh, 0)
@@ -176,6 +182,14 @@ class Arena:
         pool = self.pools[self.dtypes[slot]]
         start = pool.offsets[slot]
         return {name: buffer[start : start + self.numel[slot]] for name, buffer in pool.buffers.items()}
+
+    def offset(self, slot: int) -> int:
+        """Return where an active slot's part of each buffer of its pool begins, in elements."""
+        return self.pools[self.dtypes[slot]].offsets[slot]
+
+    def has_master(self, slot: int) -> bool:
+        """Whether a slot's weight has a float32 copy."""
+        return "master" in self.pools[self.dtypes[slot]].buffers
 
     @property
     def vectors(self) -> dict[str, Tensor]:
@@ -203,6 +217,14 @@ class Arena:
             self.sq_norm.masked_fill_(skipped, 0.0)
             self.skipped.add_(skipped)
         self.score_sum.add_(self.sq_norm)
+
+    def root_of_squares(self, modules: Iterable[Sequence[int]]) -> None:
+        """Turn ‖g‖² of the step into ‖g‖; that of a module of several slots goes into the first of them."""
+        for first, *others in modules:
+            for slot in others:
+                self.sq_norm[first].add_(self.sq_norm[slot])
+                self.sq_norm[slot].zero_()
+        self.sq_norm.sqrt_()
 
     def read_round(self) -> tuple[np.ndarray, np.ndarray, int]:
         """Return this round's `score_sum` and `updates` per slot and `skipped`, in one transfer to the host.

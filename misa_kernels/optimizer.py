@@ -66,7 +66,8 @@ class MISA(torch.optim.Optimizer):
         skip_nonfinite: Leave everything untouched in a step whose gradients hold NaN or Inf, and count it.
         seed: Seed of the draws and of stochastic rounding.
         process_group: Must be None in this version.
-        backend: "auto" or "reference".
+        backend: "triton", one launch a step on CUDA devices; "reference", plain PyTorch on any device; or "auto",
+            the former where it can run.
         **adamw_only: `amsgrad`, `maximize`, `foreach`, `capturable`, `differentiable` and `fused` of AdamW,
             accepted at their defaults so that existing calls keep working.
 
@@ -116,15 +117,13 @@ class MISA(torch.optim.Optimizer):
             process_group=process_group,
             backend=backend,
         )
-        self._kernels = kernels.select(backend)
+        kernels.check(backend)
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         super().__init__(arguments.copied_groups(params), defaults)
         self._constructing = False
 
         self.sampler: Sampler = ImportanceSampler() if sampler is None else sampler
         self._keep_states = keep_states
-        self._max_grad_norm = max_grad_norm
-        self._skip_nonfinite = skip_nonfinite
 
         arguments.check_unclaimed(self.param_groups)
         self._partition = partition(self.param_groups, delta, self.sampler.granularity, self.sampler.oversized)
@@ -146,7 +145,13 @@ class MISA(torch.optim.Optimizer):
             budget=self._partition.budget,
             momentum_flush=momentum_flush,
             v_floor=v_floor,
-            param_precision=param_precision,
+            backend=backend,
+            settings=kernels.Settings(
+                max_grad_norm=max_grad_norm,
+                skip_nonfinite=skip_nonfinite,
+                stochastic=param_precision == "stochastic",
+                root=self.sampler.importance_norm == "norm",
+            ),
             seed=seed,
         )
         self.inner_steps = self._resolve_inner_steps(inner_steps, total_steps)
@@ -167,6 +172,9 @@ class MISA(torch.optim.Optimizer):
         self._bind_scores()
         self._activate(draw.active)
         self._record(draw)
+
+    # torch.amp.GradScaler then leaves unscaling and skipping to the step, which needs no look at the device.
+    _step_supports_amp_scaling = True
 
     def _resolve_inner_steps(self, inner_steps: int | str, total_steps: int | None) -> int:
         if not isinstance(inner_steps, str):
@@ -227,12 +235,8 @@ class MISA(torch.optim.Optimizer):
                 loss = closure()
         if self._trained.arena is None:
             self._trained.allocate(self._slots_of(self._active.tolist()))
-        self._trained.update(
-            self._kernels,
-            max_grad_norm=self._max_grad_norm,
-            skip_nonfinite=self._skip_nonfinite,
-            root=self.sampler.importance_norm == "norm",
-        )
+        # A GradScaler leaves these here for the call instead of unscaling and skipping by itself.
+        self._trained.update(getattr(self, "grad_scale", None), getattr(self, "found_inf", None))
         self._round_step += 1
         if self._round_step >= self.inner_steps:
             self._end_round()
@@ -241,6 +245,7 @@ class MISA(torch.optim.Optimizer):
     def _end_round(self) -> None:
         """Fold the scores, draw the next active set and make it active."""
         assert self._trained.arena is not None
+        self._trained.collect()
         score_sum, updates, skipped = self._trained.arena.read_round()
         sums, counts = self._slots.sum(score_sum)[self._active], self._slots.max(updates)[self._active]
         mean = sums / np.maximum(counts, 1)
@@ -410,7 +415,10 @@ class MISA(torch.optim.Optimizer):
 def _complete(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
     """Make a state dict independent of the arena and add the position of the run (a post hook of torch's)."""
     assert isinstance(optimizer, MISA)
+    optimizer._trained.collect()
     state_dict["state"] = checkpoint.detach(state_dict["state"])
+    for param, name in optimizer._trained.fresh():
+        state_dict["state"][param].pop(name, None)
     position = (
         optimizer._round,
         optimizer._round_step,

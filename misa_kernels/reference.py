@@ -10,11 +10,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 MASK32 = 0xFFFFFFFF
-IntOrTensor = TypeVar("IntOrTensor", int, Tensor)
+Integers = TypeVar("Integers", int, Tensor, npt.NDArray[np.int64])
 
 
 class Hyper(NamedTuple):
@@ -102,7 +104,12 @@ def adamw(
 
 
 def adamw_step(
-    rows: Sequence[Row], *, max_grad_norm: float | None = None, skip_nonfinite: bool = False
+    rows: Sequence[Row],
+    *,
+    max_grad_norm: float | None = None,
+    skip_nonfinite: bool = False,
+    grad_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
 ) -> Tensor | None:
     """Update every row in place and write the squared norm of its gradient.
 
@@ -112,20 +119,27 @@ def adamw_step(
             caller, who advances all of them at once.
         max_grad_norm: Scale all gradients by min(1, max_grad_norm / (‖g‖ + 1e-6)), ‖g‖ over all rows.
         skip_nonfinite: Leave everything but `sq_norm` as it was when ‖g‖² is NaN or infinite.
+        grad_scale: Divide all gradients by it first, 0-dim; norms are of the quotients.
+        found_inf: Leave everything but `sq_norm` as it was where it is nonzero, 0-dim.
 
     Returns:
-        With `skip_nonfinite` a 0-dim bool on the device, whether the update was applied; else None.
+        Where the step may be skipped a 0-dim bool on the device, whether it was applied; else None.
     """
+    unscale = None if grad_scale is None else 1 / grad_scale.double()
     for row in rows:
-        norm = torch.linalg.vector_norm(row.grad, dtype=row.exp_avg.dtype)
-        row.sq_norm.copy_(norm.double().square())
-    coefficient = finite = None
+        norm = torch.linalg.vector_norm(row.grad, dtype=row.exp_avg.dtype).double()
+        row.sq_norm.copy_((norm if unscale is None else norm * unscale).square())
+    coefficient, finite = unscale, None
     if rows and (max_grad_norm is not None or skip_nonfinite):
         total = torch.stack([row.sq_norm for row in rows]).sum()
         if skip_nonfinite:
             finite = total.isfinite()
         if max_grad_norm is not None:
-            coefficient = (max_grad_norm / (total.sqrt() + 1e-6)).clamp(max=1.0)
+            clip = (max_grad_norm / (total.sqrt() + 1e-6)).clamp(max=1.0)
+            coefficient = clip if unscale is None else clip * unscale
+    if found_inf is not None:
+        found = found_inf == 0
+        finite = found if finite is None else finite & found
     # Tensors of one module share their floor, and all of them use that of the step before.
     floors = [None if row.v_floor is None else row.v_floor.clone() for row in rows]
     for row, floor in zip(rows, floors, strict=True):
@@ -245,7 +259,16 @@ def noise_key(seed: int, step: int, parameter: int) -> int:
     return key
 
 
-def lowbias32(x: IntOrTensor) -> IntOrTensor:
+def noise_keys(seed: int, step: int, parameters: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """Return `noise_key` of many parameters at once, int64 of the same shape."""
+    key = 0
+    for word in (seed & MASK32, seed >> 32, step):
+        key = lowbias32((key + 0x9E3779B9 & MASK32) ^ word & MASK32)
+    mixed: npt.NDArray[np.int64] = lowbias32((key + 0x9E3779B9 & MASK32) ^ parameters & MASK32)
+    return mixed
+
+
+def lowbias32(x: Integers) -> Integers:
     """Hash 32 bits to 32 bits; C. Wellons' constants, https://nullprogram.com/blog/2018/07/31/."""
     x = x ^ (x >> 16)
     x = x * 0x7FEB352D & MASK32

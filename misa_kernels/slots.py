@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from misa_kernels.checkpoint import ELEMENTWISE
+from misa_kernels.kernels import Row
 from misa_kernels.partition import Block, Partition
 
 # One number a sampled block, on the host, from construction on: what the sampler knows and what is active.
@@ -72,6 +73,13 @@ class Slots:
     def key(self, name: str, slot: int) -> str:
         """Return the state key of one slot's tensor: "exp_avg", or "exp_avg.3" for block 3 of several."""
         return name + self._suffixes[slot]
+
+    def row(self, slot: int) -> Row:
+        """Return what the kernels need to know of a slot."""
+        block = self.blocks[slot]
+        module = int(self.candidate[slot]) if slot >= self.dense else None
+        fellows = [slot] if module is None else self.of[module]
+        return Row(slot, block.param, block.index, block.start, block.stop, self.group[slot], fellows, module)
 
     def first(self, values: Tensor) -> npt.NDArray[Any]:
         """Return one number a candidate, that of its first slot, from one a slot."""

@@ -1,0 +1,83 @@
+"""What the steps of a round are told: which tensors, under which settings, and what is new in each step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from misa_kernels.reference import Hyper, noise_key
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One tensor, or row block of one, that is trained in this round.
+
+    Attributes:
+        slot: Its number in the arena.
+        param: The parameter.
+        index: Position of the parameter in the optimizer; keys the rounding noise.
+        start: First element of `param.view(-1)`.
+        stop: One past the last.
+        group: Number of its param group.
+        fellows: Slots of all tensors of its module, this one among them.
+        module: Number of the module, None for an always-on tensor.
+    """
+
+    slot: int
+    param: nn.Parameter
+    index: int
+    start: int
+    stop: int
+    group: int
+    fellows: Sequence[int]
+    module: int | None
+
+    def weight(self) -> Tensor:
+        """Return the weight as it is now, of shape (stop - start,)."""
+        return self.param.detach().view(-1)[self.start : self.stop]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What holds for all steps of a run.
+
+    Attributes:
+        max_grad_norm: Global norm to clip to, or None.
+        skip_nonfinite: Whether a step with nonfinite gradients leaves everything as it is.
+        stochastic: Whether 16-bit weights without a master are rounded stochastically.
+        root: Whether scores add up ‖g‖ instead of ‖g‖².
+    """
+
+    max_grad_norm: float | None
+    skip_nonfinite: bool
+    stochastic: bool
+    root: bool
+
+
+@dataclass(frozen=True, slots=True)
+class StepInput:
+    """What is new in a step.
+
+    Attributes:
+        grads: The gradient of each row's whole parameter, or None.
+        weight_pointers: Address of each row's whole parameter.
+        hyper: Hyperparameters of each param group.
+        seed: Seed of the noise.
+        number: Number of the step; even and odd ones key different noise, see `noise_key`.
+        grad_scale: What a GradScaler multiplied the gradients by, 0-dim, or None.
+        found_inf: 0-dim, nonzero where a GradScaler found a nonfinite gradient, or None.
+    """
+
+    grads: Sequence[Tensor | None]
+    weight_pointers: Sequence[int]
+    hyper: Sequence[Hyper]
+    seed: int
+    number: int
+    grad_scale: Tensor | None
+    found_inf: Tensor | None
+
+    def noise_key(self, row: Row) -> int:
+        """Return the key of a row's rounding noise in this step."""
+        return noise_key(self.seed, 2 * self.number, row.index)

@@ -1,0 +1,314 @@
+"""What a GPU computes in one step: AdamW of all active tensors, ‖g‖² for the scores, clipping, rounding.
+
+A *row* is one tensor or row block, a *chunk* a fixed number of its elements: the work of one program. Weights
+and gradients stay where torch put them, and a table of rows says where. A *bucket* is the rows that share
+weight dtype, gradient dtype and alignment, hence one compiled variant and one launch. Each chunk has its own
+age and its own sum of squares, written by its program alone: no races, no atomics on floats, and two runs give
+the same bits. `misa_kernels/kernels/launch.py` fills the tables.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+# The oldest version that the kernels were compiled and tested with; torch 2.10 brings it.
+if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 6):
+    raise ImportError(f"triton is {triton.__version__} but misa_kernels needs 3.6: install torch 2.10 or later")
+
+# Columns of the row table, int64. A gradient pointer of 0 means that there is no gradient this step; the state
+# begins at element `OFFSET` of the arena; `START` is the first element's index in the whole parameter.
+WEIGHT, GRAD, NUMEL, OFFSET, GROUP, START, KEY, FIRST_CHUNK, ROW_COLUMNS = (tl.constexpr(i) for i in range(9))
+# Columns of the hyperparameter table, float64, one line a param group.
+LR, BETA1, BETA2, EPS, WEIGHT_DECAY, HYPER_COLUMNS = (tl.constexpr(i) for i in range(6))
+# Columns of `control`, float32, which the last program of the norm launch writes.
+COEFFICIENT, NORM, SKIP, CONTROL_COLUMNS = (tl.constexpr(i) for i in range(4))
+# float64 numbers that `sum_in_order` holds at once: 8 a thread.
+SUM_BLOCK = tl.constexpr(1024)
+
+INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
+
+
+@triton.jit
+def adamw(theta, g, m, v, decay, step_size, beta1, beta2, one_minus_beta1, one_minus_beta2, denom_scale, eps):
+    """Return θ, m and v after one AdamW update: csrc/adamw.h line by line, and its bits."""
+    m = tl.fma(beta1, m, one_minus_beta1 * g)
+    v = tl.fma(beta2, v, one_minus_beta2 * (g * g))
+    denom = tl.fma(denom_scale, tl.sqrt_rn(v), eps)
+    theta = tl.fma(-step_size, tl.div_rn(m, denom), decay * theta)
+    return theta, m, v
+
+
+@triton.jit
+def powers(base1, base2, exponent):
+    """Return both float64 bases to an int32 power, by squaring: the same bits in any language.
+
+    Both in one loop, so that their latencies overlap.
+    """
+    power1 = tl.cast(1.0, tl.float64)
+    power2 = tl.cast(1.0, tl.float64)
+    while exponent > 0:
+        power1 = tl.where(exponent % 2 == 1, power1 * base1, power1)
+        power2 = tl.where(exponent % 2 == 1, power2 * base2, power2)
+        base1 = base1 * base1
+        base2 = base2 * base2
+        exponent = exponent // 2
+    return power1, power2
+
+
+@triton.jit
+def bf16_rounded(x, increment):
+    """Add to the bits of float32 and cut off the lower half; NaN stays NaN, infinity infinity."""
+    bits = x.to(tl.uint32, bitcast=True)
+    finite = (bits & 0x7F800000) != 0x7F800000
+    # A payload in the lower half alone would leave infinity.
+    quiet = tl.where((bits & 0x007FFFFF) != 0, bits | 0x00400000, bits)
+    bits = tl.where(finite, bits + increment, quiet)
+    return (bits >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+
+
+@triton.jit
+def bf16_nearest(x):
+    """Round to nearest, ties to even."""
+    if INTERPRETED:
+        # Its own conversion truncates. On a GPU these integers would be 8 of 60 instructions an element.
+        return bf16_rounded(x, 0x7FFF + ((x.to(tl.uint32, bitcast=True) >> 16) & 1))
+    else:
+        return x.to(tl.bfloat16)
+
+
+@triton.jit
+def lowbias32(x):
+    """Hash 32 bits to 32 bits; C. Wellons' constants, https://nullprogram.com/blog/2018/07/31/."""
+    x = x ^ (x >> 16)
+    x = x * 0x7FEB352D
+    x = x ^ (x >> 15)
+    x = x * 0x846CA68B
+    return x ^ (x >> 16)
+
+
+@triton.jit
+def noise16(first, index, key):
+    """Return 16 bits of noise for the elements `first + index`; `first` int64, `index` below 2^32.
+
+    Philox would cost half of the memory time of the step.
+    """
+    low = first.to(tl.uint32) + index.to(tl.uint32)
+    high = (first >> 32).to(tl.uint32)
+    # The upper half of the 64-bit index is one of two scalars: their keys are made once a program.
+    here = tl.where(high != 0, lowbias32(high ^ key), key)
+    beyond = lowbias32((high + 1) ^ key)
+    key = tl.where(low < first.to(tl.uint32), beyond, here)
+    return lowbias32(low ^ key) & 0xFFFF
+
+
+@triton.jit
+def sum_in_order(x_ptr, count):
+    """Return the sum of float64 numbers, whose order of addition depends on `count` alone."""
+    lanes = tl.arange(0, SUM_BLOCK)
+    total = tl.zeros((SUM_BLOCK,), tl.float64)
+    # A `for` over a bound from memory fails in the interpreter of Triton 3.6 with NumPy 2.4.
+    i = count * 0
+    while i < count:
+        # .cg: other programs wrote these, and the L1 cache of this one may hold what was there before.
+        total += tl.load(x_ptr + i + lanes, mask=i + lanes < count, other=0.0, cache_modifier=".cg")
+        i += SUM_BLOCK
+    return tl.sum(total)
+
+
+@triton.jit
+def write_control(control_ptr, sq_norm, found_inf_ptr, max_grad_norm, skip_nonfinite):
+    """Write min(1, max_grad_norm / (‖g‖ + 1e-6)), ‖g‖ and whether the update must be skipped."""
+    norm = tl.sqrt(sq_norm)
+    ratio = max_grad_norm / (norm + 1e-6)
+    # Not tl.minimum, which would turn NaN into 1.
+    tl.store(control_ptr + COEFFICIENT, tl.where(ratio > 1, 1.0, ratio).to(tl.float32))
+    tl.store(control_ptr + NORM, norm.to(tl.float32))
+    finite = sq_norm < float("inf")
+    skip = tl.where(finite, 0, skip_nonfinite)
+    if found_inf_ptr is not None:
+        skip = tl.where(tl.load(found_inf_ptr) != 0, 1, skip)
+    tl.store(control_ptr + SKIP, skip.to(tl.float32))
+
+
+@triton.jit(do_not_specialize=["first_program", "programs", "skip_nonfinite"])
+def step_kernel(
+    program_ptr,
+    row_ptr,
+    hyper_ptr,
+    exp_avg_ptr,
+    exp_avg_sq_ptr,
+    master_ptr,
+    age_ptr,
+    sq_sum_ptr,
+    partial_ptr,
+    arrived_ptr,
+    control_ptr,
+    grad_scale_ptr,
+    found_inf_ptr,
+    first_program,
+    programs,
+    max_grad_norm,
+    skip_nonfinite,
+    WEIGHT_DTYPE: tl.constexpr,
+    GRAD_DTYPE: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    UPDATE: tl.constexpr,
+    CONTROLLED: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCKS: tl.constexpr,
+):
+    """Update one chunk, or with `UPDATE` off only sum its squares.
+
+    Args:
+        program_ptr: int32[programs, 2], row and number of the chunk within the row.
+        row_ptr: int64[rows, 8], see `WEIGHT` and following.
+        hyper_ptr: float64[groups, 5], see `LR` and following.
+        exp_avg_ptr: float32, m of all rows of one weight dtype; not read at age 0.
+        exp_avg_sq_ptr: float32, v.
+        master_ptr: float32, the weights; None for float32 weights and for stochastic rounding.
+        age_ptr: int32[chunks], updates so far.
+        sq_sum_ptr: float64[chunks], ‖g‖² of each chunk is added to it.
+        partial_ptr: float64[chunks], ‖g‖² of this step from the norm launch to the update.
+        arrived_ptr: int32, how many programs of the norm launches are done; 0 before and after.
+        control_ptr: float32[3], see `COEFFICIENT` and following.
+        grad_scale_ptr: float32, what gradients were multiplied by, or None.
+        found_inf_ptr: float32, nonzero to skip the step, or None.
+        first_program: Position of the bucket in the table of programs.
+        programs: Programs of all buckets.
+        max_grad_norm: Norm to clip to; infinity for none.
+        skip_nonfinite: 1 to skip the step when ‖g‖² is not finite.
+        WEIGHT_DTYPE: Dtype of the weights.
+        GRAD_DTYPE: Dtype of the gradients.
+        ALIGNED: Whether all weight and gradient pointers are multiples of 16 and all sizes of 4.
+        UPDATE: Off in the norm launch.
+        CONTROLLED: Whether a norm launch came before this update.
+        BLOCK: Elements at a time.
+        BLOCKS: Blocks of a chunk.
+    """
+    if UPDATE:
+        # Coefficient 0 would not do: 0 * NaN is NaN, and the weight decay would still act.
+        if CONTROLLED:
+            if tl.load(control_ptr + SKIP) != 0:
+                return
+        elif found_inf_ptr is not None:
+            if tl.load(found_inf_ptr) != 0:
+                return
+    program_ptr += 2 * (tl.program_id(0) + first_program)
+    row_ptr += ROW_COLUMNS * tl.load(program_ptr)
+    number = tl.load(program_ptr + 1)
+    grad = tl.load(row_ptr + GRAD)
+    numel = tl.load(row_ptr + NUMEL)
+    if UPDATE:
+        if grad == 0:
+            return
+    else:
+        # A missing gradient is a tensor without elements, whose norm is 0 and whose program arrives too.
+        numel = tl.where(grad == 0, 0, numel)
+
+    begin = number.to(tl.int64) * (BLOCK * BLOCKS)
+    chunk = tl.load(row_ptr + FIRST_CHUNK) + number
+    state = tl.load(row_ptr + OFFSET) + begin
+    weight_ptr = tl.load(row_ptr + WEIGHT).to(tl.pointer_type(WEIGHT_DTYPE)) + begin
+    grad_ptr = grad.to(tl.pointer_type(GRAD_DTYPE)) + begin
+    remaining = tl.minimum(tl.maximum(numel - begin, 0), BLOCK * BLOCKS).to(tl.int32)
+    if ALIGNED:
+        # What the host has checked; with it the masked accesses of the last block are vectors too.
+        weight_ptr = tl.multiple_of(weight_ptr, 16)
+        grad_ptr = tl.multiple_of(grad_ptr, 16)
+        state = tl.multiple_of(state, 16)
+        remaining = tl.multiple_of(remaining, 4)
+    if grad_scale_ptr is not None:
+        unscale = tl.div_rn(1.0, tl.load(grad_scale_ptr))
+
+    if UPDATE:
+        age = tl.load(age_ptr + chunk)
+        # State that nobody has written yet is not read. A limit, because a mask of two conditions would be
+        # int32 in the interpreter.
+        written = tl.where(age > 0, remaining, 0)
+        if ALIGNED:
+            written = tl.multiple_of(written, 4)
+        hyper_ptr += HYPER_COLUMNS * tl.load(row_ptr + GROUP)
+        lr = tl.load(hyper_ptr + LR)
+        beta1 = tl.load(hyper_ptr + BETA1)
+        beta2 = tl.load(hyper_ptr + BETA2)
+        # In float64 and rounded once: 1 - beta2^t in float32 is off by 1e-5 at small t.
+        beta1_t, beta2_t = powers(beta1, beta2, age + 1)
+        decay = (1 - lr * tl.load(hyper_ptr + WEIGHT_DECAY)).to(tl.float32)
+        step_size = (lr / (1 - beta1_t)).to(tl.float32)
+        denom_scale = (1 / tl.sqrt(1 - beta2_t)).to(tl.float32)
+        one_minus_beta1 = (1 - beta1).to(tl.float32)
+        one_minus_beta2 = (1 - beta2).to(tl.float32)
+        beta1 = beta1.to(tl.float32)
+        beta2 = beta2.to(tl.float32)
+        eps = tl.load(hyper_ptr + EPS).to(tl.float32)
+        first = tl.load(row_ptr + START) + begin
+        key = tl.load(row_ptr + KEY).to(tl.uint32)
+        if CONTROLLED:
+            coefficient = tl.load(control_ptr + COEFFICIENT)
+
+    squares = tl.zeros((BLOCK,), tl.float32)
+    for i in range(BLOCKS):
+        index = i * BLOCK + tl.arange(0, BLOCK)
+        if ALIGNED:
+            # 4 elements: 16 bytes of float32, 8 of bfloat16. 8 would be 16 bytes of both, and a trip through
+            # shared memory to change between the layouts.
+            index = tl.max_contiguous(tl.multiple_of(index, 4), 4)
+        inside = index < remaining
+        g = tl.load(grad_ptr + index, mask=inside, other=0.0).to(tl.float32)
+        if grad_scale_ptr is not None:
+            g = g * unscale
+        if not CONTROLLED:
+            squares = tl.fma(g, g, squares)
+        if UPDATE:
+            if CONTROLLED:
+                g = g * coefficient
+            m = tl.load(exp_avg_ptr + state + index, mask=index < written, other=0.0)
+            v = tl.load(exp_avg_sq_ptr + state + index, mask=index < written, other=0.0)
+            if master_ptr is None:
+                theta = tl.load(weight_ptr + index, mask=inside, other=0.0).to(tl.float32)
+            else:
+                weight = tl.load(weight_ptr + index, mask=index < remaining - written, other=0.0).to(tl.float32)
+                theta = tl.load(master_ptr + state + index, mask=index < written, other=weight)
+            theta, m, v = adamw(
+                theta, g, m, v, decay, step_size, beta1, beta2, one_minus_beta1, one_minus_beta2, denom_scale, eps
+            )
+            tl.store(exp_avg_ptr + state + index, m, mask=inside)
+            tl.store(exp_avg_sq_ptr + state + index, v, mask=inside)
+            if master_ptr is not None:
+                tl.store(master_ptr + state + index, theta, mask=inside)
+            if WEIGHT_DTYPE == tl.bfloat16:
+                if master_ptr is None:
+                    theta = bf16_rounded(theta, noise16(first, index, key))
+                else:
+                    theta = bf16_nearest(theta)
+            tl.store(weight_ptr + index, theta.to(WEIGHT_DTYPE), mask=inside)
+
+    if CONTROLLED:
+        sq_norm = tl.load(partial_ptr + chunk)
+    else:
+        sq_norm = tl.sum(squares.to(tl.float64))
+    if UPDATE:
+        # A warp that is late must not read the age of the next step.
+        tl.debug_barrier()
+        tl.store(age_ptr + chunk, age + 1)
+        tl.store(sq_sum_ptr + chunk, tl.load(sq_sum_ptr + chunk) + sq_norm)
+    else:
+        tl.store(partial_ptr + chunk, sq_norm)
+        # Release what was stored, acquire what the others stored.
+        if tl.atomic_add(arrived_ptr, 1, sem="acq_rel") == programs - 1:
+            write_control(
+                control_ptr, sum_in_order(partial_ptr, programs), found_inf_ptr, max_grad_norm, skip_nonfinite
+            )
+            tl.store(arrived_ptr, 0)
+
+
+@triton.jit
+def collect_kernel(row_ptr, age_ptr, sq_sum_ptr, collected_ptr, CHUNK: tl.constexpr):
+    """Write age and ‖g‖² summed over the chunks of one row into its line of float64[rows, 2]."""
+    row = tl.program_id(0)
+    row_ptr += ROW_COLUMNS * row
+    first_chunk = tl.load(row_ptr + FIRST_CHUNK)
+    chunks = tl.maximum((tl.load(row_ptr + NUMEL) + CHUNK - 1) // CHUNK, 1)
+    tl.store(collected_ptr + 2 * row, tl.load(age_ptr + first_chunk).to(tl.float64))
+    tl.store(collected_ptr + 2 * row + 1, sum_in_order(sq_sum_ptr + first_chunk, chunks))

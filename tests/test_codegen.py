@@ -1,0 +1,79 @@
+"""The machine code of the Triton step, compiled without a GPU: access widths, registers, stack, spills."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from benchmarks.codegen import CAPABILITIES, Code, Variant, compile_all, main, variants
+from misa_kernels.kernels import launch
+
+FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
+# An ordinary run compiles one to three of these.
+USUAL = [
+    Variant(FP32, FP32, master=False),
+    Variant(BF16, BF16, master=True),
+    Variant(BF16, BF16, master=False),
+    Variant(BF16, BF16, master=True, launch="norm"),
+    Variant(BF16, BF16, master=True, launch="clipped"),
+]
+# Two stores of partial sums and their loads in one reduction over four warps, one more pair for the norm
+# launch's final sum, one to tell all warps who came last. A change of layouts would take six of each a block.
+SHARED_ACCESSES = {"update": 2, "norm": 6, "clipped": 0}
+
+
+def expected_widths(variant: Variant) -> tuple[dict[int, int], dict[int, int]]:
+    """Two vectors a thread and tensor: 16 bytes of float32, 8 of a 16-bit dtype."""
+    state, weight, grad = {128: 4}, {8 * 4 * variant.weight.itemsize: 2}, {8 * 4 * variant.grad.itemsize: 2}
+    master = {128: 2} if variant.master else {}
+    return added(state, weight, grad, master), added(state, weight, master)
+
+
+def added(*counts: dict[int, int]) -> dict[int, int]:
+    return {bits: sum(one.get(bits, 0) for one in counts) for bits in sorted({bits for one in counts for bits in one})}
+
+
+def check(code: Code) -> None:
+    variant = code.variant
+    assert code.spills == 0 and code.stack == 0, code
+    assert code.registers <= launch.MAX_REGISTERS[variant.aligned], code
+    assert code.shared_accesses == SHARED_ACCESSES[variant.launch], code
+    if variant.launch == "norm":
+        # 8 blocks of two vectors; what is narrower or left over reads the tables.
+        wide = 8 * 4 * variant.grad.itemsize
+        assert code.loads.get(wide, 0) >= 16 or not variant.aligned, code
+        assert not variant.aligned or 16 not in code.loads, code
+    elif variant.aligned:
+        assert (code.loads, code.stores) == expected_widths(variant), code
+        # 8 elements of IEEE division and root: 46 to 52, and 16 for the hash.
+        assert code.instructions < 75, code
+    else:
+        # Element by element, never wider than the dtype allows.
+        assert max(*code.loads, *code.stores) <= 32, code
+
+
+def test_usual_variants_on_every_gpu():
+    codes = compile_all([(variant, capability) for capability in CAPABILITIES for variant in USUAL], processes=2)
+    assert len(codes) == 15
+    for code in codes:
+        check(code)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_all_variants(capability):
+    for code in compile_all([(variant, capability) for variant in variants()], processes=2):
+        check(code)
+
+
+def test_bytes_are_those_of_the_design():
+    bytes_of = {str(variant): variant.bytes_per_element for variant in variants()}
+    assert bytes_of["update bf16 bf16 master"] == bytes_of["update fp32 fp32"] == 28
+    assert bytes_of["update bf16 bf16 stochastic"] == 22
+    assert (bytes_of["norm bf16 bf16 master"], bytes_of["norm fp32 fp32"]) == (2, 4)
+
+
+@pytest.mark.slow
+def test_table_has_a_line_a_variant(capsys):
+    assert main(["--capability", "90"]) == 0
+    assert sum(line.startswith("sm_90") for line in capsys.readouterr().out.splitlines()) == len(variants())

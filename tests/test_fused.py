@@ -1,0 +1,182 @@
+"""MISA on the Triton kernel equals MISA on the reference: whole rounds, in the interpreter or on a GPU."""
+
+import os
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from misa_kernels import MISA, ImportanceSampler, UniformSampler, authors, paper
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+pytestmark = [] if INTERPRETED else [pytest.mark.gpu]
+DEVICE = "cpu" if INTERPRETED else "cuda"
+
+VARIANTS = {
+    "default": {},
+    "clip": {"max_grad_norm": 0.1},
+    "clip and skip": {"max_grad_norm": 0.1, "skip_nonfinite": True},
+    "stochastic": {"param_precision": "stochastic"},
+    "flush": paper(),
+    "norms": authors(),
+    "mean": {"sampler": ImportanceSampler(importance_norm="mean")},
+}
+
+
+SHAPES = [(8, 6), (5, 7), (16, 3), (3, 9), (8, 6), (1, 11), (5,)]
+
+
+def build(backend, dtype=torch.float32, **options):
+    """Six matrices, two or three of them active, and an always-on vector: a program takes the interpreter 30 ms."""
+    torch.manual_seed(0)
+    model = nn.ParameterList(nn.Parameter(torch.randn(shape).to(DEVICE, dtype)) for shape in SHAPES)
+    groups = [
+        {"params": list(model)[:6], "role": "sampled", "weight_decay": 0.3},
+        {"params": list(model)[6:], "role": "dense", "lr": 1e-2},
+    ]
+    options = {"delta": 0.5, "inner_steps": 3, "lr": 3e-3, "weight_decay": 0.1} | options
+    return model, MISA(groups, backend=backend, **options)
+
+
+def walk(model, optimizer, gradients, first, count):
+    """Take steps with given gradients, so that rounding cannot feed back into them."""
+    for step in range(first, first + count):
+        for p, g in zip(model.parameters(), gradients[step], strict=True):
+            p.grad = None if g is None or not p.requires_grad else g.clone()
+        optimizer.step()
+
+
+def gradients(steps, dtype, nonfinite=(), missing=()):
+    """Gradients of each step, with a NaN in the steps `nonfinite`, None for (step, number mod 3) in `missing`."""
+    rng = torch.Generator().manual_seed(0)
+    rows = []
+    for step in range(steps):
+        row = [(torch.randn(s, generator=rng) * 10.0 ** (i % 5 - 3)).to(DEVICE, dtype) for i, s in enumerate(SHAPES)]
+        for g in row:
+            if step in nonfinite:
+                g.view(-1)[0] = float("nan")
+        rows.append([None if (step, i % 3) in missing else g for i, g in enumerate(row)])
+    return rows
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rounds_equal_those_of_the_reference(variant, dtype):
+    skips = VARIANTS[variant].get("skip_nonfinite")
+    given = gradients(10, dtype, nonfinite=(2, 5) if skips else (), missing={(4, 1), (7, 0), (7, 1)})
+    pairs = [build(backend, dtype, **VARIANTS[variant]) for backend in ("reference", "triton")]
+    for step in range(10):
+        for model, optimizer in pairs:
+            walk(model, optimizer, given, step, 1)
+        (reference, expected), (model, optimizer) = pairs
+        assert optimizer.active == expected.active
+        for name, p, q in zip(
+            dict(reference.named_parameters()), reference.parameters(), model.parameters(), strict=True
+        ):
+            # A bfloat16 weight may round the other way where the last bit of its master differs: one ulp.
+            rtol = 1e-6 if dtype == torch.float32 else 2.0**-7
+            torch.testing.assert_close(q, p, rtol=rtol, atol=1e-6, msg=f"{name} in step {step}: {p} {q}")
+        a, b = expected.state_dict(), optimizer.state_dict()
+        assert a["param_groups"] == b["param_groups"]
+        for i, own in a["state"].items():
+            assert own.keys() == b["state"][i].keys()
+            for name, value in own.items():
+                # Terms of either sign up to 10 add up in m: 2^-24 of the largest is lost, whatever the sum.
+                torch.testing.assert_close(b["state"][i][name], value, rtol=2e-6, atol=2e-6)
+
+
+@pytest.mark.parametrize("variant", ["default", "stochastic", "norms", "clip and skip"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("steps", [0, 4, 6])
+def test_resume_is_bitwise_no_interruption(variant, dtype, steps):
+    given = gradients(10, dtype)
+    model, optimizer = build("triton", dtype, **VARIANTS[variant])
+    walk(model, optimizer, given, 0, steps)
+    state, weights = optimizer.state_dict(), {k: v.clone() for k, v in model.state_dict().items()}
+    walk(model, optimizer, given, steps, 10 - steps)
+    again, resumed = build("triton", dtype, **VARIANTS[variant])
+    walk(again, resumed, given, 0, 1)
+    again.load_state_dict(weights)
+    resumed.load_state_dict(state)
+    walk(again, resumed, given, steps, 10 - steps)
+    assert all(map(torch.equal, model.parameters(), again.parameters()))
+    for i, own in optimizer.state_dict()["state"].items():
+        for name, value in own.items():
+            assert torch.equal(value, resumed.state_dict()["state"][i][name]), (i, name)
+
+
+def test_state_of_one_backend_loads_into_the_other():
+    given = gradients(8, torch.bfloat16)
+    model, optimizer = build("reference", torch.bfloat16)
+    walk(model, optimizer, given, 0, 5)
+    again, resumed = build("triton", torch.bfloat16)
+    again.load_state_dict(model.state_dict())
+    resumed.load_state_dict(optimizer.state_dict())
+    for m, o in ((model, optimizer), (again, resumed)):
+        walk(m, o, given, 5, 3)
+    for p, q in zip(model.parameters(), again.parameters(), strict=True):
+        torch.testing.assert_close(q, p, rtol=2.0**-7, atol=1e-6)
+
+
+def test_row_blocks_experts_and_pairs():
+    def make(backend):
+        torch.manual_seed(0)
+        params = [nn.Parameter(torch.randn(shape).to(DEVICE)) for shape in [(12, 4), (4, 3, 2), (6, 2), (2, 6)]]
+        names = [["wide.0", "wide.1", "wide.2"], [f"expert.{e}" for e in range(4)], "pair", "pair"]
+        groups = [{"params": [p], "role": "sampled", "modules": [n]} for p, n in zip(params, names, strict=True)]
+        return params, MISA(groups, delta=0.4, inner_steps=2, sampler=UniformSampler(), backend=backend)
+
+    (reference, expected), (params, optimizer) = make("reference"), make("triton")
+    for step in range(12):
+        for n, (p, q) in enumerate(zip(reference, params, strict=True)):
+            if p.requires_grad and (step + n) % 5:
+                p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(10 * step + n)).to(DEVICE)
+                q.grad = p.grad.clone()
+            else:
+                p.grad = q.grad = None
+        expected.step()
+        optimizer.step()
+        assert optimizer.active == expected.active
+        for p, q in zip(reference, params, strict=True):
+            torch.testing.assert_close(q, p, rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(expected.monitor.current.importance, optimizer.monitor.current.importance, rtol=1e-6)
+
+
+def test_fresh_state_is_never_read():
+    model, optimizer = build("triton", torch.bfloat16, inner_steps=2)
+    given = gradients(9, torch.bfloat16)
+    peer, expected = build("reference", torch.bfloat16, inner_steps=2)
+    for step in range(9):
+        walk(model, optimizer, given, step, 1)
+        walk(peer, expected, given, step, 1)
+        # Brings the ages that `state` shows up to date.
+        optimizer.state_dict()
+        for own in optimizer.state.values():
+            if "exp_avg" in own and int(own["age"]) == 0:
+                for name in own.keys() & {"exp_avg", "exp_avg_sq", "master"}:
+                    own[name].fill_(float("nan"))
+    for p, q in zip(peer.parameters(), model.parameters(), strict=True):
+        torch.testing.assert_close(q, p, rtol=2.0**-7, atol=1e-6)
+
+
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+def test_grad_scaler_unscales_and_skips_in_the_step(backend):
+    scaled, plain = (build(b, skip_nonfinite=True, max_grad_norm=0.5) for b in (backend, "reference"))
+    given = gradients(6, torch.float32)
+    scale = torch.tensor(1024.0, device=DEVICE)
+    for step in range(6):
+        overflow = step in (1, 4)
+        for p, q, g in zip(scaled[0].parameters(), plain[0].parameters(), given[step], strict=True):
+            p.grad = g * scale if p.requires_grad else None
+            q.grad = torch.full_like(g, float("inf")) if overflow else g.clone()
+            if not q.requires_grad:
+                q.grad = None
+        scaled[1].grad_scale, scaled[1].found_inf = scale, torch.tensor(float(overflow), device=DEVICE)
+        scaled[1].step()
+        del scaled[1].grad_scale, scaled[1].found_inf
+        plain[1].step()
+        assert scaled[1].active == plain[1].active
+    assert scaled[1].skipped_steps == plain[1].skipped_steps == 2
+    for p, q in zip(scaled[0].parameters(), plain[0].parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
