@@ -79,13 +79,7 @@ def test_only_the_end_of_a_round_waits_and_only_once(monkeypatch, dtype, options
 
 def test_what_counts_as_waiting_is_seen(monkeypatch):
     # The instrument itself: each of these would synchronise.
-    for wait in (
-        lambda x: x.item(),
-        lambda x: float(x),
-        lambda x: bool(x > 0),
-        lambda x: x.cpu(),
-        lambda x: x.tolist(),
-    ):
+    for wait in (lambda x: x.item(), lambda x: float(x), lambda x: bool(x > 0), lambda x: x.cpu(), lambda x: x.tolist()):
         with waits(monkeypatch) as calls:
             wait(torch.ones(()))
         assert calls

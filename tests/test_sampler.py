@@ -106,7 +106,9 @@ def set_probabilities(numel: list[int], weight: list[float], room: int) -> dict[
 def test_sets_follow_sequential_draws_that_skip_what_does_not_fit(sampler, numel, weight, budget):
     candidates = make(numel, score=np.log(weight) / 2)
     expected = set_probabilities(numel, weight, budget)
-    draws = Counter(tuple(sampler.draw(candidates, budget, number, seed=2).active.tolist()) for number in range(20_000))
+    draws = Counter(
+        tuple(sampler.draw(candidates, budget, number, seed=2).active.tolist()) for number in range(20_000)
+    )
     assert draws.keys() <= expected.keys()
     assert_frequencies([draws[active] for active in expected], list(expected.values()))
 
@@ -373,7 +375,9 @@ def fewest_sets(numel: list[int], budget: int) -> int:
         if not left:
             return 0
         anchor, *others = sorted(left)
-        subsets = itertools.chain.from_iterable(itertools.combinations(others, n) for n in range(len(others) + 1))
+        subsets = itertools.chain.from_iterable(
+            itertools.combinations(others, n) for n in range(len(others) + 1)
+        )
         fitting = (s for s in subsets if numel[anchor] + sum(numel[b] for b in s) <= budget)
         return 1 + min(best(left - {anchor, *s}) for s in fitting)
 
@@ -576,7 +580,8 @@ def test_costliest_keeps_more_than_any_set_drawn_from_a_transformer(delta, windo
     active = costliest(candidates, np.array(width), budget, window).tolist()
     kept = kept_width(active, layer, width)
     drawn = [
-        UniformSampler(depth_window=window).draw(candidates, budget, number, seed=0).active for number in range(1000)
+        UniformSampler(depth_window=window).draw(candidates, budget, number, seed=0).active
+        for number in range(1000)
     ]
     assert layer[active].min() == 0
     assert kept >= max(kept_width(other, layer, width) for other in drawn)
