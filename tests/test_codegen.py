@@ -17,9 +17,11 @@ USUAL = [
     Variant(BF16, BF16, master=True, launch="norm"),
     Variant(BF16, BF16, master=True, launch="clipped"),
 ]
-# Two stores of partial sums and their loads in one reduction over four warps, one more pair for the norm
-# launch's final sum, one to tell all warps who came last. A change of layouts would take six of each a block.
-SHARED_ACCESSES = {"update": 2, "norm": 6, "clipped": 0}
+# Bytes of shared memory: one float64 a warp for the sum of squares, where a change of layouts would take
+# kilobytes. And loads and stores of it: of one sum, of two and the word who came last, of none. Triton 3.6 and
+# 3.7 take these many, 3.8 and 3.9 half; a change of layouts would add 12 a block.
+SHARED_BYTES = {"update": 32, "norm": 32, "clipped": 0}
+SHARED_ACCESSES = {"update": 4, "norm": 10, "clipped": 0}
 
 
 def expected_widths(variant: Variant) -> tuple[dict[int, int], dict[int, int]]:
@@ -37,7 +39,8 @@ def check(code: Code) -> None:
     variant = code.variant
     assert code.spills == 0 and code.stack == 0, code
     assert code.registers <= launch.MAX_REGISTERS[variant.aligned], code
-    assert code.shared_accesses == SHARED_ACCESSES[variant.launch], code
+    assert code.shared == SHARED_BYTES[variant.launch], code
+    assert code.shared_accesses <= SHARED_ACCESSES[variant.launch], code
     if variant.launch == "norm":
         # 8 blocks of two vectors; what is narrower or left over reads the tables.
         wide = 8 * 4 * variant.grad.itemsize
