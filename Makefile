@@ -1,7 +1,7 @@
 # Run by `make NAME`. Everything but gpu works inside .venv, made on first use.
 
 PYTHON ?= python3
-# Set by `make gpu STAGE=e2e OUT=folder`; ARGS goes on to the benchmark as it is.
+# Set by `make gpu STAGE=bench OUT=folder`; ARGS goes on to the benchmark as it is.
 STAGE ?= smoke
 OUT ?= out/gpu
 ARGS ?=
@@ -49,7 +49,7 @@ bench: $(VENV)/.dev  ## on the CPU: a step beside torch's AdamW, a switch of 20,
 	$(BIN)/python -m pytest -q benchmarks/step.py benchmarks/switch.py
 
 # No environment, no network: the machine's own Python and torch, this checkout on the path.
-gpu:  ## STAGE=smoke: the GPU tests; STAGE=e2e: tokens per second of whole iterations; OUT=folder for the JSON
+gpu:  ## STAGE=smoke: GPU tests; test: with sanitizers; bench: the step; e2e: whole iterations; all; OUT=folder for JSON
 	PYTHONPATH=. $(PYTHON) -m benchmarks.gpu --stage $(STAGE) --out $(OUT) $(ARGS)
 
 clean:  ## remove the environment, builds and caches

@@ -1,7 +1,10 @@
 """What holds and how fast is it on this GPU: one command for each stage, no network, a JSON record each.
 
 python -m benchmarks.gpu --stage smoke --out DIR    the tests marked gpu
-python -m benchmarks.gpu --stage e2e --out DIR      those tests, then tokens per second of training
+python -m benchmarks.gpu --stage test --out DIR     those tests, then a few of them under compute-sanitizer
+python -m benchmarks.gpu --stage bench --out DIR    the tests of the step, then its time beside torch's AdamW
+python -m benchmarks.gpu --stage e2e --out DIR      the tests marked gpu, then tokens per second of training
+python -m benchmarks.gpu --stage all --out DIR      test, bench and e2e, each within its own time limit
 """
 
 from __future__ import annotations
@@ -13,15 +16,18 @@ import sys
 import tempfile
 import time
 import xml.etree.ElementTree as ElementTree
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks import record
+from benchmarks import nvidia, record
 
 # Below the eight minutes that a stage may take, with room for the last measurement to end.
 TIME_LIMIT_S = 440.0
+# What binds the step that `bench` times to the reference.
+STEP_TESTS = ("tests/test_fused.py",)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -46,7 +52,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--out", type=Path, default=Path("out/gpu"), help="folder of the JSON records")
     made.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     made.add_argument(
-        "--time-limit", type=float, default=TIME_LIMIT_S, help="seconds after which nothing new is started"
+        "--time-limit", type=float, default=TIME_LIMIT_S, help="of a stage: seconds after which nothing new starts"
     )
     made.add_argument(
         "--shape", action="append", choices=("tiny", "130m", "1b", "8b"), help="may be repeated; e2e only"
@@ -65,12 +71,17 @@ def smoke(args: argparse.Namespace, device: torch.device, deadline: float) -> in
     return 0 if counts["ok"] else 1
 
 
-def run_gpu_tests(deadline: float) -> dict[str, Any]:
-    """Return the numbers of passed, failed and skipped GPU tests, and "ok" if some ran and none failed."""
+def run_gpu_tests(deadline: float, paths: Sequence[str] = ()) -> dict[str, Any]:
+    """Return the numbers of passed, failed and skipped GPU tests, and "ok" if some ran and none failed.
+
+    Args:
+        deadline: Reading of `time.monotonic` at which they are stopped.
+        paths: Their files; all if empty.
+    """
     started = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
-        command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", f"--junitxml={report}"]
+        command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", *paths, f"--junitxml={report}"]
         # Neither a plugin's benchmarks nor a cache in the checkout belongs here; both options do without it.
         command += ["-p", "no:benchmark", "-p", "no:cacheprovider"]
         try:
@@ -94,6 +105,71 @@ def count_tests(report: Path) -> dict[str, int]:
     )
     failed = failures + errors
     return {"passed": total - failed - skipped, "failed": failed, "skipped": skipped}
+
+
+def test(args: argparse.Namespace, device: torch.device, deadline: float) -> int:
+    """Run the tests marked gpu, then a few under compute-sanitizer; write test.json after each."""
+    content = record.environment(device) | {"stage": "test", "tests": run_gpu_tests(deadline), "sanitizer": []}
+    path = record.write(args.out, "test", content)
+    counts = content["tests"]
+    print(f"{counts['passed']} passed, {counts['failed']} failed, {counts['skipped']} skipped; {path}")
+    # The second gets what the first leaves of the time, and more of it than nothing.
+    left = deadline - time.monotonic()
+    for tool, until in (("memcheck", time.monotonic() + 0.6 * left), ("racecheck", deadline)):
+        result = nvidia.sanitize(tool, until)
+        content["sanitizer"].append(result)
+        record.write(args.out, "test", content)
+        found = f"{result.get('found')} found in {result.get('passed')} tests"
+        print(f"{tool}: {result.get('absent', found)}{'' if result['ok'] else ' FAILED: ' + result['tail']}")
+    return 0 if counts["ok"] and all(result["ok"] for result in content["sanitizer"]) else 1
+
+
+def bench(args: argparse.Namespace, device: torch.device, deadline: float) -> int:
+    """Time the step beside torch's AdamW and write bench.json after every case.
+
+    On a GPU the step's tests must pass first: no number is reported of an optimizer that is wrong there.
+    """
+    # Not at the top, for the same reason as in `e2e`.
+    from benchmarks import goals, steps
+    from benchmarks.update import CASES, REPEATS, launches, measure
+
+    content = record.environment(device) | {"stage": "bench", "cases": []}
+    if device.type == "cuda":
+        content["tests"] = run_gpu_tests(deadline, STEP_TESTS)
+        if not content["tests"]["ok"]:
+            print(f"no timings: the step's tests must pass first; {record.write(args.out, 'bench', content)}")
+            return 1
+    content["cold"] = steps.cold(device, deadline)
+    for case in measure(CASES[device.type], device, deadline, REPEATS[device.type]):
+        content["cases"].append(case)
+        path = record.write(args.out, "bench", content)
+    content["launches"] = launches(CASES[device.type][0], device) if time.monotonic() < deadline else {}
+    # On a CPU there is no device memory to count.
+    content["dram"] = {"absent": "no CUDA device"} if device.type == "cpu" else nvidia.dram_bytes(deadline)
+    content["goals"] = goals.goals(content)
+    path = record.write(args.out, "bench", content)
+    print(goals.table(content["cases"]))
+    counts = ", ".join(f"{name} {counts['kernel']}" for name, counts in content["launches"].items())
+    print(f"kernel launches of a step, {CASES[device.type][0]}: {counts or 'left out at the time limit'}")
+    print(goals.verdict(content["goals"]))
+    for name in ("cold", "dram"):
+        if "absent" in content[name]:
+            print(f"{name}: {content[name]['absent']}")
+    print(f"commit {content['commit']}, {content['device']['name']}, torch {torch.__version__}; {path}")
+    # Peers may be missing or too large for the device; MISA may be too large.
+    failed = [
+        f"{name} at {case['elements']}: {peer['error']}"
+        for case in content["cases"]
+        for name, peer in case.get("peers", {}).items()
+        if name in goals.OURS and "error" in peer and not peer["error"].startswith("OutOfMemoryError")
+    ]
+    print(*failed, sep="\n", end="\n" if failed else "")
+    return 1 if failed else 0
+
+
+def everything(args: argparse.Namespace, device: torch.device, deadline: float) -> int:
+    """Run test, bench and e2e in turn, each with the whole time limit."""
+    return max(stage(args, device, time.monotonic() + args.time_limit) for stage in (test, bench, e2e))
 
 
 def e2e(args: argparse.Namespace, device: torch.device, deadline: float) -> int:
@@ -128,7 +204,7 @@ def e2e(args: argparse.Namespace, device: torch.device, deadline: float) -> int:
     return 1 if any("error" in peer for peer in ours) else 0
 
 
-STAGES = {"smoke": smoke, "e2e": e2e}
+STAGES = {"smoke": smoke, "test": test, "bench": bench, "e2e": e2e, "all": everything}
 
 if __name__ == "__main__":
     sys.exit(main())

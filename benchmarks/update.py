@@ -1,0 +1,282 @@
+"""How fast is MISA's step on its own, beside torch's AdamW, and how far from what the memory allows?
+
+Every peer updates the same number of elements with the same gradients, interleaved in one process. Two times
+are taken: the device's, from an L2 without their data and with the host far ahead; and the host's, from an idle
+device until `step()` returns and until the device is done.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from benchmarks.memory import PeakMemory
+from benchmarks.peers import BF16, FP32, PEERS, Peer
+
+COLUMNS = 64
+# The first update of a state does not read it.
+WARM_UP = 3
+REPEATS = {"cuda": 20, "cpu": 3}
+COPY_BYTES = {"cuda": 2**30, "cpu": 2**22}
+# What is timed, and the weights that it updates.
+Ready = tuple[Callable[[], object], list[Tensor]]
+# How long the device is kept from the step, for the host to get ahead: 2 ms at 2 GHz, and longer if that failed.
+DELAY_CYCLES = (4_000_000, 16_000_000, 64_000_000)
+
+
+@dataclass(frozen=True)
+class Case:
+    """How many active elements, in how many tensors of equal size."""
+
+    elements: int
+    tensors: int
+
+    def shape(self) -> tuple[int, int]:
+        """Return the shape of one tensor."""
+        return max(self.elements // (self.tensors * COLUMNS), 1), COLUMNS
+
+    def numel(self) -> int:
+        """Return the elements there are, which the division leaves somewhat below `elements`."""
+        rows, columns = self.shape()
+        return rows * columns * self.tensors
+
+
+M = 2**20
+# In the order of their worth: what the time limit cuts off is at the end.
+CASES = {
+    "cuda": [
+        *(Case(elements * M, 60) for elements in (64, 16, 4, 1, 240)),
+        *(Case(elements * M, tensors) for elements, tensors in ((4, 300), (4, 7), (64, 300), (64, 7))),
+        Case(1024 * M, 60),
+        Case(240 * M, 7),
+        Case(1024 * M, 300),
+    ],
+    "cpu": [Case(6000, 7)],
+}
+
+
+@dataclass
+class Samples:
+    """Microseconds of each repetition.
+
+    Attributes:
+        device_us: Device time of a step.
+        host_us: Until `step()` returns, on an idle device.
+        wall_us: Until the device is done, too.
+        host_bound: Repetitions in which the device had to wait for the host.
+    """
+
+    device_us: list[float] = field(default_factory=list)
+    host_us: list[float] = field(default_factory=list)
+    wall_us: list[float] = field(default_factory=list)
+    host_bound: int = 0
+
+
+class Timer:
+    """Times steps on one device."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.cuda = device.type == "cuda"
+        cache_bytes = torch.cuda.get_device_properties(device).L2_cache_size if self.cuda else 2**16
+        self._scratch = torch.empty(4 * cache_bytes // 4, device=device)
+        if self.cuda:
+            self._start, self._end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+
+    def wait(self) -> None:
+        """Wait until the device is idle."""
+        if self.cuda:
+            torch.cuda.synchronize()
+
+    def _flush(self) -> None:
+        # Written, so that nothing else is left in the L2; then read, so that the writing back is not the step's.
+        self._scratch.fill_(1.0)
+        self._scratch.sum()
+
+    def device_us(self, step: Callable[[], object]) -> tuple[float, bool]:
+        """Return the device's microseconds of one step, and whether it had to wait for the host."""
+        if not self.cuda:
+            self._flush()
+            return self.wall_us(step)[1], False
+        for cycles in DELAY_CYCLES:
+            self.wait()
+            torch.cuda._sleep(cycles)
+            self._flush()
+            self._start.record()
+            step()
+            self._end.record()
+            ahead = not self._start.query()
+            self.wait()
+            if ahead:
+                break
+        return self._start.elapsed_time(self._end) * 1e3, not ahead
+
+    def wall_us(self, step: Callable[[], object]) -> tuple[float, float]:
+        """Return the microseconds until a step returns, and until the device is idle again."""
+        self._flush()
+        self.wait()
+        started = time.perf_counter()
+        step()
+        returned = time.perf_counter()
+        self.wait()
+        return (returned - started) * 1e6, (time.perf_counter() - started) * 1e6
+
+    def copy_bandwidth(self, repeats: int) -> dict[str, float]:
+        """Return bytes read and written a second by a copy on the device."""
+        device = self._scratch.device
+        source = torch.randint(256, (COPY_BYTES[device.type],), dtype=torch.uint8, device=device)
+        target = torch.empty_like(source)
+        times = [self.device_us(lambda: target.copy_(source))[0] for _ in range(repeats + WARM_UP)][WARM_UP:]
+        return quantiles([2 * source.nbytes / us / 1e3 for us in times])
+
+
+def quantiles(values: Sequence[float]) -> dict[str, float]:
+    """Return median, p10 and p90."""
+    p10, median, p90 = np.percentile(values, [10, 50, 90]).tolist()
+    return {"median": median, "p10": p10, "p90": p90}
+
+
+def measure(cases: Sequence[Case], device: torch.device, deadline: float, repeats: int) -> Iterator[dict]:
+    """Measure all peers in each case, and yield a record of each case.
+
+    Args:
+        cases: What to update.
+        device: Where.
+        deadline: Reading of `time.monotonic` after which no case starts that is not expected to end by then.
+        repeats: Repetitions of each kind of time.
+
+    Yields:
+        "elements", "tensors", "copy_gb_per_s", "peers" (see `measure_peers`), or "left_out" with the reason.
+    """
+    longest = 0.0
+    for case in cases:
+        head = {"elements": case.numel(), "tensors": case.tensors}
+        started = time.monotonic()
+        if started + longest > deadline:
+            yield head | {"left_out": "time limit"}
+            continue
+        timer = Timer(device)
+        try:
+            bandwidth = timer.copy_bandwidth(repeats)
+            yield head | {"copy_gb_per_s": bandwidth, "peers": measure_peers(case, timer, device, repeats)}
+        except torch.OutOfMemoryError as error:
+            yield head | {"left_out": f"memory: {error}".splitlines()[0]}
+        gc.collect()
+        if timer.cuda:
+            torch.cuda.empty_cache()
+        longest = max(longest, time.monotonic() - started)
+
+
+def measure_peers(case: Case, timer: Timer, device: torch.device, repeats: int) -> dict[str, dict[str, Any]]:
+    """Return of each peer its times, bytes moved, and the most memory that a step takes beyond the state."""
+    ready, results = prepare(case, timer, device)
+    samples = {name: Samples() for name in ready}
+    for number in range(repeats):
+        for name in list(ready)[:: -1 if number % 2 else 1]:
+            step, taken = ready[name][0], samples[name]
+            device_us, late = timer.device_us(step)
+            host_us, wall_us = timer.wall_us(step)
+            taken.device_us.append(device_us)
+            taken.host_us.append(host_us)
+            taken.wall_us.append(wall_us)
+            taken.host_bound += late
+    for name, (step, weights) in ready.items():
+        with PeakMemory(device) as memory:
+            step()
+        taken, moved = samples[name], PEERS[name].moved_bytes * case.numel()
+        results[name] = {
+            **{key: quantiles(getattr(taken, key)) for key in ("device_us", "host_us", "wall_us")},
+            "host_bound": taken.host_bound,
+            "moved_bytes": moved,
+            "gb_per_s": moved / float(np.median(taken.device_us)) / 1e3,
+            "extra_bytes": memory.peak_bytes,
+        }
+        if not all(bool(weight.isfinite().all()) for weight in weights):
+            results[name] = {"error": "ArithmeticError: the weights are not finite, and such times mean nothing"}
+    return {name: results[name] for name in PEERS}
+
+
+def prepare(case: Case, timer: Timer, device: torch.device) -> tuple[dict[str, Ready], dict[str, dict[str, Any]]]:
+    """Build and warm up all peers; return what is to be timed of each with its weights, and errors of the others."""
+    generator = torch.Generator(device).manual_seed(0)
+    gradients = {dtype: random(case, dtype, generator) for dtype in (FP32, BF16)}
+    optimizers: dict[tuple[torch.dtype, Any], tuple[list[Tensor], Any]] = {}
+    ready: dict[str, Ready] = {}
+    errors: dict[str, dict[str, Any]] = {}
+    for name, peer in PEERS.items():
+        key = peer.dtype, peer.make
+        try:
+            if key not in optimizers:
+                weights = random(case, peer.dtype, generator)
+                for weight, gradient in zip(weights, gradients[peer.dtype], strict=True):
+                    weight.requires_grad_().grad = gradient
+                optimizers[key] = weights, peer.make(weights)
+            weights, optimizer = optimizers[key]
+            step = whole_step(peer, weights, optimizer)
+            for _ in range(WARM_UP):
+                step()
+            timer.wait()
+            ready[name] = step, weights
+        # Whatever one peer fails at, the numbers of the others are kept; the record shows the failure.
+        except Exception as error:
+            errors[name] = {"error": f"{type(error).__name__}: {error}".splitlines()[0]}
+        weights = optimizer = step = None
+        if name in errors:
+            # Here, where no traceback holds on to the tensors any more.
+            if key not in {(PEERS[other].dtype, PEERS[other].make) for other in ready}:
+                optimizers.pop(key, None)
+            gc.collect()
+            if timer.cuda:
+                torch.cuda.empty_cache()
+    return ready, errors
+
+
+def random(case: Case, dtype: torch.dtype, generator: torch.Generator) -> list[Tensor]:
+    """Return tensors of normal numbers."""
+    return [
+        torch.randn(case.shape(), generator=generator, device=generator.device, dtype=dtype)
+        for _ in range(case.tensors)
+    ]
+
+
+def whole_step(peer: Peer, weights: list[Tensor], optimizer: Any) -> Callable[[], object]:
+    """Return what is timed."""
+    before = peer.before
+    if before is None:
+        return optimizer.step
+    return lambda: (before(weights), optimizer.step())
+
+
+def launches(case: Case, device: torch.device) -> dict[str, dict[str, Any]]:
+    """Return how many kernels, copies and fills a step of each peer puts on the device, and the kernels by name.
+
+    After all timing: the profiler's hooks stay, and would slow down every launch that comes later.
+    """
+    timer = Timer(device)
+    counts = {}
+    for name, (step, _) in prepare(case, timer, device)[0].items():
+        with torch.profiler.profile() as profiler:
+            step()
+            timer.wait()
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "trace.json"
+            profiler.export_chrome_trace(str(path))
+            counts[name] = count_launches(json.loads(path.read_text())["traceEvents"])
+    return counts
+
+
+def count_launches(events: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Count what ran on the device in a trace of torch's profiler."""
+    counts = Counter(event.get("cat") for event in events if event.get("ph") == "X")
+    names = Counter(event["name"][:80] for event in events if event.get("cat") == "kernel")
+    return {kind: counts[kind] for kind in ("kernel", "gpu_memcpy", "gpu_memset")} | {"names": dict(names)}
