@@ -180,3 +180,16 @@ def test_grad_scaler_unscales_and_skips_in_the_step(backend):
     assert scaled[1].skipped_steps == plain[1].skipped_steps == 2
     for p, q in zip(scaled[0].parameters(), plain[0].parameters(), strict=True):
         torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
+
+
+def test_learning_rate_may_be_a_tensor_on_the_cpu_only():
+    given = gradients(3, torch.float32)
+    (model, optimizer), (peer, expected) = build("triton"), build("triton")
+    optimizer.param_groups[0]["lr"] = torch.tensor(3e-3, dtype=torch.float64)
+    for m, o in ((model, optimizer), (peer, expected)):
+        walk(m, o, given, 0, 3)
+    assert all(map(torch.equal, model.parameters(), peer.parameters()))
+    # "meta" stands for any device that would have to be waited for.
+    optimizer.param_groups[0]["lr"] = torch.tensor(3e-3, device="meta")
+    with pytest.raises(TypeError, match="use a float"):
+        optimizer.step()

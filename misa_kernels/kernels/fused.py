@@ -63,6 +63,12 @@ class FusedStep:
     def run(self, step: StepInput) -> None:
         """Launch the step."""
         grads = [grad if grad is None or grad.is_contiguous() else grad.contiguous() for grad in step.grads]
+        for hyper in step.hyper:
+            if isinstance(hyper.lr, Tensor) and hyper.lr.device.type != "cpu":
+                raise TypeError(
+                    f"lr is a tensor on {hyper.lr.device}, and reading it would wait for the device: use a float or a "
+                    "tensor on the CPU"
+                )
         weights = np.array(step.weight_pointers, dtype=np.int64)
         pointers = np.array([0 if grad is None else grad.data_ptr() for grad in grads], dtype=np.int64)
         settings = self._settings
