@@ -1,0 +1,50 @@
+"""Which backend runs: by name, device, dtype and what is installed; never another one in silence."""
+
+import pytest
+import torch
+import triton
+from torch import nn
+
+from misa_kernels import MISA, kernels
+from misa_kernels.kernels.plain import PlainStep
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+
+
+@pytest.fixture
+def gpu_machine(monkeypatch):
+    """A machine on which torch reports a CUDA device, without the interpreter."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+
+
+def test_auto_takes_the_fused_step_where_it_can_run(gpu_machine):
+    fused = kernels.select("auto", CUDA, {torch.float32, torch.bfloat16})
+    assert fused.__name__ == "FusedStep"
+    assert kernels.select("triton", CUDA, {torch.float16}) is fused
+    assert kernels.select("auto", CPU, {torch.float32}) is PlainStep
+    assert kernels.select("auto", CUDA, {torch.float32, torch.float64}) is PlainStep
+    assert kernels.select("reference", CUDA, {torch.float32}) is PlainStep
+
+
+def test_old_triton_is_named_with_what_brings_a_new_one(gpu_machine, monkeypatch):
+    monkeypatch.setattr(triton, "__version__", "3.5.1")
+    with pytest.raises(ValueError, match="needs Triton 3.6, got 3.5.1: install torch 2.10 or later"):
+        kernels.check("triton")
+    assert kernels.select("auto", CUDA, {torch.float32}) is PlainStep
+
+
+def test_triton_asked_for_is_never_replaced(gpu_machine):
+    kernels.check("triton")
+    optimizer = MISA([nn.Parameter(torch.ones(2, 2))], delta=1.0, backend="triton")
+    with pytest.raises(RuntimeError, match="float32 weights on cpu.*use backend='auto'"):
+        optimizer.step()
+    with pytest.raises(RuntimeError, match="float64"):
+        kernels.select("triton", CUDA, {torch.float64})
+
+
+def test_triton_without_a_gpu_is_refused_at_construction(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(ValueError, match="needs a CUDA device.*'auto' takes what there is"):
+        MISA([nn.Parameter(torch.ones(2, 2))], delta=1.0, backend="triton")
