@@ -248,6 +248,11 @@ class ActiveSet:
                     f"{self._names[row.index]} is {param.dtype} on {param.device} but was {dtype} on "
                     f"{self.arena.device} in the first step: move and cast the model before training"
                 )
+            if not param.is_contiguous():
+                raise RuntimeError(
+                    f"{self._names[row.index]} has strides {param.stride()} for shape {tuple(param.shape)} and must be "
+                    "contiguous: set param.data = param.data.contiguous()"
+                )
             if a != b and self.arena.has_master(row.slot):
                 adopt_weight(self.arena.views(row.slot)["master"], row.weight())
         self._pointers = pointers

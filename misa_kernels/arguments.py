@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Iterable, Sequence
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -44,13 +45,13 @@ _claimed: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
 def check_range(name: str, value: Any, low: float, high: float, rule: str) -> None:
-    """Raise unless `value` is a finite number in the open interval (low, high) or equals a closed end.
+    """Raise unless `value` is a number in [low, high).
 
     Args:
         name: The argument's name.
         value: A number; a 0-dim tensor passes for its value.
         low: Lower end, included.
-        high: Upper end, excluded unless infinite, where it is excluded anyway.
+        high: Upper end, excluded.
         rule: What the sentence says after "must be".
 
     Raises:
@@ -59,9 +60,9 @@ def check_range(name: str, value: Any, low: float, high: float, rule: str) -> No
     """
     if isinstance(value, Tensor) and value.numel() == 1:
         value = value.item()
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name}={value!r} must be {rule}")
-    if not low <= value < high:
+    if not low <= float(value) < high:
         raise ValueError(f"{name}={value!r} must be {rule}")
 
 
@@ -246,7 +247,7 @@ def notify(groups: list[dict[str, Any]], partition: Partition, delta: float) -> 
 
 
 def _check_count(name: str, value: Any, low: int, rule: str) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
+    if isinstance(value, bool) or not isinstance(value, Integral):
         raise TypeError(f"{name}={value!r} must be {rule}")
     if value < low:
         raise ValueError(f"{name}={value!r} must be {rule}")

@@ -64,6 +64,7 @@ def match(
         )
     own = {}
     for number, (group, saved_group) in enumerate(zip(groups, saved_groups, strict=True)):
+        _check_names([group.get("role")], [saved_group.get("role")], f"role of group {number}")
         for name in ("modules", "layers", "param_names"):
             _check_names(group.get(name), saved_group.get(name), f"{name} of group {number}")
         for param, index in zip(group["params"], saved_group["params"], strict=True):

@@ -152,7 +152,7 @@ class MISA(torch.optim.Optimizer):
                 stochastic=param_precision == "stochastic",
                 root=self.sampler.importance_norm == "norm",
             ),
-            seed=seed,
+            seed=int(seed),
         )
         self.inner_steps = self._resolve_inner_steps(inner_steps, total_steps)
         self.monitor = Monitor(self._partition)
@@ -178,7 +178,7 @@ class MISA(torch.optim.Optimizer):
 
     def _resolve_inner_steps(self, inner_steps: int | str, total_steps: int | None) -> int:
         if not isinstance(inner_steps, str):
-            return inner_steps
+            return int(inner_steps)
         if total_steps is None:
             return 50
         count = len(self.modules)
@@ -337,6 +337,8 @@ class MISA(torch.optim.Optimizer):
         """
         if self._released:
             return
+        # What the flush and the write-back do depends on the ages.
+        self._trained.collect()
         self._trained.retire(list(self._trained.rows))
         self._trained.forget()
         for own in self.state.values():

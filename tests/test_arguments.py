@@ -1,5 +1,6 @@
 """Bad input: one sentence with the value, the rule and the remedy, and nothing changed."""
 
+import numpy as np
 import pytest
 import tiny
 import torch
@@ -77,6 +78,14 @@ def test_argument_out_of_range(name, value):
 def test_defaults_of_adamw_are_accepted():
     defaults = {"amsgrad": False, "maximize": False, "foreach": None, "capturable": False, "fused": None}
     MISA(param_groups(tiny.build()), delta=0.3, differentiable=False, **defaults)
+
+
+def test_numbers_of_numpy_are_numbers():
+    options = {"lr": np.float32(1e-3), "delta": np.float64(0.3), "inner_steps": np.int64(3), "seed": np.int32(1)}
+    model = tiny.build()
+    optimizer = MISA(param_groups(model), **options)
+    tiny.train(model, optimizer, 4)
+    assert len(optimizer.monitor.rounds) == 2
 
 
 def parameters(*shapes, **options):

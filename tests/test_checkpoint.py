@@ -199,6 +199,12 @@ def renamed():
     return state
 
 
+def other_roles():
+    state = build()[1].state_dict()
+    state["param_groups"][1]["role"] = "frozen"
+    return state
+
+
 def wider():
     model = tiny.build(width=32)
     optimizer = MISA(param_groups(model, "pretrain"), delta=0.3)
@@ -224,6 +230,7 @@ def scoreless():
         (lambda: torch.optim.AdamW(tiny.build().parameters()).state_dict(), "not saved by MISA"),
         (another_model, "belongs to another model"),
         (renamed, "build the groups as they were"),
+        (other_roles, "names 'frozen' in role of group 1 where this optimizer has 'dense'"),
         (wider, "belongs to another model"),
         (larger_delta, "use the delta it was saved with"),
         (scoreless, "no scores"),

@@ -193,3 +193,67 @@ def test_learning_rate_may_be_a_tensor_on_the_cpu_only():
     optimizer.param_groups[0]["lr"] = torch.tensor(3e-3, device="meta")
     with pytest.raises(TypeError, match="use a float"):
         optimizer.step()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_release_in_mid_round_flushes_and_writes_back(dtype):
+    given = gradients(5, dtype)
+    pairs = [build(backend, dtype, **paper()) for backend in ("reference", "triton")]
+    for model, optimizer in pairs:
+        walk(model, optimizer, given, 0, 5)
+        before = [p.detach().clone() for p in model.parameters()]
+        trained = [p.requires_grad for p in model.parameters()][:-1]
+        optimizer.release()
+        # The always-on vector is no module and is not flushed.
+        assert trained == [not torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True)][:-1]
+    (reference, _), (model, _) = pairs
+    for p, q in zip(reference.parameters(), model.parameters(), strict=True):
+        torch.testing.assert_close(q, p, rtol=1e-6 if dtype == torch.float32 else 2.0**-7, atol=1e-6)
+
+
+@pytest.mark.skipif(not hasattr(torch.Tensor, "grad_dtype"), reason="torch before 2.10 has no grad_dtype")
+def test_gradient_of_another_dtype_is_refused():
+    model, optimizer = build("triton", torch.bfloat16)
+    walk(model, optimizer, gradients(1, torch.bfloat16), 0, 1)
+    before = [p.detach().clone() for p in model.parameters()]
+    for p in model.parameters():
+        p.grad = None
+        if p.requires_grad:
+            p.grad_dtype = torch.float32
+            p.grad = torch.ones(p.shape, device=DEVICE)
+    with pytest.raises(TypeError, match="grad_dtype before the first step"):
+        optimizer.step()
+    assert all(map(torch.equal, model.parameters(), before))
+
+
+def test_sparse_gradient_is_refused_and_changes_nothing():
+    embedding, other = nn.Embedding(10, 4, sparse=True).to(DEVICE), nn.Parameter(torch.ones(4, 4, device=DEVICE))
+    optimizer = MISA([other, embedding.weight], delta=1.0, backend="triton")
+    other.grad = torch.ones_like(other)
+    embedding(torch.tensor([1, 2], device=DEVICE)).sum().backward()
+    with pytest.raises(TypeError, match="sparse=False"):
+        optimizer.step()
+    assert torch.equal(other, torch.ones_like(other))
+
+
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
+def test_a_thousand_steps_and_twenty_switches_compile_nothing_new():
+    from misa_kernels.kernels.triton import step_kernel
+
+    params = [nn.Parameter(torch.randn(64, 64, device=DEVICE)) for _ in range(8)]
+    groups = [
+        {"params": params[:4], "role": "sampled"},
+        {"params": params[4:], "role": "sampled", "betas": (0.8, 0.99)},
+    ]
+    optimizer = MISA(groups, delta=0.5, inner_steps=50, backend="triton", max_grad_norm=1.0)
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=1e-3, total_steps=1100)
+    variants = None
+    for _ in range(1000):
+        for p in params:
+            p.grad = torch.randn_like(p) if p.requires_grad else None
+        optimizer.step()
+        scheduler.step()
+        compiled = sum(len(cache[0]) for cache in step_kernel.device_caches.values())
+        variants = compiled if variants is None else variants
+    assert len(optimizer.monitor.rounds) == 21
+    assert compiled == variants

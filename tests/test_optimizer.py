@@ -531,6 +531,16 @@ def test_model_may_move_and_cast_between_construction_and_first_step():
         optimizer.step()
 
 
+def test_weight_that_lost_its_layout_is_refused():
+    p = nn.Parameter(torch.ones(4, 4))
+    optimizer = MISA([p], delta=1.0)
+    p.grad = torch.ones(4, 4)
+    optimizer.step()
+    p.data = torch.ones(4, 4).tril().t()
+    with pytest.raises(RuntimeError, match="must be contiguous"):
+        optimizer.step()
+
+
 def test_constructor_keeps_gradients_of_the_active_set_only():
     model = tiny.build()
     tiny.loss_of(model, tiny.batch(0)).backward()

@@ -63,6 +63,12 @@ class FusedStep:
     def run(self, step: StepInput) -> None:
         """Launch the step."""
         grads = [grad if grad is None or grad.is_contiguous() else grad.contiguous() for grad in step.grads]
+        for grad, dtype in zip(grads, self._grad_dtypes, strict=True):
+            if grad is not None and grad.dtype != dtype:
+                raise TypeError(
+                    f"a gradient is {grad.dtype} but must be {dtype} in this round: set the parameter's grad_dtype "
+                    "before the first step"
+                )
         for hyper in step.hyper:
             if isinstance(hyper.lr, Tensor) and hyper.lr.device.type != "cpu":
                 raise TypeError(
