@@ -145,8 +145,8 @@ def compile_variant(variant: Variant, capability: int) -> Code:
     """Compile one variant for sm_`capability` and read its machine code."""
     kernel = launch.kernels.step_kernel
     constants: dict[str, Any] = {
-        "WEIGHT_DTYPE": launch.DTYPES[variant.weight],
-        "GRAD_DTYPE": launch.DTYPES[variant.grad],
+        "WEIGHT_DTYPE": launch.TRITON_DTYPES[variant.weight],
+        "GRAD_DTYPE": launch.TRITON_DTYPES[variant.grad],
         "ALIGNED": variant.aligned,
         "UPDATE": variant.launch != "norm",
         "CONTROLLED": variant.launch == "clipped",
@@ -174,7 +174,7 @@ def compile_variant(variant: Variant, capability: int) -> Code:
     opcodes = [opcode for _, opcode in instruction_lines(assembly)]
     body, elements = loop(assembly), launch.BLOCK
     if variant.launch == "norm":
-        body, elements = list((Counter(opcodes) - Counter(body)).elements()), launch.CHUNK
+        body, elements = list((Counter(opcodes) - Counter(body)).elements()), launch.Launch.chunk
     return Code(
         variant,
         capability,

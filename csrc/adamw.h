@@ -13,7 +13,8 @@
 #if defined(__CUDACC__)
 #define MISA_HOST_DEVICE __host__ __device__ __forceinline__
 #else
-#define MISA_HOST_DEVICE inline
+// Internal linkage: each instruction set that a library is built for compiles its own.
+#define MISA_HOST_DEVICE static inline
 #endif
 
 namespace misa {
@@ -22,7 +23,7 @@ MISA_HOST_DEVICE float fma_nearest(float a, float b, float c) {
 #if defined(__CUDA_ARCH__)
   return __fmaf_rn(a, b, c);
 #else
-  return std::fma(a, b, c);
+  return fmaf(a, b, c);
 #endif
 }
 
@@ -30,7 +31,7 @@ MISA_HOST_DEVICE float sqrt_nearest(float a) {
 #if defined(__CUDA_ARCH__)
   return __fsqrt_rn(a);
 #else
-  return std::sqrt(a);
+  return sqrtf(a);
 #endif
 }
 

@@ -6,6 +6,7 @@ import triton
 from torch import nn
 
 from misa_kernels import MISA, kernels
+from misa_kernels.kernels.native import CpuStep
 from misa_kernels.kernels.plain import PlainStep
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -20,9 +21,9 @@ def gpu_machine(monkeypatch):
 
 def test_auto_takes_the_fused_step_where_it_can_run(gpu_machine):
     fused = kernels.select("auto", CUDA, {torch.float32, torch.bfloat16})
-    assert fused.__name__ == "FusedStep"
+    assert fused.__name__ == "TritonStep"
     assert kernels.select("triton", CUDA, {torch.float16}) is fused
-    assert kernels.select("auto", CPU, {torch.float32}) is PlainStep
+    assert kernels.select("auto", CPU, {torch.float32}) is CpuStep
     assert kernels.select("auto", CUDA, {torch.float32, torch.float64}) is PlainStep
     assert kernels.select("reference", CUDA, {torch.float32}) is PlainStep
 

@@ -542,7 +542,7 @@ def test_offsets_beyond_32_bits(launch, device):
     """Both kinds: an element far into its tensor, and a row far into the arena; only the last chunks are run."""
     if device.type == "cuda" and torch.cuda.mem_get_info()[0] < 48 * 2**30:
         pytest.skip("needs 48 GiB of GPU memory")
-    large, tail = 2**31 + 3 * launch.CHUNK, 100
+    large, tail = 2**31 + 3 * launch.Launch.chunk, 100
     numel = np.array([large + tail, tail], dtype=np.int64)
     offset = np.array([0, -(-(large + tail) // 64) * 64], dtype=np.int64)
     end = int(offset[1]) + tail

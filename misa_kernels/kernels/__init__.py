@@ -9,20 +9,23 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import warnings
 from collections.abc import Collection, Sequence
 from typing import Protocol
 
 import torch
 
 from misa_kernels.arena import Arena
+from misa_kernels.kernels import native, table
 from misa_kernels.kernels.plain import PlainStep
 from misa_kernels.kernels.rows import Row, Settings, StepInput
 
-__all__ = ["BACKENDS", "Backend", "Row", "Settings", "Step", "StepInput", "check", "select"]
+__all__ = ["BACKENDS", "Backend", "Row", "Settings", "Step", "StepInput", "check", "select", "unusable"]
 
-BACKENDS = ("auto", "triton", "reference")
-# What the Triton kernel reads and writes.
-TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+BACKENDS = ("auto", "triton", "cuda", "cpu", "reference")
+# What "auto" takes, best first. The CUDA library comes after Triton because nobody has measured them side by side
+# yet: `make gpu STAGE=bench` does.
+PREFERRED = {"cuda": ("triton", "cuda"), "cpu": ("cpu",)}
 
 
 class Step(Protocol):
@@ -48,17 +51,17 @@ def check(backend: str) -> None:
     """Raise unless a backend of this name can run on this machine.
 
     Args:
-        backend: "auto" (the fastest one there is), "triton" (one launch a step on CUDA devices) or "reference"
-            (plain PyTorch, on any device).
+        backend: "auto" (the fastest one there is), "triton" (one launch a step on CUDA devices), "cuda" (the same from
+            the compiled library), "cpu" (the compiled library for CPUs) or "reference" (plain PyTorch, on any device).
 
     Raises:
         ValueError: For a name not in `BACKENDS`, or one whose needs are not met.
     """
     if backend not in BACKENDS:
         raise ValueError(f"backend={backend!r} must be one of {', '.join(map(repr, BACKENDS))}")
-    reason = _no_triton() if backend == "triton" else None
+    reason = unusable(backend)
     if reason:
-        raise ValueError(f"backend='triton' {reason}; 'auto' takes what there is")
+        raise ValueError(f"backend={backend!r} {reason}; 'auto' takes what there is")
 
 
 def select(backend: str, device: torch.device, dtypes: Collection[torch.dtype]) -> Backend:
@@ -72,19 +75,48 @@ def select(backend: str, device: torch.device, dtypes: Collection[torch.dtype]) 
     Raises:
         RuntimeError: If the backend asked for cannot run there.
     """
-    known = all(dtype in TRITON_DTYPES for dtype in dtypes)
-    if backend == "triton":
-        if device.type != ("cpu" if _interpreted() else "cuda") or not known:
-            raise RuntimeError(
-                f"backend='triton' got {', '.join(sorted(map(str, dtypes)))} weights on {device}, and updates float32, "
-                "bfloat16 and float16 on CUDA devices: use backend='auto'"
-            )
-    elif backend == "reference" or device.type != "cuda" or not known or _no_triton():
+    if backend == "reference":
         return PlainStep
-    # Imported here: a user without a GPU need not wait for Triton.
-    from misa_kernels.kernels.fused import FusedStep
+    if backend == "auto":
+        reasons = []
+        for name in PREFERRED.get(device.type, ()):
+            if all(dtype in _dtypes(name) for dtype in dtypes):
+                reason = unusable(name)
+                if reason is None:
+                    return _class(name)
+                reasons.append(f"{name!r} {reason}")
+        if reasons:
+            warnings.warn(f"MISA steps in plain PyTorch, which is slow: backend {'; '.join(reasons)}", stacklevel=2)
+        return PlainStep
+    device_type = "cpu" if backend == "cpu" or _interpreted() else "cuda"
+    if device.type != device_type or not all(dtype in _dtypes(backend) for dtype in dtypes):
+        raise RuntimeError(
+            f"backend={backend!r} got {', '.join(sorted(map(str, dtypes)))} weights on {device}, and updates "
+            f"{', '.join(map(str, _dtypes(backend)))} on {device_type.upper()} devices: use backend='auto'"
+        )
+    return _class(backend)
 
-    return FusedStep
+
+def unusable(backend: str) -> str | None:
+    """Return why a backend cannot run on this machine, as the rest of a sentence, or None if it can."""
+    if backend == "triton":
+        return _no_triton()
+    return native.unusable(backend) if backend in ("cpu", "cuda") else None
+
+
+def _dtypes(backend: str) -> tuple[torch.dtype, ...]:
+    return table.DTYPES if backend == "triton" else native.NativeTable.dtypes
+
+
+def _class(backend: str) -> Backend:
+    if backend == "cpu":
+        return native.CpuStep
+    if backend == "cuda":
+        return native.CudaStep
+    # Imported here: a user without a GPU need not wait for Triton.
+    from misa_kernels.kernels.launch import TritonStep
+
+    return TritonStep
 
 
 def _interpreted() -> bool:

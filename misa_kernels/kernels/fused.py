@@ -1,4 +1,4 @@
-"""How a round runs on the Triton kernel: rows into its tables, its ages and sums back into the arena."""
+"""How a round runs on a fused kernel: rows into its tables, its ages and sums back into the arena."""
 
 from __future__ import annotations
 
@@ -9,14 +9,13 @@ import torch
 from torch import Tensor
 
 from misa_kernels.arena import Arena
-from misa_kernels.kernels.launch import Launch
 from misa_kernels.kernels.rows import Row, Settings, StepInput
-from misa_kernels.kernels.triton import SKIP
+from misa_kernels.kernels.table import SKIP, RowTable
 from misa_kernels.reference import noise_keys
 
 
 class FusedStep:
-    """The steps of one round; a backend as `misa_kernels.kernels` describes it.
+    """The steps of one round; with the `table` of a subclass a backend as `misa_kernels.kernels` describes it.
 
     Within the round, ages and sums live with the launch, per chunk; `collect` brings them to the arena.
 
@@ -26,8 +25,9 @@ class FusedStep:
         settings: What holds for all steps.
     """
 
-    # At age 0 the kernel reads neither moments nor master.
+    # At age 0 the kernels read neither moments nor master.
     reads_fresh_state = False
+    table: type[RowTable]
 
     def __init__(self, rows: Sequence[Row], arena: Arena, settings: Settings) -> None:
         self._rows = rows
@@ -41,7 +41,7 @@ class FusedStep:
         self._weight_offset = start * itemsize
         self._grad_dtypes = [getattr(param, "grad_dtype", None) or param.dtype for param in self._params]
         self._grad_offset = start * np.array([dtype.itemsize for dtype in self._grad_dtypes], dtype=np.int64)
-        self._launch = Launch(
+        self._launch = self.table(
             numel=np.array([row.stop - row.start for row in rows], dtype=np.int64),
             offset=np.array([arena.offset(row.slot) for row in rows], dtype=np.int64),
             group=np.array([row.group for row in rows], dtype=np.int64),
@@ -111,7 +111,7 @@ class FusedStep:
     def _skipped(self, found_inf: Tensor | None) -> Tensor | None:
         """Return 1 or 0 on the device, whether the step was skipped; None if it cannot have been."""
         if self._settings.skip_nonfinite:
-            return self._launch.control[SKIP.value].int()
+            return self._launch.control[SKIP].int()
         return None if found_inf is None else (found_inf != 0).int().view(())
 
     def _count_fellows(self, grads: Sequence[Tensor | None], skipped: Tensor | None) -> None:

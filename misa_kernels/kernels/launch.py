@@ -1,4 +1,4 @@
-"""Which programs of the Triton step run on which pointers: the tables, uploads and launches of one round."""
+"""Which programs of the Triton step run on which pointers: buckets, uploads and launches of one round."""
 
 from __future__ import annotations
 
@@ -14,11 +14,12 @@ import triton.language as tl
 from torch import Tensor
 
 from misa_kernels.kernels import triton as kernels
+from misa_kernels.kernels.fused import FusedStep
+from misa_kernels.kernels.table import DTYPES, GRAD, GRAD_DTYPE, WEIGHT, WEIGHT_DTYPE, Integers, RowTable
 
 # A thread holds 8 elements at a time, two 16-byte vectors of float32, and a program takes 8 such blocks in turn.
 # The interpreter pays by the block instead of by the element.
 BLOCK, BLOCKS = (4096, 2) if kernels.INTERPRETED else (1024, 8)
-CHUNK = BLOCK * BLOCKS
 # num_stages=1: a staged loop would pass its loads through shared memory. Contraction is off because every fma
 # that is wanted is written out; Triton 3.9 warns if the flag is not given.
 OPTIONS = {"num_warps": 4, "num_stages": 1, "enable_fp_fusion": False}
@@ -28,8 +29,7 @@ MAX_REGISTERS = {True: 80, False: 128}
 # One buffer would be overwritten while the device still reads it; the host is rarely three steps ahead.
 UPLOAD_BUFFERS = 4
 
-DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
-Integers = npt.NDArray[np.int64]
+TRITON_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
 class Bucket(NamedTuple):
@@ -85,30 +85,15 @@ class Upload:
             self._ring.append((buffer, done))
 
 
-class Launch:
-    """The steps of one round: tables, ages and sums of the rows that are trained until the next switch.
-
-    A row is one tensor or row block; rows are numbered by their position in the arguments.
-
-    Args:
-        numel: int64, elements of each row.
-        offset: int64, where its state begins in the buffers of its weight dtype: a multiple of 64 elements.
-        group: int64, its line of the table of hyperparameters.
-        start: int64, index of its first element within the whole parameter; keys stochastic rounding.
-        weight_dtypes: float32, bfloat16 or float16.
-        grad_dtypes: The same; need not be those of the weights.
-        state: Per weight dtype `exp_avg`, `exp_avg_sq` and, for 16-bit weights with a master, `master`:
-            float32, 1-D, on 16 bytes. bfloat16 without master is rounded stochastically.
-        device: Where all of it is.
-
-    Attributes:
-        control: float32[3] on the device: clip coefficient, ‖g‖ and 1 if the step was skipped, of the last
-            step with `max_grad_norm` or `skip_nonfinite`.
+class Launch(RowTable):
+    """The steps of one round on the Triton kernel; see `RowTable`.
 
     Raises:
         RuntimeError: For CPU tensors without the interpreter, or CUDA tensors within it.
         ValueError: For dtypes that the kernel does not know, or float16 weights without master.
     """
+
+    chunk = BLOCK * BLOCKS
 
     def __init__(
         self,
@@ -121,82 +106,33 @@ class Launch:
         state: Mapping[torch.dtype, Mapping[str, Tensor]],
         device: torch.device,
     ) -> None:
-        check(weight_dtypes, grad_dtypes, state, device)
-        self._device = device
-        self._state = state
+        if (device.type == "cpu") != bool(kernels.INTERPRETED):
+            raise RuntimeError(
+                f"the Triton kernels cannot run on {device}: they need CUDA tensors, or CPU tensors and "
+                "TRITON_INTERPRET=1 in the environment before the import"
+            )
+        super().__init__(numel, offset, group, start, weight_dtypes, grad_dtypes, state, device)
         self._divisible = numel % 4 == 0
-        pairs = list(zip(weight_dtypes, grad_dtypes, strict=True))
-        self._pairs = list(dict.fromkeys(pairs))
-        self._pair = np.array([self._pairs.index(pair) for pair in pairs], dtype=np.int64)
-        # An empty row has a chunk too, which holds its age.
-        self._chunks = np.maximum(-(-numel // CHUNK), 1)
-        first_chunk = np.cumsum(self._chunks) - self._chunks
         self._row_of_chunk = np.repeat(np.arange(len(numel)), self._chunks)
+        first_chunk = np.cumsum(self._chunks) - self._chunks
         self._number = np.arange(len(self._row_of_chunk)) - first_chunk[self._row_of_chunk]
-
-        # One array for rows and hyperparameters, so that one copy uploads both; the latter are float64.
-        groups = int(group.max(initial=-1)) + 1
-        row_table = len(numel) * kernels.ROW_COLUMNS.value
-        self._tables = np.zeros(row_table + groups * kernels.HYPER_COLUMNS.value, dtype=np.int64)
-        rows = self._tables[:row_table].reshape(-1, kernels.ROW_COLUMNS.value)
-        rows[:, kernels.NUMEL.value] = numel
-        rows[:, kernels.OFFSET.value] = offset
-        rows[:, kernels.GROUP.value] = group
-        rows[:, kernels.START.value] = start
-        rows[:, kernels.FIRST_CHUNK.value] = first_chunk
-        self._weights = rows[:, kernels.WEIGHT.value]
-        self._grads = rows[:, kernels.GRAD.value]
-        self._noise_keys = rows[:, kernels.KEY.value]
-        self._hyper = self._tables[row_table:].view(np.float64).reshape(groups, kernels.HYPER_COLUMNS.value)
+        self._pair = len(DTYPES) * self._rows[:, WEIGHT_DTYPE] + self._rows[:, GRAD_DTYPE]
         self._sent = self._tables.copy()
         self._table_upload = Upload(self._tables, device)
-        self._device_rows = self._table_upload.tensor[:row_table]
-        self._device_hyper = self._table_upload.tensor[row_table:].view(torch.float64)
-
-        chunks = len(self._number)
-        self._ages = torch.zeros(chunks, dtype=torch.int32, device=device)
-        self._sq_sums = torch.zeros(chunks, dtype=torch.float64, device=device)
-        self._partials = torch.zeros(chunks, dtype=torch.float64, device=device)
-        self._arrived = torch.zeros(1, dtype=torch.int32, device=device)
-        self._collected = torch.zeros(len(numel), 2, dtype=torch.float64, device=device)
-        self.control = torch.zeros(kernels.CONTROL_COLUMNS.value, dtype=torch.float32, device=device)
-
-        self._programs = np.zeros((chunks, 2), dtype=np.int32)
+        self._device_rows = self._table_upload.tensor[: self._row_words]
+        self._device_hyper = self._table_upload.tensor[self._row_words :].view(torch.float64)
+        self._programs = np.zeros((len(self._number), 2), dtype=np.int32)
         self._group(self._divisible)
         self._program_upload = Upload(self._programs, device)
 
-    def step(
+    def _run(
         self,
-        weights: npt.ArrayLike,
-        grads: npt.ArrayLike,
-        hyper: npt.ArrayLike,
-        noise_keys: npt.ArrayLike | None = None,
-        *,
-        max_grad_norm: float | None = None,
-        skip_nonfinite: bool = False,
-        grad_scale: Tensor | None = None,
-        found_inf: Tensor | None = None,
+        max_grad_norm: float | None,
+        skip_nonfinite: bool,
+        grad_scale: Tensor | None,
+        found_inf: Tensor | None,
     ) -> None:
-        """Update all rows that have a gradient, on the current stream; nothing waits for the device.
-
-        Args:
-            weights: `data_ptr()` of each row's weight.
-            grads: `data_ptr()` of its gradient, 0 for none: weight, state, age and sum stay.
-            hyper: lr, β₁, β₂, ε and weight decay of each group, shape (groups, 5).
-            noise_keys: 32-bit key of each row for this step; for stochastic rounding.
-            max_grad_norm: Scale gradients by min(1, max_grad_norm / (‖g‖ + 1e-6)), ‖g‖ over all rows.
-            skip_nonfinite: Change nothing, ages and sums included, when ‖g‖² is NaN or infinite.
-            grad_scale: What `GradScaler` multiplied the loss by, one float32 on the device, or None.
-            found_inf: Change nothing where this is not 0, one float32 on the device, or None.
-        """
-        if not len(self._chunks):
-            return
-        self._weights[:] = weights
-        self._grads[:] = grads
-        self._hyper[:] = hyper
-        if noise_keys is not None:
-            self._noise_keys[:] = noise_keys
-        aligned = self._divisible & ((self._weights | self._grads) & 15 == 0)
+        aligned = self._divisible & ((self._rows[:, WEIGHT] | self._rows[:, GRAD]) & 15 == 0)
         regroup = not np.array_equal(aligned, self._aligned)
         if regroup:
             self._group(aligned)
@@ -213,27 +149,11 @@ class Launch:
             for bucket in self._buckets:
                 self._launch(bucket, grad_scale, found_inf, *scalars, UPDATE=True, CONTROLLED=control)
 
-    def collect(self) -> Tensor:
-        """Return age and Σ‖g‖² since `clear_sums` of each row: float64 of shape (rows, 2), on the device.
-
-        Every call returns the same tensor, with new values.
-        """
-        if len(self._chunks):
-            with self._on_device():
-                kernels.collect_kernel[(len(self._chunks),)](
-                    self._device_rows, self._ages, self._sq_sums, self._collected, CHUNK=CHUNK, **OPTIONS
-                )
-        return self._collected
-
-    def clear_sums(self) -> None:
-        """Begin the sums of a round."""
-        self._sq_sums.zero_()
-
-    def set_ages(self, ages: Tensor) -> None:
-        """Set how many updates each row has had; integers of shape (rows,), on any device."""
-        chunks = torch.from_numpy(self._chunks).to(self._device)
-        ages = ages.to(self._device, torch.int32)
-        self._ages.copy_(torch.repeat_interleave(ages, chunks, output_size=len(self._ages)))
+    def _collect(self) -> None:
+        with self._on_device():
+            kernels.collect_kernel[(len(self._chunks),)](
+                self._device_rows, self._ages, self._sq_sums, self._collected, CHUNK=self.chunk, **OPTIONS
+            )
 
     def _on_device(self) -> AbstractContextManager[Any]:
         return torch.cuda.device(self._device) if self._device.type == "cuda" else nullcontext()
@@ -247,7 +167,7 @@ class Launch:
         self._programs[:, 1] = self._number[order]
         kinds, first, count = np.unique(kind[order], return_index=True, return_counts=True)
         self._buckets = [
-            Bucket(self._pairs[kind // 2], kind % 2 == 0, first_program, programs)
+            Bucket((DTYPES[kind // 6], DTYPES[kind // 2 % 3]), kind % 2 == 0, first_program, programs)
             for kind, first_program, programs in zip(kinds.tolist(), first.tolist(), count.tolist(), strict=True)
         ]
 
@@ -273,8 +193,8 @@ class Launch:
             len(self._programs),
             max_grad_norm,
             skip_nonfinite,
-            WEIGHT_DTYPE=DTYPES[weight_dtype],
-            GRAD_DTYPE=DTYPES[grad_dtype],
+            WEIGHT_DTYPE=TRITON_DTYPES[weight_dtype],
+            GRAD_DTYPE=TRITON_DTYPES[grad_dtype],
             ALIGNED=bucket.aligned,
             BLOCK=BLOCK,
             BLOCKS=BLOCKS,
@@ -284,20 +204,7 @@ class Launch:
         )
 
 
-def check(
-    weight_dtypes: Sequence[torch.dtype],
-    grad_dtypes: Sequence[torch.dtype],
-    state: Mapping[torch.dtype, Mapping[str, Tensor]],
-    device: torch.device,
-) -> None:
-    """Raise what `Launch` raises."""
-    if (device.type == "cpu") != bool(kernels.INTERPRETED):
-        raise RuntimeError(
-            f"the Triton kernels cannot run on {device}: they need CUDA tensors, or CPU tensors and "
-            "TRITON_INTERPRET=1 in the environment before the import"
-        )
-    for dtype in {*weight_dtypes, *grad_dtypes}:
-        if dtype not in DTYPES:
-            raise ValueError(f"{dtype} must be one of {', '.join(map(str, DTYPES))}: use backend='reference'")
-    if torch.float16 in weight_dtypes and "master" not in state[torch.float16]:
-        raise ValueError("float16 weights must have a master: stochastic rounding is for bfloat16")
+class TritonStep(FusedStep):
+    """The steps of one round on the Triton kernel."""
+
+    table = Launch

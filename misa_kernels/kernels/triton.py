@@ -12,17 +12,18 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from misa_kernels.kernels import table
+
 # The oldest version that the kernels were compiled and tested with; torch 2.10 brings it.
 if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 6):
     raise ImportError(f"triton is {triton.__version__} but misa_kernels needs 3.6: install torch 2.10 or later")
 
-# Columns of the row table, int64. A gradient pointer of 0 means that there is no gradient this step; the state
-# begins at element `OFFSET` of the arena; `START` is the first element's index in the whole parameter.
-WEIGHT, GRAD, NUMEL, OFFSET, GROUP, START, KEY, FIRST_CHUNK, ROW_COLUMNS = (tl.constexpr(i) for i in range(9))
-# Columns of the hyperparameter table, float64, one line a param group.
+# What stands in the tables, see `misa_kernels.kernels.table`.
+WEIGHT, GRAD, NUMEL, OFFSET, GROUP, START, KEY, FIRST_CHUNK = (tl.constexpr(i) for i in range(8))
+ROW_COLUMNS = tl.constexpr(table.ROW_COLUMNS)
 LR, BETA1, BETA2, EPS, WEIGHT_DECAY, HYPER_COLUMNS = (tl.constexpr(i) for i in range(6))
-# Columns of `control`, float32, which the last program of the norm launch writes.
-COEFFICIENT, NORM, SKIP, CONTROL_COLUMNS = (tl.constexpr(i) for i in range(4))
+# Of `control`, which the last program of the norm launch writes.
+COEFFICIENT, NORM, SKIP = (tl.constexpr(i) for i in range(3))
 # float64 numbers that `sum_in_order` holds at once: 8 a thread.
 SUM_BLOCK = tl.constexpr(1024)
 
@@ -162,8 +163,8 @@ def step_kernel(
 
     Args:
         program_ptr: int32[programs, 2], row and number of the chunk within the row.
-        row_ptr: int64[rows, 8], see `WEIGHT` and following.
-        hyper_ptr: float64[groups, 5], see `LR` and following.
+        row_ptr: int64[rows, 10], see `RowTable`.
+        hyper_ptr: float64[groups, 5].
         exp_avg_ptr: float32, m of all rows of one weight dtype; not read at age 0.
         exp_avg_sq_ptr: float32, v.
         master_ptr: float32, the weights; None for float32 weights and for stochastic rounding.
@@ -171,7 +172,7 @@ def step_kernel(
         sq_sum_ptr: float64[chunks], ‖g‖² of each chunk is added to it.
         partial_ptr: float64[chunks], ‖g‖² of this step from the norm launch to the update.
         arrived_ptr: int32, how many programs of the norm launches are done; 0 before and after.
-        control_ptr: float32[3], see `COEFFICIENT` and following.
+        control_ptr: float32[3], see `RowTable.control`.
         grad_scale_ptr: float32, what gradients were multiplied by, or None.
         found_inf_ptr: float32, nonzero to skip the step, or None.
         first_program: Position of the bucket in the table of programs.

@@ -1,0 +1,199 @@
+// A step on the CPU: one parallel region over the chunks of all rows, whatever their number and sizes.
+#include <atomic>
+#include <cstring>
+
+#if defined(_OPENMP)
+#include <omp.h>
+#endif
+
+#include "chunk.h"
+
+namespace misa {
+namespace {
+
+// 128 kB of float32: four of them stay in an L2 cache between `fill` and the update, and a row of the
+// smallest matrices worth two threads has several.
+constexpr std::int64_t CHUNK = 32768;
+// Fewer elements than this take longer to hand out than to update.
+constexpr std::int64_t ALONE = 32768;
+
+struct Instructions {
+  const char* name;
+  const ChunkFunctions* functions;
+  bool available;
+};
+
+bool has(const char* name) {
+#if defined(MISA_X86)
+  __builtin_cpu_init();
+  if (std::strcmp(name, "avx512") == 0) {
+    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+           __builtin_cpu_supports("fma");
+  }
+  if (std::strcmp(name, "avx2") == 0) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+#endif
+  return std::strcmp(name, "baseline") == 0;
+}
+
+const Instructions BUILT[] = {
+#if defined(MISA_X86)
+    {"avx512", &chunk_avx512, has("avx512")},
+    {"avx2", &chunk_avx2, has("avx2")},
+#endif
+    {"baseline", &chunk_baseline, true},
+};
+
+const Instructions* best() {
+  for (const Instructions& instructions : BUILT) {
+    if (instructions.available) return &instructions;
+  }
+  return nullptr;
+}
+
+std::atomic<const Instructions*> in_use{best()};
+
+// Walks through the chunks in ascending order and finds the row of each.
+struct Cursor {
+  const MisaStep& step;
+  std::int64_t row;
+
+  const MisaRow& to(std::int64_t chunk) {
+    while (chunk >= step.rows[row].first_chunk + chunks_of(step.rows[row], CHUNK)) ++row;
+    return step.rows[row];
+  }
+};
+
+Chunk gradient_of(const MisaRow& row, std::int64_t begin, float unscale) {
+  Chunk chunk{};
+  const std::int64_t left = row.numel - begin;
+  chunk.numel = left < CHUNK ? left : CHUNK;
+  chunk.grad = static_cast<const char*>(row.grad) + begin * bytes_of(row.grad_dtype);
+  chunk.unscale = unscale;
+  return chunk;
+}
+
+double norm_chunk(const ChunkFunctions& functions, const MisaRow& row, std::int64_t index, float unscale) {
+  if (row.grad == nullptr) return 0.0;
+  const std::int64_t begin = (index - row.first_chunk) * CHUNK;
+  return functions.sq_norm[row.grad_dtype](gradient_of(row, begin, unscale));
+}
+
+void update_chunk(const ChunkFunctions& functions, const MisaStep& step, const MisaRow& row,
+                  std::int64_t index, float unscale, bool controlled) {
+  if (row.grad == nullptr) return;
+  const std::int64_t begin = (index - row.first_chunk) * CHUNK;
+  const MisaState& state = step.state[row.weight_dtype];
+  Chunk chunk = gradient_of(row, begin, unscale);
+  chunk.weight = static_cast<char*>(row.weight) + begin * bytes_of(row.weight_dtype);
+  chunk.m = state.exp_avg + row.offset + begin;
+  chunk.v = state.exp_avg_sq + row.offset + begin;
+  chunk.master = state.master == nullptr ? nullptr : state.master + row.offset + begin;
+  chunk.first = static_cast<std::uint64_t>(row.start + begin);
+  chunk.key = static_cast<std::uint32_t>(row.key);
+  chunk.coefficient = controlled ? step.control[0] : 1.0f;
+  chunk.fresh = step.age[index] == 0;
+  chunk.scalars = scalars(step.hyper[row.group], step.age[index]);
+  const auto update = functions.update[row.weight_dtype][row.grad_dtype][state.master != nullptr];
+  const double sq_norm = update(chunk);
+  step.sq_sum[index] += controlled ? step.partial[index] : sq_norm;
+  ++step.age[index];
+}
+
+int run(const MisaStep& step, int threads) {
+  const ChunkFunctions& functions = *in_use.load(std::memory_order_relaxed)->functions;
+  const bool controlled = (step.flags & (MISA_CLIP | MISA_SKIP_NONFINITE)) != 0;
+  const float unscale = step.grad_scale == nullptr ? 1.0f : divide_nearest(1.0f, *step.grad_scale);
+  bool skip = step.found_inf != nullptr && *step.found_inf != 0.0f;
+  if (skip && !controlled) return MISA_OK;
+  std::int64_t elements = 0;
+  for (std::int64_t i = 0; i < step.row_count; ++i) elements += step.rows[i].numel;
+  if (elements < ALONE) threads = 1;
+#pragma omp parallel num_threads(threads) if (threads > 1)
+  {
+    if (controlled) {
+      Cursor cursor{step, 0};
+#pragma omp for schedule(static)
+      for (std::int64_t i = 0; i < step.chunk_count; ++i) {
+        step.partial[i] = norm_chunk(functions, cursor.to(i), i, unscale);
+      }
+#pragma omp single
+      {
+        double sq_norm = 0.0;
+        for (std::int64_t i = 0; i < step.chunk_count; ++i) sq_norm += step.partial[i];
+        write_control(step.control, sq_norm, step);
+        skip = step.control[2] != 0.0f;
+      }
+    }
+    if (!skip) {
+      Cursor cursor{step, 0};
+#pragma omp for schedule(static)
+      for (std::int64_t i = 0; i < step.chunk_count; ++i) {
+        update_chunk(functions, step, cursor.to(i), i, unscale, controlled);
+      }
+    }
+  }
+  return MISA_OK;
+}
+
+}  // namespace
+}  // namespace misa
+
+extern "C" {
+
+const char* misa_message(int status) { return misa::message(status); }
+
+int64_t misa_cpu_chunk(void) { return misa::CHUNK; }
+
+int misa_cpu_step(const MisaStep* step, int threads) {
+  const int status = misa::check_step(step, misa::CHUNK);
+  if (status != MISA_OK) return status;
+  if (threads < 1) return MISA_BAD_SIZE;
+  return step->row_count == 0 ? MISA_OK : misa::run(*step, threads);
+}
+
+int misa_cpu_collect(const MisaStep* step, double* collected) {
+  const int status = misa::check_tables(step, misa::CHUNK);
+  if (status != MISA_OK) return status;
+  if (collected == nullptr && step->row_count > 0) return MISA_BAD_POINTER;
+  for (std::int64_t i = 0; i < step->row_count; ++i) {
+    const MisaRow& row = step->rows[i];
+    double sq_sum = 0.0;
+    const std::int64_t end = row.first_chunk + misa::chunks_of(row, misa::CHUNK);
+    for (std::int64_t chunk = row.first_chunk; chunk < end; ++chunk) sq_sum += step->sq_sum[chunk];
+    collected[2 * i] = step->age[row.first_chunk];
+    collected[2 * i + 1] = sq_sum;
+  }
+  return MISA_OK;
+}
+
+const char* misa_cpu_built(void) {
+#if defined(MISA_X86)
+  return "avx512 avx2 baseline";
+#else
+  return "baseline";
+#endif
+}
+
+const char* misa_cpu_instructions(void) { return misa::in_use.load()->name; }
+
+int misa_cpu_use_instructions(const char* name) {
+  if (name == nullptr) return MISA_BAD_POINTER;
+  for (const misa::Instructions& instructions : misa::BUILT) {
+    if (instructions.available && std::strcmp(name, instructions.name) == 0) {
+      misa::in_use.store(&instructions);
+      return MISA_OK;
+    }
+  }
+  return MISA_BAD_INSTRUCTIONS;
+}
+
+int misa_cpu_openmp(void) {
+#if defined(_OPENMP)
+  return 1;
+#else
+  return 0;
+#endif
+}
+
+}  // extern "C"

@@ -1,0 +1,42 @@
+// One chunk: a fixed number of elements of one row, what a thread of the CPU library works on at a time.
+//
+// chunk.cpp is compiled once per instruction set, each under a name of its own in `MISA_INSTRUCTIONS`.
+// Nothing in it may have external linkage but its table of functions: the linker would take one set's code
+// for all.
+#pragma once
+
+#include <cstdint>
+
+#include "step.h"
+
+namespace misa {
+
+struct Chunk {
+  void* weight;
+  const void* grad;
+  float* m;
+  float* v;
+  float* master;
+  std::int64_t numel;
+  std::uint64_t first;  // index of the first element within the whole parameter
+  std::uint32_t key;    // of the rounding noise
+  float unscale;        // what gradients are multiplied by before their norm is taken
+  float coefficient;    // and after it
+  bool fresh;           // m, v and master were never written
+  Scalars scalars;
+};
+
+// Each returns the chunk's sum of squares; the lanes it is summed in are fixed, so that vectors of any width
+// give the same bits.
+struct ChunkFunctions {
+  // By weight dtype, gradient dtype, and whether there is a master.
+  double (*update[2][2][2])(const Chunk&);
+  // By gradient dtype.
+  double (*sq_norm[2])(const Chunk&);
+};
+
+extern const ChunkFunctions chunk_baseline;
+extern const ChunkFunctions chunk_avx2;
+extern const ChunkFunctions chunk_avx512;
+
+}  // namespace misa

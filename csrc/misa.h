@@ -1,0 +1,112 @@
+// The C interface of the native libraries: one step over the rows of a table, on the CPU or on a GPU.
+//
+// No torch, no C++ and no Python: misa_kernels/kernels/native.py calls it through ctypes. Every function
+// returns a status, 0 for success, and leaves everything as it was for any other; `misa_message` says what it
+// means. Rows, hyperparameters and MisaStep are always in the memory of the host. What they point to is on
+// the host for the CPU library and on the GPU for the CUDA library.
+#pragma once
+
+#include <stdint.h>
+
+#if defined(_WIN32)
+#define MISA_API __declspec(dllexport)
+#else
+#define MISA_API __attribute__((visibility("default")))
+#endif
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+enum MisaDtype { MISA_FLOAT32 = 0, MISA_BFLOAT16 = 1, MISA_DTYPES = 2 };
+
+enum MisaFlag { MISA_CLIP = 1, MISA_SKIP_NONFINITE = 2 };
+
+enum MisaStatus {
+  MISA_OK = 0,
+  MISA_BAD_VERSION = 1,
+  MISA_BAD_POINTER = 2,
+  MISA_BAD_SIZE = 3,
+  MISA_BAD_DTYPE = 4,
+  MISA_BAD_GROUP = 5,
+  MISA_BAD_FLAG = 6,
+  MISA_BAD_ALIGNMENT = 7,
+  MISA_BAD_INSTRUCTIONS = 8,
+  // Plus the number that the CUDA runtime gave.
+  MISA_CUDA_ERROR = 1000,
+};
+
+// One tensor or row block, a line of int64 in the caller's table.
+typedef struct MisaRow {
+  void* weight;          // NULL only with numel 0
+  const void* grad;      // NULL: no gradient in this step; weight, state, age and sum stay
+  int64_t numel;         // elements
+  int64_t offset;        // of its state in the buffers of its weight dtype, in elements
+  int64_t group;         // its line of `hyper`
+  int64_t start;         // index of its first element within the whole parameter; keys the rounding noise
+  int64_t key;           // 32-bit key of that noise in this step
+  int64_t first_chunk;   // chunks of all rows before it; a row has ceil(numel / misa_*_chunk()), at least one
+  int64_t weight_dtype;  // a MisaDtype
+  int64_t grad_dtype;    // a MisaDtype; need not be that of the weight
+} MisaRow;
+
+typedef struct MisaHyper {
+  double lr, beta1, beta2, eps, weight_decay;
+} MisaHyper;
+
+// The state of all rows of one weight dtype.
+typedef struct MisaState {
+  float* exp_avg;
+  float* exp_avg_sq;
+  float* master;     // NULL: float32 weights need none, bfloat16 weights are rounded stochastically
+  int64_t elements;  // of each buffer
+} MisaState;
+
+typedef struct MisaStep {
+  int64_t bytes;  // sizeof(MisaStep), by which library and caller know each other
+  const MisaRow* rows;
+  int64_t row_count;
+  const MisaHyper* hyper;
+  int64_t group_count;
+  MisaState state[MISA_DTYPES];  // by weight dtype
+  int64_t chunk_count;           // of all rows
+  int32_t* age;                  // [chunk_count], updates so far; at 0, moments and master are not read
+  double* sq_sum;                // [chunk_count], the sum of squares of each chunk's gradient is added to it
+  double* partial;               // [chunk_count], workspace
+  int32_t* arrived;              // CUDA: 1, workspace; 0 before the first step
+  float* control;                // [3], with a flag: clip coefficient, norm, 1 if the step was skipped
+  const float* grad_scale;       // 1, what gradients were multiplied by, or NULL
+  const float* found_inf;        // 1, nonzero to skip the step, or NULL
+  double max_grad_norm;          // with MISA_CLIP: scale gradients by min(1, max_grad_norm / (norm + 1e-6))
+  int64_t flags;  // of MisaFlag; MISA_SKIP_NONFINITE: change nothing when the norm is not finite
+} MisaStep;
+
+MISA_API const char* misa_message(int status);
+
+// Elements of a chunk.
+MISA_API int64_t misa_cpu_chunk(void);
+// Take a step with at most `threads` threads; their number changes no bit of the result.
+MISA_API int misa_cpu_step(const MisaStep* step, int threads);
+// Write age and sum of squares of each row to double[row_count][2].
+MISA_API int misa_cpu_collect(const MisaStep* step, double* collected);
+// The instruction sets this library was built for, best first, separated by spaces, and the one in use, which
+// is the best that the processor has until `misa_cpu_use_instructions` names another. All give the same bits.
+MISA_API const char* misa_cpu_built(void);
+MISA_API const char* misa_cpu_instructions(void);
+MISA_API int misa_cpu_use_instructions(const char* name);
+// Whether steps use several threads.
+MISA_API int misa_cpu_openmp(void);
+
+MISA_API int64_t misa_cuda_chunk(void);
+// Launch a step on a stream (a cudaStream_t) of a device; nothing waits for it.
+MISA_API int misa_cuda_step(const MisaStep* step, int device, void* stream);
+MISA_API int misa_cuda_collect(const MisaStep* step, double* collected, int device, void* stream);
+// The architectures this library holds machine code for, such as "80 90 100", the version of the CUDA runtime
+// in it and of what the driver supports, such as 13000; 0 for no driver.
+MISA_API const char* misa_cuda_built(void);
+MISA_API int misa_cuda_runtime_version(void);
+MISA_API int misa_cuda_driver_version(void);
+
+#ifdef __cplusplus
+}
+#endif

@@ -1,0 +1,149 @@
+// What both libraries do once for a step or a chunk, on host and device: checks, scalars, noise, clipping.
+//
+// The arithmetic is float64 and must not be contracted: CMakeLists.txt turns that off for every compiler.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+
+#include "adamw.h"
+#include "misa.h"
+
+namespace misa {
+
+// What all elements of a tensor share in one update.
+struct Scalars {
+  float decay, step_size, beta1, beta2, one_minus_beta1, one_minus_beta2, denom_scale, eps;
+};
+
+// In float64 and rounded once: 1 - beta2^t in float32 is off by 1e-5 at small t. Powers by squaring, which
+// gives the same bits in any language.
+MISA_HOST_DEVICE Scalars scalars(const MisaHyper& hyper, int age) {
+  double base1 = hyper.beta1, base2 = hyper.beta2, beta1_t = 1.0, beta2_t = 1.0;
+  for (int exponent = age + 1; exponent > 0; exponent /= 2) {
+    if (exponent % 2 == 1) {
+      beta1_t *= base1;
+      beta2_t *= base2;
+    }
+    base1 *= base1;
+    base2 *= base2;
+  }
+  Scalars s;
+  s.decay = static_cast<float>(1.0 - hyper.lr * hyper.weight_decay);
+  s.step_size = static_cast<float>(hyper.lr / (1.0 - beta1_t));
+  s.beta1 = static_cast<float>(hyper.beta1);
+  s.beta2 = static_cast<float>(hyper.beta2);
+  s.one_minus_beta1 = static_cast<float>(1.0 - hyper.beta1);
+  s.one_minus_beta2 = static_cast<float>(1.0 - hyper.beta2);
+  s.denom_scale = static_cast<float>(1.0 / sqrt(1.0 - beta2_t));
+  s.eps = static_cast<float>(hyper.eps);
+  return s;
+}
+
+// `noise16` of the elements index, index + 1, ...: the upper half of their index is one of two numbers, whose
+// keys are made once.
+struct Noise {
+  std::uint32_t first, here, beyond;
+};
+
+MISA_HOST_DEVICE Noise noise_from(std::uint64_t index, std::uint32_t key) {
+  const std::uint32_t high = static_cast<std::uint32_t>(index >> 32);
+  return {static_cast<std::uint32_t>(index), high != 0 ? lowbias32(high ^ key) : key,
+          lowbias32((high + 1) ^ key)};
+}
+
+MISA_HOST_DEVICE std::uint32_t noise16(const Noise& noise, std::uint32_t i) {
+  const std::uint32_t low = noise.first + i;
+  return lowbias32(low ^ (low < noise.first ? noise.beyond : noise.here)) & 0xFFFFu;
+}
+
+// Clip coefficient, norm and whether the update must be skipped, from the sum of all squares.
+MISA_HOST_DEVICE void write_control(float* control, double sq_norm, const MisaStep& step) {
+  const double norm = sqrt(sq_norm);
+  double ratio = 1.0;
+  if (step.flags & MISA_CLIP) ratio = step.max_grad_norm / (norm + 1e-6);
+  // Written so that NaN stays NaN.
+  control[0] = static_cast<float>(ratio > 1.0 ? 1.0 : ratio);
+  control[1] = static_cast<float>(norm);
+  const bool nonfinite = !(sq_norm < HUGE_VAL) && (step.flags & MISA_SKIP_NONFINITE) != 0;
+  control[2] = nonfinite || (step.found_inf != nullptr && *step.found_inf != 0.0f) ? 1.0f : 0.0f;
+}
+
+static inline std::int64_t chunks_of(const MisaRow& row, std::int64_t chunk) {
+  return row.numel > chunk ? (row.numel - 1) / chunk + 1 : 1;
+}
+
+static inline std::int64_t bytes_of(std::int64_t dtype) { return dtype == MISA_FLOAT32 ? 4 : 2; }
+
+static inline bool known(std::int64_t dtype) { return dtype >= 0 && dtype < MISA_DTYPES; }
+
+static inline bool aligned(const void* pointer, std::int64_t dtype) {
+  return reinterpret_cast<std::uintptr_t>(pointer) % bytes_of(dtype) == 0;
+}
+
+static inline int check_row(const MisaRow& row, const MisaStep& step) {
+  if (!known(row.weight_dtype) || !known(row.grad_dtype)) return MISA_BAD_DTYPE;
+  if (row.group < 0 || row.group >= step.group_count) return MISA_BAD_GROUP;
+  const MisaState& state = step.state[row.weight_dtype];
+  if (row.offset < 0 || row.start < 0 || row.numel > state.elements - row.offset) return MISA_BAD_SIZE;
+  if (row.numel == 0) return MISA_OK;
+  if (row.weight == nullptr || state.exp_avg == nullptr || state.exp_avg_sq == nullptr)
+    return MISA_BAD_POINTER;
+  if (!aligned(row.weight, row.weight_dtype) || !aligned(row.grad, row.grad_dtype)) return MISA_BAD_ALIGNMENT;
+  return MISA_OK;
+}
+
+// What reading the table and the chunks needs; `chunk` is the elements of one.
+static inline int check_tables(const MisaStep* step, std::int64_t chunk) {
+  if (step == nullptr) return MISA_BAD_POINTER;
+  if (step->bytes != static_cast<std::int64_t>(sizeof(MisaStep))) return MISA_BAD_VERSION;
+  if (step->row_count < 0 || step->group_count < 0) return MISA_BAD_SIZE;
+  if (step->row_count == 0) return step->chunk_count == 0 ? MISA_OK : MISA_BAD_SIZE;
+  if (step->rows == nullptr || step->age == nullptr || step->sq_sum == nullptr) return MISA_BAD_POINTER;
+  std::int64_t chunks = 0;
+  for (std::int64_t i = 0; i < step->row_count; ++i) {
+    const MisaRow& row = step->rows[i];
+    if (row.numel < 0 || row.first_chunk != chunks) return MISA_BAD_SIZE;
+    chunks += chunks_of(row, chunk);
+  }
+  return chunks == step->chunk_count ? MISA_OK : MISA_BAD_SIZE;
+}
+
+// Everything that would otherwise be a crash.
+static inline int check_step(const MisaStep* step, std::int64_t chunk) {
+  int status = check_tables(step, chunk);
+  if (status != MISA_OK || step->row_count == 0) return status;
+  if (step->flags & ~static_cast<std::int64_t>(MISA_CLIP | MISA_SKIP_NONFINITE)) return MISA_BAD_FLAG;
+  if (step->hyper == nullptr || step->partial == nullptr || step->control == nullptr) return MISA_BAD_POINTER;
+  if (step->state[MISA_FLOAT32].master != nullptr) return MISA_BAD_POINTER;
+  for (std::int64_t i = 0; i < step->row_count && status == MISA_OK; ++i)
+    status = check_row(step->rows[i], *step);
+  return status;
+}
+
+static inline const char* message(int status) {
+  switch (status) {
+    case MISA_OK:
+      return "success";
+    case MISA_BAD_VERSION:
+      return "the library and its caller are of different versions";
+    case MISA_BAD_POINTER:
+      return "a pointer is NULL that must not be, or float32 weights have a master";
+    case MISA_BAD_SIZE:
+      return "a size is negative, or a row reaches beyond its buffer, or chunks do not add up";
+    case MISA_BAD_DTYPE:
+      return "a dtype is neither float32 nor bfloat16";
+    case MISA_BAD_GROUP:
+      return "a row names a group that is not there";
+    case MISA_BAD_FLAG:
+      return "an unknown flag is set";
+    case MISA_BAD_ALIGNMENT:
+      return "an address is not a multiple of the element's size";
+    case MISA_BAD_INSTRUCTIONS:
+      return "the instruction set is not built, or the processor does not have it";
+    default:
+      return "unknown status";
+  }
+}
+
+}  // namespace misa

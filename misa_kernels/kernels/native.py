@@ -1,0 +1,222 @@
+"""How the compiled libraries are found and called: csrc/misa.h in ctypes, and the steps of a round on them."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Mapping, Sequence
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from misa_kernels.kernels.fused import FusedStep
+from misa_kernels.kernels.rows import StepInput
+from misa_kernels.kernels.table import Integers, RowTable
+
+FOLDER = Path(__file__).parents[1]
+SUFFIXES = {".so", ".dylib", ".dll"}
+COMPILER = {"cpu": "a C++ compiler", "cuda": "nvcc"}
+CLIP, SKIP_NONFINITE = 1, 2
+POINTER, INT64 = ctypes.c_void_p, ctypes.c_int64
+
+
+class State(ctypes.Structure):
+    """MisaState."""
+
+    _fields_ = [("exp_avg", POINTER), ("exp_avg_sq", POINTER), ("master", POINTER), ("elements", INT64)]
+
+
+class Step(ctypes.Structure):
+    """MisaStep."""
+
+    _fields_ = [
+        ("bytes", INT64),
+        ("rows", POINTER),
+        ("row_count", INT64),
+        ("hyper", POINTER),
+        ("group_count", INT64),
+        ("state", State * 2),
+        ("chunk_count", INT64),
+        ("age", POINTER),
+        ("sq_sum", POINTER),
+        ("partial", POINTER),
+        ("arrived", POINTER),
+        ("control", POINTER),
+        ("grad_scale", POINTER),
+        ("found_inf", POINTER),
+        ("max_grad_norm", ctypes.c_double),
+        ("flags", INT64),
+    ]
+
+
+def path(name: str) -> Path | None:
+    """Return where the library "cpu" or "cuda" lies, None if it was not built."""
+    return next((file for file in FOLDER.glob(f"*misa_{name}.*") if file.suffix in SUFFIXES), None)
+
+
+@cache
+def library(name: str) -> ctypes.CDLL:
+    """Load the library "cpu" or "cuda".
+
+    torch must have been imported, so that its OpenMP runtime serves both.
+
+    Raises:
+        RuntimeError: If it was not built, or cannot be loaded.
+    """
+    file = path(name)
+    if file is None:
+        raise RuntimeError(
+            f"lib misa_{name} was not built: " + BUILD.format("nvcc" if name == "cuda" else "a C++ compiler")
+        )
+    try:
+        loaded = ctypes.CDLL(str(file))
+    except OSError as error:
+        raise RuntimeError(f"cannot be loaded: {error}") from error
+    step = ctypes.POINTER(Step)
+    stream = [] if name == "cpu" else [ctypes.c_int, POINTER]
+    loaded.misa_message.restype = ctypes.c_char_p
+    loaded.misa_message.argtypes = [ctypes.c_int]
+    for function, result, arguments in (
+        ("chunk", INT64, []),
+        ("built", ctypes.c_char_p, []),
+        ("step", ctypes.c_int, [step, *(stream or [ctypes.c_int])]),
+        ("collect", ctypes.c_int, [step, POINTER, *stream]),
+    ):
+        entry = getattr(loaded, f"misa_{name}_{function}")
+        entry.restype, entry.argtypes = result, arguments
+    if name == "cpu":
+        loaded.misa_cpu_instructions.restype = ctypes.c_char_p
+        loaded.misa_cpu_use_instructions.argtypes = [ctypes.c_char_p]
+    return loaded
+
+
+def unusable(name: str) -> str | None:
+    """Return why the library "cpu" or "cuda" cannot be used on this machine, None if it can."""
+    try:
+        loaded = library(name)
+    except RuntimeError as error:
+        return str(error)
+    if name == "cpu":
+        return None
+    driver, runtime = loaded.misa_cuda_driver_version(), loaded.misa_cuda_runtime_version()
+    if driver // 1000 < runtime // 1000:
+        found = f"is for CUDA {driver // 1000}.{driver % 1000 // 10}" if driver else "is not there"
+        return f"needs a driver for CUDA {runtime // 1000}, and the one here {found}: update it, or build with an older nvcc"
+    return None if torch.cuda.is_available() else "needs a CUDA device, and torch sees none here"
+
+
+class NativeTable(RowTable):
+    """The tables of a round as a library reads them; see `RowTable`.
+
+    Raises:
+        RuntimeError: If the library is missing, or refuses what it is given.
+    """
+
+    dtypes = (torch.float32, torch.bfloat16)
+    name: str
+
+    def __init__(
+        self,
+        numel: Integers,
+        offset: Integers,
+        group: Integers,
+        start: Integers,
+        weight_dtypes: Sequence[torch.dtype],
+        grad_dtypes: Sequence[torch.dtype],
+        state: Mapping[torch.dtype, Mapping[str, Tensor]],
+        device: torch.device,
+    ) -> None:
+        self._library = library(self.name)
+        self.chunk = getattr(self._library, f"misa_{self.name}_chunk")()
+        super().__init__(numel, offset, group, start, weight_dtypes, grad_dtypes, state, device)
+        self._struct = struct = Step(
+            bytes=ctypes.sizeof(Step),
+            rows=self._rows.ctypes.data,
+            row_count=len(self._rows),
+            hyper=self._hyper.ctypes.data,
+            group_count=len(self._hyper),
+            chunk_count=len(self._ages),
+            age=self._ages.data_ptr(),
+            sq_sum=self._sq_sums.data_ptr(),
+            partial=self._partials.data_ptr(),
+            arrived=self._arrived.data_ptr(),
+            control=self.control.data_ptr(),
+        )
+        for number, dtype in enumerate(self.dtypes):
+            for name, buffer in state.get(dtype, {}).items():
+                setattr(struct.state[number], name, buffer.data_ptr())
+                struct.state[number].elements = buffer.numel()
+        self._reference = ctypes.byref(struct)
+
+    def _run(
+        self,
+        max_grad_norm: float | None,
+        skip_nonfinite: bool,
+        grad_scale: Tensor | None,
+        found_inf: Tensor | None,
+    ) -> None:
+        struct = self._struct
+        struct.flags = (max_grad_norm is not None) * CLIP | skip_nonfinite * SKIP_NONFINITE
+        struct.max_grad_norm = 0.0 if max_grad_norm is None else max_grad_norm
+        struct.grad_scale = None if grad_scale is None else grad_scale.data_ptr()
+        struct.found_inf = None if found_inf is None else found_inf.data_ptr()
+        self._check(self._call_step())
+
+    def _call_step(self) -> int:
+        raise NotImplementedError
+
+    def _check(self, status: int) -> None:
+        if status:
+            message = self._library.misa_message(status).decode()
+            raise RuntimeError(f"the {self.name} library: {message} (status {status})")
+
+
+class CpuTable(NativeTable):
+    """The tables of a round on the CPU."""
+
+    name = "cpu"
+
+    def _call_step(self) -> int:
+        status: int = self._library.misa_cpu_step(self._reference, torch.get_num_threads())
+        return status
+
+    def _collect(self) -> None:
+        self._check(self._library.misa_cpu_collect(self._reference, self._collected.data_ptr()))
+
+
+class CudaTable(NativeTable):
+    """The tables of a round on a GPU."""
+
+    name = "cuda"
+
+    def _stream(self) -> tuple[int, int]:
+        return self._device.index, torch.cuda.current_stream(self._device).cuda_stream
+
+    def _call_step(self) -> int:
+        with torch.cuda.device(self._device):
+            status: int = self._library.misa_cuda_step(self._reference, *self._stream())
+        return status
+
+    def _collect(self) -> None:
+        with torch.cuda.device(self._device):
+            self._check(self._library.misa_cuda_collect(self._reference, self._collected.data_ptr(), *self._stream()))
+
+
+class CpuStep(FusedStep):
+    """The steps of one round on the C++ library for CPUs."""
+
+    # The library does not, but whoever looks at `optimizer.state` before the first step of a round does.
+    reads_fresh_state = True
+    table = CpuTable
+
+    def run(self, step: StepInput) -> None:
+        """Take the step; the arena's counters are up to date after it, since nothing has to be waited for."""
+        super().run(step)
+        self.collect()
+
+
+class CudaStep(FusedStep):
+    """The steps of one round on the CUDA library."""
+
+    table = CudaTable

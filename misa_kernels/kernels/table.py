@@ -1,0 +1,163 @@
+"""What every kernel is told: the table of rows, and the ages and sums that a round adds up."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+Integers = npt.NDArray[np.int64]
+
+# Columns of the row table, int64: MisaRow of csrc/misa.h. A gradient pointer of 0 means that there is no gradient
+# this step; the state begins at element `OFFSET` of its pool; `START` is the first element's index in the whole
+# parameter.
+WEIGHT, GRAD, NUMEL, OFFSET, GROUP, START, KEY, FIRST_CHUNK, WEIGHT_DTYPE, GRAD_DTYPE, ROW_COLUMNS = range(11)
+# Columns of the table of hyperparameters, float64, one line a param group: MisaHyper.
+LR, BETA1, BETA2, EPS, WEIGHT_DECAY, HYPER_COLUMNS = range(6)
+# Columns of `control`, float32.
+COEFFICIENT, NORM, SKIP, CONTROL_COLUMNS = range(4)
+# By the number that stands for them in the row table.
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class RowTable:
+    """The tables, ages and sums of the rows that are trained until the next switch, for one kind of kernel.
+
+    A row is one tensor or row block; rows are numbered by their position in the arguments. Every chunk of a row, the
+    work of one program or thread, has its own age and its own sum of squares, written by it alone: no races, no
+    atomics on floats.
+
+    Args:
+        numel: int64, elements of each row.
+        offset: int64, where its state begins in the buffers of its weight dtype: a multiple of 64 elements.
+        group: int64, its line of the table of hyperparameters.
+        start: int64, index of its first element within the whole parameter; keys stochastic rounding.
+        weight_dtypes: Of `dtypes`.
+        grad_dtypes: The same; need not be those of the weights.
+        state: Per weight dtype `exp_avg`, `exp_avg_sq` and, for 16-bit weights with a master, `master`:
+            float32, 1-D, on 16 bytes. bfloat16 without master is rounded stochastically.
+        device: Where all of it is.
+
+    Attributes:
+        chunk: Elements of a chunk.
+        dtypes: What the kernel can read and write.
+        control: float32[3] on the device: clip coefficient, ‖g‖ and 1 if the step was skipped, of the last
+            step with `max_grad_norm` or `skip_nonfinite`.
+
+    Raises:
+        ValueError: For dtypes that the kernel does not know, or float16 weights without master.
+    """
+
+    chunk: int
+    dtypes: tuple[torch.dtype, ...] = DTYPES
+
+    def __init__(
+        self,
+        numel: Integers,
+        offset: Integers,
+        group: Integers,
+        start: Integers,
+        weight_dtypes: Sequence[torch.dtype],
+        grad_dtypes: Sequence[torch.dtype],
+        state: Mapping[torch.dtype, Mapping[str, Tensor]],
+        device: torch.device,
+    ) -> None:
+        for dtype in {*weight_dtypes, *grad_dtypes}:
+            if dtype not in self.dtypes:
+                raise ValueError(f"{dtype} must be one of {', '.join(map(str, self.dtypes))}: use backend='reference'")
+        if torch.float16 in weight_dtypes and "master" not in state[torch.float16]:
+            raise ValueError("float16 weights must have a master: stochastic rounding is for bfloat16")
+        self._device = device
+        self._state = state
+        # An empty row has a chunk too, which holds its age.
+        self._chunks = np.maximum(-(-numel // self.chunk), 1)
+        first_chunk = np.cumsum(self._chunks) - self._chunks
+
+        # One array for rows and hyperparameters, so that one copy uploads both; the latter are float64.
+        groups = int(group.max(initial=-1)) + 1
+        self._row_words = len(numel) * ROW_COLUMNS
+        self._tables = np.zeros(self._row_words + groups * HYPER_COLUMNS, dtype=np.int64)
+        self._rows = self._tables[: self._row_words].reshape(-1, ROW_COLUMNS)
+        self._rows[:, NUMEL] = numel
+        self._rows[:, OFFSET] = offset
+        self._rows[:, GROUP] = group
+        self._rows[:, START] = start
+        self._rows[:, FIRST_CHUNK] = first_chunk
+        self._rows[:, WEIGHT_DTYPE] = [DTYPES.index(dtype) for dtype in weight_dtypes]
+        self._rows[:, GRAD_DTYPE] = [DTYPES.index(dtype) for dtype in grad_dtypes]
+        self._hyper = self._tables[self._row_words :].view(np.float64).reshape(groups, HYPER_COLUMNS)
+
+        chunks = int(self._chunks.sum())
+        self._ages = torch.zeros(chunks, dtype=torch.int32, device=device)
+        self._sq_sums = torch.zeros(chunks, dtype=torch.float64, device=device)
+        self._partials = torch.zeros(chunks, dtype=torch.float64, device=device)
+        self._arrived = torch.zeros(1, dtype=torch.int32, device=device)
+        self._collected = torch.zeros(len(numel), 2, dtype=torch.float64, device=device)
+        self.control = torch.zeros(CONTROL_COLUMNS, dtype=torch.float32, device=device)
+
+    def step(
+        self,
+        weights: npt.ArrayLike,
+        grads: npt.ArrayLike,
+        hyper: npt.ArrayLike,
+        noise_keys: npt.ArrayLike | None = None,
+        *,
+        max_grad_norm: float | None = None,
+        skip_nonfinite: bool = False,
+        grad_scale: Tensor | None = None,
+        found_inf: Tensor | None = None,
+    ) -> None:
+        """Update all rows that have a gradient, on the current stream; nothing waits for the device.
+
+        Args:
+            weights: `data_ptr()` of each row's weight.
+            grads: `data_ptr()` of its gradient, 0 for none: weight, state, age and sum stay.
+            hyper: lr, β₁, β₂, ε and weight decay of each group, shape (groups, 5).
+            noise_keys: 32-bit key of each row for this step; for stochastic rounding.
+            max_grad_norm: Scale gradients by min(1, max_grad_norm / (‖g‖ + 1e-6)), ‖g‖ over all rows.
+            skip_nonfinite: Change nothing, ages and sums included, when ‖g‖² is NaN or infinite.
+            grad_scale: What `GradScaler` multiplied the loss by, one float32 on the device, or None.
+            found_inf: Change nothing where this is not 0, one float32 on the device, or None.
+        """
+        if not len(self._rows):
+            return
+        self._rows[:, WEIGHT] = weights
+        self._rows[:, GRAD] = grads
+        self._hyper[:] = hyper
+        if noise_keys is not None:
+            self._rows[:, KEY] = noise_keys
+        self._run(max_grad_norm, skip_nonfinite, grad_scale, found_inf)
+
+    def collect(self) -> Tensor:
+        """Return age and Σ‖g‖² since `clear_sums` of each row: float64 of shape (rows, 2), on the device.
+
+        Every call returns the same tensor, with new values.
+        """
+        if len(self._rows):
+            self._collect()
+        return self._collected
+
+    def clear_sums(self) -> None:
+        """Begin the sums of a round."""
+        self._sq_sums.zero_()
+
+    def set_ages(self, ages: Tensor) -> None:
+        """Set how many updates each row has had; integers of shape (rows,), on any device."""
+        chunks = torch.from_numpy(self._chunks).to(self._device)
+        ages = ages.to(self._device, torch.int32)
+        self._ages.copy_(torch.repeat_interleave(ages, chunks, output_size=len(self._ages)))
+
+    def _run(
+        self,
+        max_grad_norm: float | None,
+        skip_nonfinite: bool,
+        grad_scale: Tensor | None,
+        found_inf: Tensor | None,
+    ) -> None:
+        raise NotImplementedError
+
+    def _collect(self) -> None:
+        raise NotImplementedError
