@@ -62,12 +62,13 @@ def library(name: str) -> ctypes.CDLL:
     torch must have been imported, so that its OpenMP runtime serves both.
 
     Raises:
-        RuntimeError: If it was not built, or cannot be loaded.
+        RuntimeError: If it was not built, or cannot be loaded; the message is the rest of a sentence.
     """
     file = path(name)
     if file is None:
         raise RuntimeError(
-            f"lib misa_{name} was not built: " + BUILD.format("nvcc" if name == "cuda" else "a C++ compiler")
+            f"was not built when misa_kernels was installed: install {COMPILER[name]}, then run "
+            "`pip install --force-reinstall --no-deps --no-binary misa-kernels misa-kernels`"
         )
     try:
         loaded = ctypes.CDLL(str(file))
@@ -102,7 +103,10 @@ def unusable(name: str) -> str | None:
     driver, runtime = loaded.misa_cuda_driver_version(), loaded.misa_cuda_runtime_version()
     if driver // 1000 < runtime // 1000:
         found = f"is for CUDA {driver // 1000}.{driver % 1000 // 10}" if driver else "is not there"
-        return f"needs a driver for CUDA {runtime // 1000}, and the one here {found}: update it, or build with an older nvcc"
+        return (
+            f"needs a driver for CUDA {runtime // 1000}, and the one here {found}: update it, or build with an "
+            "older nvcc"
+        )
     return None if torch.cuda.is_available() else "needs a CUDA device, and torch sees none here"
 
 
