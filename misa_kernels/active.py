@@ -157,8 +157,8 @@ class ActiveSet:
             for name, value in saved.items():
                 views[name].copy_(value)
         elif "exp_avg" in saved:
-            key = noise_key(self.seed, 2 * self.steps + 1, row.index)
-            noise = state_noise(row.start, len(weight), key, weight.device)
+            noise_of = noise_key(self.seed, 2 * self.steps + 1, row.index)
+            noise = state_noise(row.start, len(weight), noise_of, weight.device)
             for name in self._storage.codecs:
                 x = self.storage_in_state.decode(name, saved, len(weight))
                 self._storage.encode(name, views, x, noise[name])
