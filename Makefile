@@ -18,7 +18,7 @@ TIMED := tests/test_optimizer.py tests/test_rounds.py tests/test_sampler.py
 SOURCES := misa_kernels benchmarks examples tests setup.py
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test slow lint format bench gpu clean
+.PHONY: help demo test slow lint format bench native gpu clean
 
 help:  ## print this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' Makefile
@@ -48,16 +48,21 @@ bench: $(VENV)/.dev  ## on the CPU: a step beside torch's AdamW, a switch of 20,
 	$(PYTEST) -q -n 2 $(FAST) $(TIMED)
 	$(BIN)/python -m pytest -q benchmarks/step.py benchmarks/switch.py
 
+native:  ## build the native libraries into misa_kernels/, without .venv, network or Python; CMAKE_ARGS goes to CMake
+	cmake -S . -B build/native -DCMAKE_LIBRARY_OUTPUT_DIRECTORY='$(CURDIR)/misa_kernels' $(CMAKE_ARGS)
+	cmake --build build/native --parallel
+
 # No environment, no network: the machine's own Python and torch, this checkout on the path.
 gpu:  ## STAGE=smoke: GPU tests; test: with sanitizers; bench: the step; e2e: whole iterations; all; OUT=folder for JSON
 	PYTHONPATH=. $(PYTHON) -m benchmarks.gpu --stage $(STAGE) --out $(OUT) $(ARGS)
 
 clean:  ## remove the environment, builds and caches
 	rm -rf $(VENV) build dist out *.egg-info .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -f misa_kernels/*misa_cpu.* misa_kernels/*misa_cuda.*
 	find $(SOURCES) -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The two stamps stand for an environment installed from these files; a change of one installs again.
-INSTALL_INPUTS := pyproject.toml setup.py constraints.txt
+INSTALL_INPUTS := pyproject.toml setup.py constraints.txt CMakeLists.txt $(wildcard csrc/*)
 TOO_OLD := $(PYTHON) is Python %d.%d, and misa_kernels needs 3.10 or later: make PYTHON=/path/to/python3.12
 
 $(BIN)/python:
