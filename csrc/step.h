@@ -109,8 +109,7 @@ static inline int check_tables(const MisaStep* step, std::int64_t chunk) {
     return MISA_BAD_ALIGNMENT;
   std::int64_t chunks = 0;
   for (std::int64_t i = 0; i < step->row_count; ++i) {
-    // Every row has a chunk: a count of rows that is too large is found before a row that is not there is
-    // read.
+    // Every row has a chunk: too large a count of rows is found before a row that is not there is read.
     if (chunks >= step->chunk_count) return MISA_BAD_SIZE;
     const MisaRow& row = step->rows[i];
     if (row.numel < 0 || row.first_chunk != chunks) return MISA_BAD_SIZE;
@@ -158,9 +157,7 @@ static inline const char* message(int status) {
     case MISA_BAD_POINTER:
       return "a pointer is NULL that must not be, or float32 weights have a master";
     case MISA_BAD_SIZE:
-      return "a size is negative, or a row reaches beyond its buffer, or chunks do not add up, or there are "
-             "no "
-             "threads";
+      return "a size is negative, a row reaches beyond its buffer, chunks do not add up, or threads < 1";
     case MISA_BAD_DTYPE:
       return "a dtype is neither float32 nor bfloat16";
     case MISA_BAD_GROUP:
