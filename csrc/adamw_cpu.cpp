@@ -156,6 +156,7 @@ int misa_cpu_collect(const MisaStep* step, double* collected) {
   const int status = misa::check_tables(step, misa::CHUNK);
   if (status != MISA_OK) return status;
   if (collected == nullptr && step->row_count > 0) return MISA_BAD_POINTER;
+  if (!misa::aligned(collected, sizeof(double))) return MISA_BAD_ALIGNMENT;
   for (std::int64_t i = 0; i < step->row_count; ++i) {
     const MisaRow& row = step->rows[i];
     double sq_sum = 0.0;

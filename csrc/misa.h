@@ -32,6 +32,7 @@ enum MisaStatus {
   MISA_BAD_FLAG = 6,
   MISA_BAD_ALIGNMENT = 7,
   MISA_BAD_INSTRUCTIONS = 8,
+  MISA_BAD_NORM = 9,
   // Plus the number that the CUDA runtime gave.
   MISA_CUDA_ERROR = 1000,
 };
@@ -77,7 +78,7 @@ typedef struct MisaStep {
   float* control;                // [3], with a flag: clip coefficient, norm, 1 if the step was skipped
   const float* grad_scale;       // 1, what gradients were multiplied by, or NULL
   const float* found_inf;        // 1, nonzero to skip the step, or NULL
-  double max_grad_norm;          // with MISA_CLIP: scale gradients by min(1, max_grad_norm / (norm + 1e-6))
+  double max_grad_norm;          // above 0, with MISA_CLIP: scale gradients by min(1, it / (norm + 1e-6))
   int64_t flags;  // of MisaFlag; MISA_SKIP_NONFINITE: change nothing when the norm is not finite
 } MisaStep;
 
