@@ -54,9 +54,13 @@ MISA_HOST_DEVICE Noise noise_from(std::uint64_t index, std::uint32_t key) {
           lowbias32((high + 1) ^ key)};
 }
 
-MISA_HOST_DEVICE std::uint32_t noise16(const Noise& noise, std::uint32_t i) {
+MISA_HOST_DEVICE std::uint32_t noise32(const Noise& noise, std::uint32_t i) {
   const std::uint32_t low = noise.first + i;
-  return lowbias32(low ^ (low < noise.first ? noise.beyond : noise.here)) & 0xFFFFu;
+  return lowbias32(low ^ (low < noise.first ? noise.beyond : noise.here));
+}
+
+MISA_HOST_DEVICE std::uint32_t noise16(const Noise& noise, std::uint32_t i) {
+  return noise32(noise, i) & 0xFFFFu;
 }
 
 // Clip coefficient, norm and whether the update must be skipped, from the sum of all squares.
@@ -77,6 +81,13 @@ static inline std::int64_t chunks_of(const MisaRow& row, std::int64_t chunk) {
 
 static inline std::int64_t bytes_of(std::int64_t dtype) { return dtype == MISA_FLOAT32 ? 4 : 2; }
 
+// Elements that share a scale.
+constexpr int GROUP = 128;
+
+static inline std::int64_t code_bytes(std::int64_t format) {
+  return format == MISA_STATE_FP32 ? 4 : format == MISA_STATE_BF16 ? 2 : 1;
+}
+
 static inline bool known(std::int64_t dtype) { return dtype >= 0 && dtype < MISA_DTYPES; }
 
 static inline bool aligned(const void* pointer, std::size_t bytes) {
@@ -89,10 +100,28 @@ static inline int check_row(const MisaRow& row, const MisaStep& step) {
   const MisaState& state = step.state[row.weight_dtype];
   if (row.offset < 0 || row.numel > state.elements - row.offset) return MISA_BAD_SIZE;
   if (row.start < 0 || row.start > INT64_MAX - row.numel) return MISA_BAD_SIZE;
+  if (step.format == MISA_STATE_INT8 && row.offset % GROUP != 0) return MISA_BAD_ALIGNMENT;
   if (row.numel == 0) return MISA_OK;
   if (row.weight == nullptr) return MISA_BAD_POINTER;
   if (!aligned(row.weight, bytes_of(row.weight_dtype)) || !aligned(row.grad, bytes_of(row.grad_dtype)))
     return MISA_BAD_ALIGNMENT;
+  return MISA_OK;
+}
+
+static inline int check_state(const MisaState& state, std::int64_t format) {
+  if (state.elements < 0) return MISA_BAD_SIZE;
+  const bool scaled = format == MISA_STATE_INT8;
+  if (state.master != nullptr && state.residual != nullptr) return MISA_BAD_POINTER;
+  if (state.elements > 0 && (state.exp_avg == nullptr || state.exp_avg_sq == nullptr))
+    return MISA_BAD_POINTER;
+  if (state.elements > 0 && scaled && (state.exp_avg_scale == nullptr || state.exp_avg_sq_scale == nullptr))
+    return MISA_BAD_POINTER;
+  const std::size_t bytes = static_cast<std::size_t>(code_bytes(format));
+  if (!aligned(state.exp_avg, bytes) || !aligned(state.exp_avg_sq, bytes) || !aligned(state.residual, 2))
+    return MISA_BAD_ALIGNMENT;
+  for (const float* buffer : {state.exp_avg_scale, state.exp_avg_sq_scale, state.master}) {
+    if (!aligned(buffer, sizeof(float))) return MISA_BAD_ALIGNMENT;
+  }
   return MISA_OK;
 }
 
@@ -134,14 +163,12 @@ static inline int check_step(const MisaStep* step, std::int64_t chunk) {
   for (const float* pointer : {static_cast<const float*>(step->control), step->grad_scale, step->found_inf}) {
     if (!aligned(pointer, sizeof(float))) return MISA_BAD_ALIGNMENT;
   }
-  if (step->state[MISA_FLOAT32].master != nullptr) return MISA_BAD_POINTER;
+  if (step->format < 0 || step->format >= MISA_FORMATS) return MISA_BAD_DTYPE;
+  const MisaState& plain = step->state[MISA_FLOAT32];
+  if (plain.master != nullptr || plain.residual != nullptr) return MISA_BAD_POINTER;
   for (const MisaState& state : step->state) {
-    if (state.elements < 0) return MISA_BAD_SIZE;
-    if (state.elements > 0 && (state.exp_avg == nullptr || state.exp_avg_sq == nullptr))
-      return MISA_BAD_POINTER;
-    for (const float* buffer : {state.exp_avg, state.exp_avg_sq, state.master}) {
-      if (!aligned(buffer, sizeof(float))) return MISA_BAD_ALIGNMENT;
-    }
+    status = check_state(state, step->format);
+    if (status != MISA_OK) return status;
   }
   for (std::int64_t i = 0; i < step->row_count && status == MISA_OK; ++i)
     status = check_row(step->rows[i], *step);
@@ -155,11 +182,11 @@ static inline const char* message(int status) {
     case MISA_BAD_VERSION:
       return "the library and its caller are of different versions";
     case MISA_BAD_POINTER:
-      return "a pointer is NULL that must not be, or float32 weights have a master";
+      return "a pointer is NULL that must not be, or a master or residual is there that must not be";
     case MISA_BAD_SIZE:
       return "a size is negative, a row reaches beyond its buffer, chunks do not add up, or threads < 1";
     case MISA_BAD_DTYPE:
-      return "a dtype is neither float32 nor bfloat16";
+      return "a dtype or a format of the state is unknown";
     case MISA_BAD_GROUP:
       return "a row names a group that is not there";
     case MISA_BAD_FLAG:
