@@ -6,6 +6,7 @@
 
 #include <cmath>
 #include <cstdint>
+#include <cstring>
 
 #include "adamw.h"
 #include "step.h"
@@ -13,30 +14,22 @@
 namespace misa {
 
 constexpr float SOFTNESS = 3.0f;
-// Lanes of a maximum that keeps NaN: compilers make no vectors of such a loop by themselves.
-constexpr int MAXIMUM_LANES = 16;
 
 // To the nearest whole number, ties to even, below 2^22: rintf is a call where SSE4.1 is missing.
 static inline float round_whole(float x) { return (x + 12582912.0f) - 12582912.0f; }
 
 static inline float not_nan(float x) { return x == x ? x : 0.0f; }
 
+// The largest magnitude. As whole numbers, because their order has NaN above infinity and vectors know it.
 static inline float maximum(const float* x, int n) {
-  float lanes[MAXIMUM_LANES] = {};
-  int i = 0;
-  for (; i + MAXIMUM_LANES <= n; i += MAXIMUM_LANES) {
-    for (int lane = 0; lane < MAXIMUM_LANES; ++lane) {
-      const float size = std::fabs(x[i + lane]);
-      lanes[lane] = (size > lanes[lane]) | (size != size) ? size : lanes[lane];
-    }
+  std::int32_t largest = 0;
+  for (int i = 0; i < n; ++i) {
+    const auto size = static_cast<std::int32_t>(bits_of(x[i]) & 0x7FFFFFFFu);
+    largest = size > largest ? size : largest;
   }
-  for (; i < n; ++i) {
-    const float size = std::fabs(x[i]);
-    lanes[0] = (size > lanes[0]) | (size != size) ? size : lanes[0];
-  }
-  float largest = 0.0f;
-  for (const float size : lanes) largest = (size > largest) | (size != size) ? size : largest;
-  return largest;
+  float value;
+  std::memcpy(&value, &largest, sizeof value);
+  return value;
 }
 
 // What a step needs to round moments: one hash an element, whose halves serve m and v.
