@@ -19,7 +19,7 @@ from misa_kernels.arena import Arena
 from misa_kernels.kernels import native, table
 from misa_kernels.kernels.plain import PlainStep
 from misa_kernels.kernels.rows import Row, Settings, StepInput
-from misa_kernels.storage import Storage
+from misa_kernels.storage import PRECISIONS, Storage
 
 __all__ = ["BACKENDS", "Backend", "Row", "Settings", "Step", "StepInput", "check", "select", "unusable"]
 
@@ -116,7 +116,9 @@ def _dtypes(backend: str) -> tuple[torch.dtype, ...]:
 
 
 def _storages(backend: str) -> set[Storage]:
-    return {Storage("fp32", "master"), Storage("fp32", "stochastic")}
+    formats = ("fp32", "bf16", "int8") if backend == "cpu" else ("fp32",)
+    precisions = PRECISIONS if backend == "cpu" else ("master", "stochastic")
+    return {Storage(name, precision) for name in formats for precision in precisions}
 
 
 def _class(backend: str) -> Backend:

@@ -18,13 +18,17 @@ FOLDER = Path(__file__).parents[1]
 SUFFIXES = {".so", ".dylib", ".dll"}
 COMPILER = {"cpu": "a C++ compiler", "cuda": "nvcc"}
 CLIP, SKIP_NONFINITE = 1, 2
+# MisaFormat, by the dtype of `exp_avg`.
+FORMATS = (torch.float32, torch.bfloat16, torch.int8)
+# The members of MisaState, in order.
+KEYS = ("exp_avg", "exp_avg_sq", "exp_avg_scale", "exp_avg_sq_scale", "master", "residual")
 POINTER, INT64 = ctypes.c_void_p, ctypes.c_int64
 
 
 class State(ctypes.Structure):
     """MisaState."""
 
-    _fields_ = [("exp_avg", POINTER), ("exp_avg_sq", POINTER), ("master", POINTER), ("elements", INT64)]
+    _fields_ = [(name, POINTER) for name in KEYS] + [("elements", INT64)]
 
 
 class Step(ctypes.Structure):
@@ -37,6 +41,7 @@ class Step(ctypes.Structure):
         ("hyper", POINTER),
         ("group_count", INT64),
         ("state", State * 2),
+        ("format", INT64),
         ("chunk_count", INT64),
         ("age", POINTER),
         ("sq_sum", POINTER),
@@ -150,7 +155,9 @@ class NativeTable(RowTable):
         for number, dtype in enumerate(self.dtypes):
             for name, buffer in state.get(dtype, {}).items():
                 setattr(struct.state[number], name, buffer.data_ptr())
-                struct.state[number].elements = buffer.numel()
+            struct.state[number].elements = len(state[dtype]["exp_avg"]) if dtype in state else 0
+        # What m is stored in tells the formats apart.
+        struct.format = next((FORMATS.index(buffers["exp_avg"].dtype) for buffers in state.values()), 0)
         self._reference = ctypes.byref(struct)
 
     def _run(
