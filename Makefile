@@ -37,12 +37,12 @@ lint: $(VENV)/.dev  ## style, types and formatting; changes nothing
 	$(BIN)/ruff check $(SOURCES)
 	$(BIN)/ruff format --check $(SOURCES)
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run -Werror csrc/*
+	$(BIN)/clang-format --dry-run -Werror csrc/* tests/native/*
 
 format: $(VENV)/.dev  ## put sources into the form that lint asks for
 	$(BIN)/ruff check --fix --exit-zero $(SOURCES)
 	$(BIN)/ruff format $(SOURCES)
-	$(BIN)/clang-format -i csrc/*
+	$(BIN)/clang-format -i csrc/* tests/native/*
 
 bench: $(VENV)/.dev  ## on the CPU: a step beside torch's AdamW, a switch of 20,000 modules; the tests come first
 	$(PYTEST) -q -n 2 $(FAST) $(TIMED)

@@ -98,6 +98,7 @@ void wrong_sizes() {
     refuse(MISA_BAD_SIZE, [n](Table& t) { t.step.state[1].elements = n == LARGEST ? 39999 : n; });
   }
   for (std::int64_t n : {LEAST, std::int64_t{-1}, LARGEST}) {
+    refuse(MISA_BAD_SIZE, [n](Table& t) { t.rows[0].numel = n; }, true);
     refuse(MISA_BAD_SIZE, [n](Table& t) { t.rows[1].numel = n; }, true);
     refuse(MISA_BAD_SIZE, [n](Table& t) { t.rows[1].offset = n; });
     refuse(MISA_BAD_SIZE, [n](Table& t) { t.rows[1].start = n; });
@@ -194,6 +195,8 @@ void wrong_arguments() {
   EXPECT(misa_cpu_step(&nothing, 1) == MISA_OK && misa_cpu_collect(&nothing, nullptr) == MISA_OK);
   nothing.flags = 4;
   EXPECT(misa_cpu_step(&nothing, 1) == MISA_BAD_FLAG);
+  nothing.row_count = -1;
+  EXPECT(misa_cpu_step(&nothing, 1) == MISA_BAD_SIZE && misa_cpu_collect(&nothing, nullptr) == MISA_BAD_SIZE);
 
   for (int status : {-1, 0, static_cast<int>(MISA_BAD_NORM), 12345, INT32_MAX, INT32_MIN}) {
     EXPECT(std::strlen(misa_message(status)) > 0);
