@@ -16,7 +16,7 @@ from misa_kernels.kernels import native
 ROOT = Path(__file__).parents[1]
 COMPILER = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
 # The vectors of the kernels alias their elements, as is usual in CUDA.
-FLAGS = ["-std=c++20", "-pthread", "-ffp-contract=off", "-fno-strict-aliasing", "-Wall", "-Wextra", "-Werror"]
+FLAGS = ["-std=c++17", "-ffp-contract=off", "-fno-strict-aliasing", "-Wall", "-Wextra", "-Werror"]
 FLAGS += ["-Wno-unknown-pragmas", f"-I{ROOT / 'tests/emulation'}", f"-I{ROOT / 'csrc'}"]
 FLAGS += ['-DMISA_CUDA_ARCHITECTURES="emulated"']
 

@@ -1,4 +1,4 @@
-"""csrc/adamw_cuda.cu where there is no GPU: its kernels on threads of the CPU, its errors without a driver."""
+"""csrc/adamw_cuda.cu where there is no GPU: its kernels compiled for the CPU, its errors without a driver."""
 
 from __future__ import annotations
 
