@@ -16,7 +16,8 @@ from misa_kernels.kernels import native, table
 
 FP32, BF16 = torch.float32, torch.bfloat16
 DTYPES = [(FP32, FP32), (FP32, BF16), (BF16, FP32), (BF16, BF16)]
-CPU = torch.device("cpu")
+STATE = ("exp_avg", "exp_avg_sq", "master")
+CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
 needs_compiler = pytest.mark.skipif(emulated.COMPILER is None, reason="needs g++ or clang++")
 
@@ -24,17 +25,17 @@ needs_compiler = pytest.mark.skipif(emulated.COMPILER is None, reason="needs g++
 class Rows:
     """Rows of all dtypes in 11 groups, on one kind of table; the third of every seven is unaligned."""
 
-    def __init__(self, make, sizes, stochastic):
+    def __init__(self, make, sizes, stochastic, device=CPU):
         generator = torch.Generator().manual_seed(0)
         self.numel, self.dtypes = np.array(sizes, dtype=np.int64), [DTYPES[i % 4] for i in range(len(sizes))]
         self.weights = [
-            torch.randn(n + 1, generator=generator).to(DTYPES[i % 4][0])[int(i % 7 == 2) :][:n]
+            torch.randn(n + 1, generator=generator).to(device, DTYPES[i % 4][0])[int(i % 7 == 2) :][:n]
             for i, n in enumerate(sizes)
         ]
         width = -(-self.numel // 64) * 64
         offset = np.cumsum(width) - width
         self.state = {
-            dtype: {name: torch.full((int(width.sum()),), math.nan) for name in ("exp_avg", "exp_avg_sq", "master")}
+            dtype: {name: torch.full((int(width.sum()),), math.nan, device=device) for name in STATE}
             for dtype in (FP32, BF16)
         }
         del self.state[FP32]["master"]
@@ -43,7 +44,7 @@ class Rows:
         start = np.arange(len(sizes)) * (2**32 - 1000)
         weight_dtypes, grad_dtypes = zip(*self.dtypes, strict=True)
         group = np.arange(len(sizes)) % 11
-        self.table = make(self.numel, offset, group, start, weight_dtypes, grad_dtypes, self.state, CPU)
+        self.table = make(self.numel, offset, group, start, weight_dtypes, grad_dtypes, self.state, device)
 
     def step(self, grads, lr=1e-2, **options):
         hyper = [(lr / (group + 1), 0.9 - group / 100, 0.99, 1e-8, 0.1) for group in range(11)]
@@ -55,14 +56,14 @@ class Rows:
         """All that a step writes but ages and sums, which each library keeps by chunks of its own."""
         state = [buffer for buffers in self.state.values() for buffer in buffers.values()]
         tensors = [*self.weights, *state, self.table.control]
-        return [tensor.clone().view(torch.uint8) for tensor in tensors]
+        return [tensor.clone().cpu().view(torch.uint8) for tensor in tensors]
 
 
 def gradients(rows, seed, missing=()):
     """Multiples of 1/8 up to 2: their squares add up without rounding, in whatever order."""
     generator = torch.Generator().manual_seed(seed)
     grads = [
-        (torch.randint(-16, 17, (n,), generator=generator) / 8).to(dtype)
+        (torch.randint(-16, 17, (n,), generator=generator) / 8).to(rows.table._device, dtype)
         for n, (_, dtype) in zip(rows.numel, rows.dtypes, strict=True)
     ]
     return [None if i in missing else grad for i, grad in enumerate(grads)]
@@ -80,30 +81,59 @@ STEPS = {
 }
 
 
-@needs_compiler
+needs_library = pytest.mark.skipif(native.path("cuda") is None, reason="the library cuda is not built")
+on_a_gpu = [pytest.mark.gpu, needs_library]
+LARGE = [0, 1, 15, 1023, 4097, 8192, 20_001, 64, 9000, 8195, 3000, 16_384]
+# More rows and groups than one launch holds, and more blocks than a GPU has room for.
+MANY, HUGE = [n % 7 for n in range(300)], [2_000_001, 1_000_000, 3_000_000, 100, 0, 999_999, 64, 3, 500_000]
+
+
 @pytest.mark.parametrize("stochastic", [False, True], ids=["master", "stochastic"])
 @pytest.mark.parametrize(
-    "sizes, steps",
+    "make, device, sizes, steps",
     [
-        ([0, 1, 15, 1023, 4097, 8192, 20_001, 64, 9000, 8195, 3000, 16_384], list(STEPS)),
-        # More rows and groups than one launch holds.
-        ([n % 7 for n in range(300)], ["first", "clip"]),
+        pytest.param(EmulatedTable, CPU, LARGE, STEPS, id="large", marks=needs_compiler),
+        pytest.param(EmulatedTable, CPU, MANY, ("first", "clip"), id="many", marks=needs_compiler),
+        pytest.param(native.CudaTable, GPU, LARGE, STEPS, id="GPU large", marks=on_a_gpu),
+        pytest.param(native.CudaTable, GPU, MANY, STEPS, id="GPU many", marks=on_a_gpu),
+        pytest.param(native.CudaTable, GPU, HUGE, STEPS, id="GPU huge", marks=on_a_gpu),
     ],
-    ids=["large", "many"],
 )
-def test_kernels_give_the_bits_of_the_cpu_library(sizes, steps, stochastic):
-    cpu, cuda = (Rows(make, sizes, stochastic) for make in (native.CpuTable, EmulatedTable))
+def test_kernels_give_the_bits_of_the_cpu_library(make, device, sizes, steps, stochastic):
+    # A GPU gives the bits of the same source on the CPU.
+    peer = EmulatedTable if make is native.CudaTable else native.CpuTable
+    cpu, cuda = Rows(peer, sizes, stochastic), Rows(make, sizes, stochastic, device)
     for number, name in enumerate(steps):
-        grads = gradients(cpu, number, missing=() if number % 2 == 0 else {3, 6, 9, number})
-        if name == "nonfinite":
-            grads[8][1] = math.inf
         for rows in (cpu, cuda):
-            rows.step(grads, **STEPS[name])
+            grads = gradients(rows, number, missing=() if number % 2 == 0 else {3, 6, 9, number})
+            if name == "nonfinite":
+                grads[8][1] = math.inf
+            place = rows.table._device
+            options = {key: x.to(place) if torch.is_tensor(x) else x for key, x in STEPS[name].items()}
+            rows.step(grads, **options)
         assert all(map(torch.equal, cuda.bits(), cpu.bits())), name
-        assert torch.equal(cuda.table.collect(), cpu.table.collect()), name
+        assert torch.equal(cuda.table.collect().cpu(), cpu.table.collect()), name
         assert cuda.table._arrived == 0
     # Of age 0, and of ages apart by the gradients that were missing.
     assert len(set(cpu.table.collect()[:, 0].tolist())) > 2
+
+
+@pytest.mark.gpu
+@needs_library
+def test_a_captured_step_replays():
+    captured, eager = (Rows(native.CudaTable, LARGE, stochastic=False, device=GPU) for _ in range(2))
+    grads = gradients(eager, 0)
+    for rows in (captured, eager):
+        rows.step(grads, max_grad_norm=1.0)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured.step(grads, max_grad_norm=1.0)
+        captured.table.collect()
+    for _ in range(3):
+        graph.replay()
+        eager.step(grads, max_grad_norm=1.0)
+    assert all(map(torch.equal, captured.bits(), eager.bits()))
+    assert torch.equal(captured.table._collected, eager.table.collect())
 
 
 @needs_compiler
