@@ -75,6 +75,15 @@ def library(name: str) -> ctypes.CDLL:
             f"was not built when misa_kernels was installed: install {COMPILER[name]}, then run "
             "`pip install --force-reinstall --no-deps --no-binary misa-kernels misa-kernels`"
         )
+    return load(name, file)
+
+
+def load(name: str, file: Path) -> ctypes.CDLL:
+    """Load a library "cpu" or "cuda" from a file.
+
+    Raises:
+        RuntimeError: If it cannot be loaded; the message is the rest of a sentence.
+    """
     try:
         loaded = ctypes.CDLL(str(file))
     except OSError as error:
@@ -202,15 +211,17 @@ class CudaTable(NativeTable):
     name = "cuda"
 
     def _stream(self) -> tuple[int, int]:
-        return self._device.index, torch.cuda.current_stream(self._device).cuda_stream
+        # Not the device asked for, which may have no index.
+        device = self._ages.device
+        return device.index, torch.cuda.current_stream(device).cuda_stream
 
     def _call_step(self) -> int:
-        with torch.cuda.device(self._device):
+        with torch.cuda.device(self._ages.device):
             status: int = self._library.misa_cuda_step(self._reference, *self._stream())
         return status
 
     def _collect(self) -> None:
-        with torch.cuda.device(self._device):
+        with torch.cuda.device(self._ages.device):
             self._check(self._library.misa_cuda_collect(self._reference, self._collected.data_ptr(), *self._stream()))
 
 
