@@ -19,7 +19,7 @@ MAX_NORM = 1.0
 def misa(weights: list[Tensor], **options: Any) -> MISA:
     """Return MISA with everything active, in a round without end; no fallback to the reference on a GPU."""
     backend = "triton" if weights[0].is_cuda else "reference"
-    optimizer = MISA(weights, lr=LR, backend=backend, **{"delta": 1.0, "inner_steps": 10**6} | options)
+    optimizer = MISA(weights, lr=LR, **{"backend": backend, "delta": 1.0, "inner_steps": 10**6} | options)
     if len(optimizer.active) != len(weights):
         raise RuntimeError(f"{len(optimizer.active)} of {len(weights)} modules are active: all must be")
     return optimizer
