@@ -65,9 +65,11 @@ class ActiveSet:
         self.arena: Arena | None = None
         self.rows: dict[int, Row] = {}
         self._step: Step | None = None
-        # The parameter of each row, and what changes when somebody else writes to it or exchanges its memory.
+        # The parameter of each row, and what changes when somebody else exchanges its memory or, if it has a master,
+        # writes to it.
         self._params: list[Tensor] = []
         self._pointers: list[int] = []
+        self._mastered: list[Row] = []
         self._versions: list[int] = []
 
     def update(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
@@ -99,7 +101,7 @@ class ActiveSet:
             # one has neither an address nor a flat view, so nothing has been launched.
             self._refuse_sparse(grads)
             raise
-        self._versions = [param._version for param in self._params]
+        self._versions = [row.param._version for row in self._mastered]
         self.steps += 1
 
     def allocate(self, enter: Iterable[int]) -> None:
@@ -173,7 +175,8 @@ class ActiveSet:
         assert self.arena is not None and self._backend is not None
         self._params = [row.param for row in self.rows.values()]
         self._pointers = [param.data_ptr() for param in self._params]
-        self._versions = [param._version for param in self._params]
+        self._mastered = [row for slot, row in self.rows.items() if self.arena.has_master(slot)]
+        self._versions = [row.param._version for row in self._mastered]
         self._step = self._backend(list(self.rows.values()), self.arena, self._settings)
 
     def collect(self) -> None:
@@ -231,17 +234,17 @@ class ActiveSet:
         """Drop rows and arena, writing nothing back; what is in `state` counts from now on."""
         self.arena = self._step = None
         self.rows = {}
-        self._params, self._pointers, self._versions = [], [], []
+        self._params, self._pointers, self._mastered, self._versions = [], [], [], []
 
     def _adopt(self) -> None:
         """Take over into the masters what somebody else wrote to the weights; refuse weights that moved."""
         assert self.arena is not None
         pointers = [param.data_ptr() for param in self._params]
-        versions = [param._version for param in self._params]
+        versions = [row.param._version for row in self._mastered]
         if pointers == self._pointers and versions == self._versions:
             return
-        now, before = zip(pointers, versions, strict=True), zip(self._pointers, self._versions, strict=True)
-        for row, a, b in zip(self.rows.values(), now, before, strict=True):
+        moved = set()
+        for row, pointer, before in zip(self.rows.values(), pointers, self._pointers, strict=True):
             param, dtype = row.param, self.arena.dtypes[row.slot]
             if param.device != self.arena.device or param.dtype != dtype:
                 raise RuntimeError(
@@ -253,7 +256,10 @@ class ActiveSet:
                     f"{self._names[row.index]} has strides {param.stride()} for shape {tuple(param.shape)} and must be "
                     "contiguous: set param.data = param.data.contiguous()"
                 )
-            if a != b and self.arena.has_master(row.slot):
+            if pointer != before:
+                moved.add(row.slot)
+        for row, version, last in zip(self._mastered, versions, self._versions, strict=True):
+            if version != last or row.slot in moved:
                 adopt_weight(self.arena.views(row.slot)["master"], row.weight())
         self._pointers = pointers
 
