@@ -28,7 +28,7 @@ from benchmarks.update import WARM_UP, Case, M, quantiles, random, whole_step
 from misa_kernels.kernels import native
 
 CASES = (Case(40 * M, 40), Case(64 * M, 4))
-REPEATS = 15
+REPEATS = 9
 # So small that a step is all overhead.
 HOST_CASE = Case(300 * 16, 300, columns=16)
 HOST_REPEATS = 400

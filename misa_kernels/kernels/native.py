@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from misa_kernels.kernels.fused import FusedStep
 from misa_kernels.arena import Arena
+from misa_kernels.kernels.fused import FusedStep
 from misa_kernels.kernels.rows import Row, Settings, StepInput
 from misa_kernels.kernels.table import Integers, RowTable
 
