@@ -14,7 +14,8 @@ FAST := -m "not slow and not gpu"
 # Worker processes share two cores, and no benchmark plugin belongs in a test run.
 PYTEST := $(BIN)/python -m pytest -p no:benchmark
 # No figure is printed of what is wrong: the tests of what `make bench` times come first.
-TIMED := tests/test_optimizer.py tests/test_rounds.py tests/test_sampler.py
+TIMED := tests/test_optimizer.py tests/test_rounds.py tests/test_sampler.py tests/test_cpu_benchmark.py
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 SOURCES := misa_kernels benchmarks examples tests setup.py
 
 .DEFAULT_GOAL := help
@@ -44,8 +45,10 @@ format: $(VENV)/.dev  ## put sources into the form that lint asks for
 	$(BIN)/ruff format $(SOURCES)
 	$(BIN)/clang-format -i csrc/* tests/native/*
 
-bench: $(VENV)/.dev  ## on the CPU: a step beside torch's AdamW, a switch of 20,000 modules; the tests come first
+bench: $(VENV)/.dev  ## on the CPU: a step beside torch's and DeepSpeed's AdamW, a switch of 20,000 modules; tests first
 	$(PYTEST) -q -n 2 $(FAST) $(TIMED)
+	-$(INSTALL) -e '.[bench]'
+	$(BIN)/python -m benchmarks.cpu --out out
 	$(BIN)/python -m pytest -q benchmarks/step.py benchmarks/switch.py
 
 native:  ## build the native libraries into misa_kernels/, without .venv, network or Python; CMAKE_ARGS goes to CMake
@@ -72,5 +75,5 @@ $(BIN)/python:
 
 $(VENV)/.train $(VENV)/.dev: $(VENV)/.%: $(INSTALL_INPUTS) | $(BIN)/python
 	@echo "installing into $(VENV); the first time this takes minutes"
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$*]'
+	$(INSTALL) -e '.[$*]'
 	@touch $@

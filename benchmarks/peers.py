@@ -18,7 +18,7 @@ MAX_NORM = 1.0
 
 def misa(weights: list[Tensor], backend: str = "triton", **options: Any) -> MISA:
     """Return MISA with everything active, in a round without end; no fallback to the reference on a GPU."""
-    if not weights[0].is_cuda:
+    if not weights[0].is_cuda and backend == "triton":
         backend = "reference"
     optimizer = MISA(weights, lr=LR, backend=backend, **{"delta": 1.0, "inner_steps": 10**6} | options)
     if len(optimizer.active) != len(weights):

@@ -190,8 +190,8 @@ __global__ void __launch_bounds__(THREADS, RESIDENT) update_kernel(const __grid_
   const MisaState& state = step.state[WEIGHT];
   auto* const weight = static_cast<Stored<WEIGHT>*>(row.weight) + begin;
   const auto* const grad = static_cast<const Stored<GRAD>*>(row.grad) + begin;
-  float* const exp_avg = state.exp_avg + row.offset + begin;
-  float* const exp_avg_sq = state.exp_avg_sq + row.offset + begin;
+  float* const exp_avg = static_cast<float*>(state.exp_avg) + row.offset + begin;
+  float* const exp_avg_sq = static_cast<float*>(state.exp_avg_sq) + row.offset + begin;
   float* const master = MASTER ? state.master + row.offset + begin : nullptr;
   const int n = static_cast<int>(row.numel - begin < CHUNK ? row.numel - begin : CHUNK);
   const bool all_wide = wide(weight) && wide(grad) && wide(exp_avg) && wide(exp_avg_sq) && wide(master);
@@ -418,6 +418,8 @@ int64_t misa_cuda_chunk(void) { return misa::CHUNK; }
 int misa_cuda_step(const MisaStep* step, int device, void* stream) {
   const int status = misa::check_step(step, misa::CHUNK);
   if (status != MISA_OK || step->row_count == 0) return status;
+  if (step->format != MISA_STATE_FP32 || step->state[MISA_BFLOAT16].residual != nullptr)
+    return MISA_BAD_DTYPE;
   if (step->chunk_count > INT32_MAX) return MISA_BAD_SIZE;
   if (step->arrived == nullptr && misa::controlled(*step)) return MISA_BAD_POINTER;
   return misa::on_device(device, [=] { return misa::run(*step, static_cast<cudaStream_t>(stream)); });

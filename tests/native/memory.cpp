@@ -153,7 +153,7 @@ void wrong_pointers() {
   refuse(MISA_BAD_POINTER, [](Table& t) { t.rows[1].weight = nullptr; });
   refuse(MISA_BAD_POINTER, [](Table& t) { t.step.state[0].exp_avg = nullptr; });
   refuse(MISA_BAD_POINTER, [](Table& t) { t.step.state[1].exp_avg_sq = nullptr; });
-  refuse(MISA_BAD_POINTER, [](Table& t) { t.step.state[0].master = t.step.state[0].exp_avg; });
+  refuse(MISA_BAD_POINTER, [](Table& t) { t.step.state[0].master = t.control.data(); });
 
   refuse(MISA_BAD_ALIGNMENT, [](Table& t) { move(t.step.rows, 4); }, true);
   refuse(MISA_BAD_ALIGNMENT, [](Table& t) { move(t.step.age, 2); }, true);

@@ -83,7 +83,10 @@ struct Table {
         if (end[dtype] > 0) std::memset(state[dtype][i].data(), 0xFF, end[dtype] * sizeof(float));
       }
       MisaState& buffers = step.state[dtype];
-      buffers = {state[dtype][0].data(), state[dtype][1].data(), state[dtype][2].data(), end[dtype]};
+      buffers.exp_avg = state[dtype][0].data();
+      buffers.exp_avg_sq = state[dtype][1].data();
+      buffers.master = state[dtype][2].data();
+      buffers.elements = end[dtype];
     }
     step.chunk_count = chunks;
     step.age = age.data();
