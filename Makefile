@@ -14,7 +14,7 @@ FAST := -m "not slow and not gpu"
 # Worker processes share two cores, and no benchmark plugin belongs in a test run.
 PYTEST := $(BIN)/python -m pytest -p no:benchmark
 # No figure is printed of what is wrong: the tests of what `make bench` times come first.
-TIMED := tests/test_optimizer.py tests/test_rounds.py tests/test_sampler.py tests/test_cpu_benchmark.py
+TIMED := tests/test_optimizer.py tests/test_rounds.py tests/test_sampler.py tests/test_native.py tests/test_cpu_benchmark.py
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 SOURCES := misa_kernels benchmarks examples tests setup.py
 
@@ -38,12 +38,12 @@ lint: $(VENV)/.dev  ## style, types and formatting; changes nothing
 	$(BIN)/ruff check $(SOURCES)
 	$(BIN)/ruff format --check $(SOURCES)
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run -Werror csrc/* tests/native/*
+	$(BIN)/clang-format --dry-run -Werror csrc/* tests/native/* tests/emulation/*
 
 format: $(VENV)/.dev  ## put sources into the form that lint asks for
 	$(BIN)/ruff check --fix --exit-zero $(SOURCES)
 	$(BIN)/ruff format $(SOURCES)
-	$(BIN)/clang-format -i csrc/* tests/native/*
+	$(BIN)/clang-format -i csrc/* tests/native/* tests/emulation/*
 
 bench: $(VENV)/.dev  ## on the CPU: a step beside torch's and DeepSpeed's AdamW, a switch of 20,000 modules; tests first
 	$(PYTEST) -q -n 2 $(FAST) $(TIMED)

@@ -1,4 +1,4 @@
-// A step on a GPU: one launch for 64 rows of the same dtypes, and as many before it to clip by the norm.
+// A step on a GPU: one launch for 60 rows of the same dtypes, and as many before it to clip by the norm.
 //
 // A block works on one chunk, whose age and sum of squares it alone writes: no races, no atomics on floats,
 // and two runs give the same bits. The tables travel in the arguments of the launch: nothing is allocated,
@@ -22,7 +22,7 @@ constexpr int RESIDENT = 4;
 constexpr int STRIDE = 4 * THREADS;
 constexpr int AHEAD = 2;
 
-constexpr int ROWS = 64;
+constexpr int ROWS = 60;
 constexpr int GROUPS = 8;
 constexpr int COLLECTED = 1000;
 

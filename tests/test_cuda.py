@@ -19,7 +19,7 @@ DTYPES = [(FP32, FP32), (FP32, BF16), (BF16, FP32), (BF16, BF16)]
 STATE = ("exp_avg", "exp_avg_sq", "master")
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
-needs_compiler = pytest.mark.skipif(emulated.COMPILER is None, reason="needs g++ or clang++")
+pytestmark = pytest.mark.skipif(emulated.COMPILER is None, reason="needs g++ or clang++")
 
 
 class Rows:
@@ -92,8 +92,8 @@ MANY, HUGE = [n % 7 for n in range(400)], [2_000_001, 1_000_000, 3_000_000, 100,
 @pytest.mark.parametrize(
     "make, device, sizes, steps",
     [
-        pytest.param(EmulatedTable, CPU, LARGE, STEPS, id="large", marks=needs_compiler),
-        pytest.param(EmulatedTable, CPU, MANY, ("first", "clip"), id="many", marks=needs_compiler),
+        pytest.param(EmulatedTable, CPU, LARGE, STEPS, id="large"),
+        pytest.param(EmulatedTable, CPU, MANY, ("first", "clip"), id="many"),
         pytest.param(native.CudaTable, GPU, LARGE, STEPS, id="GPU large", marks=on_a_gpu),
         pytest.param(native.CudaTable, GPU, MANY, STEPS, id="GPU many", marks=on_a_gpu),
         pytest.param(native.CudaTable, GPU, HUGE, STEPS, id="GPU huge", marks=on_a_gpu),
@@ -136,7 +136,6 @@ def test_a_captured_step_replays():
     assert torch.equal(captured.table._collected, eager.table.collect())
 
 
-@needs_compiler
 def test_collect_of_more_rows_than_a_launch_holds():
     rows = Rows(EmulatedTable, [0] * 1003 + [20_000], stochastic=False)
     rows.table.set_ages(torch.arange(1004))
@@ -146,7 +145,6 @@ def test_collect_of_more_rows_than_a_launch_holds():
     assert torch.equal(rows.table.collect(), expected)
 
 
-@needs_compiler
 def test_threads_of_a_block_do_not_race(tmp_path):
     source = emulated.ROOT / "tests" / "emulation" / "steps.cpp"
     try:
@@ -240,7 +238,6 @@ def check_refused(library, rows, message):
     assert all(map(torch.equal, before, rows.bits()))
 
 
-@needs_compiler
 def test_wrong_device_is_an_error_of_cuda(rows):
     library, before = emulated.library(), rows.bits()
     assert library.misa_cuda_step(rows.table._reference, 7, None) == 1101

@@ -117,11 +117,8 @@ def unusable(name: str) -> str | None:
         return None
     driver, runtime = loaded.misa_cuda_driver_version(), loaded.misa_cuda_runtime_version()
     if driver // 1000 < runtime // 1000:
-        found = f"is for CUDA {driver // 1000}.{driver % 1000 // 10}" if driver else "is not there"
-        return (
-            f"needs a driver for CUDA {runtime // 1000}, and the one here {found}: update it, or build with an "
-            "older nvcc"
-        )
+        found = f"the one here is for CUDA {driver // 1000}.{driver % 1000 // 10}" if driver else "there is none here"
+        return f"needs a driver for CUDA {runtime // 1000}, and {found}: update it, or build with an older nvcc"
     return None if torch.cuda.is_available() else "needs a CUDA device, and torch sees none here"
 
 
