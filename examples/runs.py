@@ -76,6 +76,7 @@ class Run:
         losses: Validation loss at each, in nats a byte.
         state_bytes: Most memory that the optimizer's averages took at a measurement.
         rounds: What was drawn; None for AdamW and LoRA, which draw nothing.
+        backend: What ran MISA's steps; None for AdamW and LoRA.
     """
 
     method: str
@@ -83,6 +84,7 @@ class Run:
     losses: list[float]
     state_bytes: int
     rounds: Rounds | None
+    backend: str | None = None
 
 
 def new_model(settings: Settings, device: str) -> Llama:
@@ -145,6 +147,7 @@ def finetune(
             run.state_bytes = max(run.state_bytes, state_bytes(optimizer))
     if isinstance(optimizer, MISA):
         run.rounds = drawn(optimizer, steps)
+        run.backend = optimizer.backend
     return run
 
 

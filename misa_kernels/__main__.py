@@ -12,10 +12,9 @@ import torch
 
 import misa_kernels
 from misa_kernels import kernels
-from misa_kernels.kernels import native, plain
+from misa_kernels.kernels import native
 from misa_kernels.storage import Storage
 
-BACKEND_OF: dict[object, str] = {plain.PlainStep: "reference", native.CpuStep: "cpu", native.CudaStep: "cuda"}
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 Line = tuple[str, str]
@@ -104,8 +103,7 @@ def backend_of(device: torch.device, dtype: torch.dtype) -> str:
     """Return the name of the backend that runs the steps of such weights."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        step = kernels.select("auto", device, {dtype}, Storage())
-    return BACKEND_OF.get(step, "triton")
+        return kernels.select("auto", device, {dtype}, Storage()).name
 
 
 def file_name(name: str) -> str:

@@ -75,6 +75,11 @@ class ActiveSet:
         self._refined: list[Row] = []
         self._versions: list[int] = []
 
+    @property
+    def backend(self) -> str | None:
+        """Name of what runs the steps, None before the first one."""
+        return None if self._backend is None else self._backend.name
+
     def update(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
         """Take one optimizer step on all tensors that have a gradient.
 

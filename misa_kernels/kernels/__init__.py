@@ -40,8 +40,14 @@ class Step(Protocol):
 
 
 class Backend(Protocol):
-    """A class whose objects are steps."""
+    """A class whose objects are steps.
 
+    Attributes:
+        name: What `backend=` calls it.
+        reads_fresh_state: Whether it reads moments and masters before their first update.
+    """
+
+    name: str
     reads_fresh_state: bool
 
     def __call__(self, rows: Sequence[Row], arena: Arena, settings: Settings) -> Step:

@@ -27,6 +27,7 @@ class FusedStep:
 
     # At age 0 the kernels read neither moments nor master.
     reads_fresh_state = False
+    name: str
     table: type[RowTable]
 
     def __init__(self, rows: Sequence[Row], arena: Arena, settings: Settings) -> None:

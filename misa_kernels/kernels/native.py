@@ -226,6 +226,7 @@ class CudaTable(NativeTable):
 class CpuStep(FusedStep):
     """The steps of one round on the C++ library for CPUs."""
 
+    name = "cpu"
     # The library does not, but whoever looks at `optimizer.state` before the first step of a round does.
     reads_fresh_state = True
     table = CpuTable
@@ -254,4 +255,5 @@ class CpuStep(FusedStep):
 class CudaStep(FusedStep):
     """The steps of one round on the CUDA library."""
 
+    name = "cuda"
     table = CudaTable
