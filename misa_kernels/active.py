@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -68,6 +68,9 @@ class ActiveSet:
         self.arena: Arena | None = None
         self.rows: dict[int, Row] = {}
         self._step: Step | None = None
+        # Parameters whose hook ran in this step, and slots that were updated in one; see `receive`.
+        self._received: set[Tensor] = set()
+        self._updated: set[int] = set()
         # The parameter of each row, and what changes when somebody else writes to it or exchanges its memory.
         self._params: list[Tensor] = []
         self._pointers: list[int] = []
@@ -83,9 +86,42 @@ class ActiveSet:
         Raises:
             TypeError: For a gradient that is not dense; nothing is changed.
         """
-        assert self._step is not None
         self._adopt()
-        grads = [param.grad for param in self._params]
+        self._run(self.rows.keys() - self._updated, grad_scale, found_inf)
+        self.steps += 1
+        self._received.clear()
+        self._updated.clear()
+
+    def receive(self, param: Tensor) -> None:
+        """Update what waited only for this gradient, and free the gradients that nothing waits for any longer.
+
+        A module of several tensors is updated when the last of their gradients is there, since its score is that of
+        all of them; `update` takes what is left over.
+
+        Args:
+            param: The parameter whose gradient is complete.
+
+        Raises:
+            RuntimeError: If it has had one since the last step.
+        """
+        if param in self._received:
+            raise RuntimeError(
+                f"release_gradients=True got a second gradient of shape {tuple(param.shape)} before step(), and the "
+                "first is used up: call step() after every backward(), or leave release_gradients out to accumulate"
+            )
+        self._adopt()
+        self._received.add(param)
+        received = {slot for slot, row in self.rows.items() if row.param in self._received}
+        ready = {slot for slot in received - self._updated if received.issuperset(self.rows[slot].fellows)}
+        self._run(ready, None, None)
+        self._updated |= ready
+        waiting = {self.rows[slot].param for slot in self.rows.keys() - self._updated}
+        for other in {self.rows[slot].param for slot in ready} - waiting:
+            other.grad = None
+
+    def _run(self, slots: Collection[int], grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
+        assert self._step is not None
+        grads = [row.param.grad if slot in slots else None for slot, row in self.rows.items()]
         step = StepInput(
             grads=grads,
             weight_pointers=self._pointers,
@@ -103,7 +139,6 @@ class ActiveSet:
             self._refuse_sparse(grads)
             raise
         self._versions = [param._version for param in self._params]
-        self.steps += 1
 
     def allocate(self, enter: Iterable[int]) -> None:
         """Allocate the arena where the weights are now, lend it, and move loaded state into it.
@@ -256,6 +291,8 @@ class ActiveSet:
         self.arena = self._step = None
         self.rows = {}
         self._params, self._pointers, self._versions = [], [], []
+        self._received.clear()
+        self._updated.clear()
 
     def _adopt(self) -> None:
         """Take over into the masters what somebody else wrote to the weights; refuse weights that moved."""

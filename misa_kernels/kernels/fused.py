@@ -89,7 +89,8 @@ class FusedStep:
             found_inf=step.found_inf,
         )
         # Autograd must notice that saved weights are no longer what they were.
-        torch.autograd.graph.increment_version(self._params)
+        written = [param for param, grad in zip(self._params, grads, strict=True) if grad is not None]
+        torch.autograd.graph.increment_version(written)
         skipped = self._skipped(step.found_inf)
         if skipped is not None:
             self._arena.skipped.add_(skipped)
