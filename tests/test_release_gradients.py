@@ -1,6 +1,7 @@
 """`release_gradients=True`: the same numbers with less memory, and refused where it would give others."""
 
 import gc
+import os
 import weakref
 
 import pytest
@@ -14,6 +15,8 @@ from misa_kernels import MISA, CyclicSampler, ImportanceSampler, kernels, paper,
 from misa_kernels.codec import FORMATS
 
 BACKENDS = ["reference", *(name for name in ("cpu",) if kernels.unusable(name) is None)]
+# A step of `tiny` takes the interpreter seconds.
+TINIEST = [*BACKENDS, "triton"] if os.environ.get("TRITON_INTERPRET") == "1" else BACKENDS
 OPTIONS = {
     "default": {},
     # Modules of several tensors, whose score is that of all of them; scores of norms, not of squares.
@@ -88,14 +91,14 @@ def test_no_gradient_outlives_backward_and_step_only_counts():
     assert len(optimizer.monitor.rounds) == 3
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", TINIEST)
 def test_blocks_of_one_tensor_and_missing_gradients(backend):
-    """A module of rows of two tensors, several active blocks in a tensor, and gradients that never come."""
+    """Module a waits for both tensors, b and c for one; now and then the other's gradient never comes."""
 
     def run(release):
         torch.manual_seed(1)
         params = [nn.Parameter(torch.randn(rows, 6)) for rows in (8, 8, 40)]
-        groups = [{"params": params[:2], "role": "sampled", "modules": [["a", "b"], ["a", "b"]]}]
+        groups = [{"params": params[:2], "role": "sampled", "modules": [["a", "b"], ["a", "c"]]}]
         groups += [{"params": params[2:], "role": "sampled", "modules": ["wide"]}]
         with pytest.warns(UserWarning, match="row blocks"):
             sampler = ImportanceSampler(oversized="split")
