@@ -91,9 +91,10 @@ class Storage:
         if codec.scales:
             new[f"{name}_scale"] = scales.flatten()
         for key, value in new.items():
-            # torch.where knows no float8.
-            words = views[key].view(torch.uint8) if value.dtype == torch.float8_e4m3fn else views[key]
-            value = value.view(words.dtype)
+            words = views[key]
+            if value.dtype == torch.float8_e4m3fn:
+                # torch.where knows no float8.
+                words, value = words.view(torch.uint8), value.view(torch.uint8)
             words.copy_(value if keep is None else torch.where(keep, words, value))
 
     def theta(self, views: Mapping[str, Tensor], weight: Tensor) -> Tensor:
