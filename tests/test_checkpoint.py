@@ -77,7 +77,8 @@ def check_resume(dtype, steps, **options):
     tiny.train(again, resumed, 3, start=50)
     again.load_state_dict(checkpoint["model"])
     resumed.load_state_dict(checkpoint["optimizer"])
-    assert same(resumed.state_dict(), checkpoint["optimizer"])
+    loaded = {index: own for index, own in resumed.state_dict()["state"].items() if own}
+    assert same(loaded, checkpoint["optimizer"]["state"])
     assert resumed.active == list(resumed.monitor.current.active)
     assert tiny.train(again, resumed, 11, start=steps) == losses
     assert all(map(torch.equal, model.parameters(), again.parameters()))
