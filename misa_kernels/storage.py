@@ -56,7 +56,7 @@ class Storage:
     @property
     def noisy(self) -> bool:
         """Whether a step rounds anything stochastically."""
-        return self.param_precision == "stochastic" or self.state_dtype == "bf16"
+        return self.param_precision == "stochastic" or self.state_dtype != "fp32"
 
     def buffers(self, weight: torch.dtype) -> dict[str, Buffer]:
         """Return the tensors of a slot's state by key; the moments of float64 weights are float64."""

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from misa_kernels.codec import BF16, E4M3, FORMATS, FP32, GROUP, ROOT4, ROOT8, SOFT_SIGN, Codec
+from misa_kernels.codec import BF16, E4M3, E4M3_DITHERED, FORMATS, FP32, GROUP, ROOT4, ROOT8, SOFT_SIGN, Codec
 from misa_kernels.reference import noise16, noise_key
 from misa_kernels.storage import Storage, state_noise
 
@@ -178,7 +178,7 @@ def groups(signed: bool) -> dict[str, torch.Tensor]:
 
 def test_every_codec_is_accounted_for():
     stored = {codec for names in FORMATS.values() for codec in names.values()}
-    assert stored == {account.codec for account in TABLE.values()} | {FP32, BF16}
+    assert stored == {account.codec for account in TABLE.values()} | {FP32, BF16, E4M3_DITHERED}
 
 
 @SCALED
@@ -346,6 +346,30 @@ def test_partial_groups_are_stored_as_if_zeros_followed(state_dtype, numel):
         kept = {key: view.clone() for key, view in views.items()}
         storage.encode(name, views, x + 1, noise[name], keep=torch.tensor(True))
         assert all(torch.equal(view.view(torch.uint8), kept[key].view(torch.uint8)) for key, view in views.items())
+
+
+@pytest.mark.parametrize(
+    ("account", "codec"),
+    [(TABLE["8 bits of the root"], ROOT8), (TABLE["4 bits of the root"], ROOT4), (TABLE["E4M3"], E4M3_DITHERED)],
+    ids=["8 bits of the root", "4 bits of the root", "E4M3"],
+)
+def test_codes_of_a_second_moment_are_unbiased_and_neighbours(account, codec):
+    x = torch.randn(1, GROUP, generator=torch.Generator().manual_seed(0)).square()
+    x[0, :3] = torch.tensor([1e-5, 1e-4, 9.0])
+    repeats = 4000
+    noise = state_noise(0, repeats * GROUP, noise_key(0, 0, 0), torch.device("cpu"))["exp_avg_sq"]
+    code, scale = codec.encode(x.repeat(repeats, 1), noise.view(repeats, GROUP))
+    assert (scale == scale[0]).all()
+    codes = account.unpack(code)
+    exact = account.encode(x.double().numpy(), scale[:1].double().numpy())[0]
+    step = np.ptp(codes, axis=0)
+    # But for those below the first code, which all have it.
+    assert (step > 0).mean() > 0.8
+    spacing = np.maximum(2.0**-9, exact / 8) if codec is E4M3_DITHERED else 1
+    assert (step <= 1.0001 * spacing).all()
+    assert (np.abs(codes - exact) <= step + 1e-4 * exact).all()
+    # 5 standard errors of a mean of roundings, each to one of two neighbours.
+    assert (np.abs(codes.mean(0) - exact) <= 5 * 0.5 * step / repeats**0.5 + 1e-4 * exact).all()
 
 
 def test_bf16_is_unbiased_with_the_noise_of_a_step():
