@@ -14,7 +14,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,9 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from misa_kernels.codec import FORMATS
 from misa_kernels.kernels import launch
+from misa_kernels.storage import KEYS, PRECISIONS, Storage
 
 CAPABILITIES = (80, 90, 100)
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -33,9 +35,6 @@ ARGUMENTS = {
     "program_ptr": "*i32",
     "row_ptr": "*i64",
     "hyper_ptr": "*fp64",
-    "exp_avg_ptr": "*fp32",
-    "exp_avg_sq_ptr": "*fp32",
-    "master_ptr": "*fp32",
     "age_ptr": "*i32",
     "sq_sum_ptr": "*fp64",
     "partial_ptr": "*fp64",
@@ -48,6 +47,9 @@ ARGUMENTS = {
     "max_grad_norm": "fp32",
     "skip_nonfinite": "i32",
 }
+POINTERS = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.int16: "*i16", torch.int8: "*i8", torch.uint8: "*u8"}
+# What the launcher passes for it.
+POINTERS[torch.float8_e4m3fn] = POINTERS[torch.uint8]
 ACCESS_BITS = {"U8": 8, "S8": 8, "U16": 16, "S16": 16, "64": 64, "128": 128}
 
 
@@ -58,10 +60,12 @@ class Variant:
     Attributes:
         weight: Dtype of the weights.
         grad: Dtype of the gradients.
-        master: Whether there is a float32 master; without one, bfloat16 is rounded stochastically.
+        master: Whether there is a float32 master; without one, bfloat16 is rounded stochastically or split.
         aligned: Whether the host guarantees 16-byte pointers and sizes divisible by 4.
         launch: "update", "norm", or "clipped": the update that a norm launch came before.
         scaler: Whether gradients are unscaled and steps skipped for `GradScaler`.
+        state_dtype: How m and v are stored.
+        split: Whether the lower halves of bfloat16 weights are kept.
     """
 
     weight: torch.dtype
@@ -70,22 +74,31 @@ class Variant:
     aligned: bool = True
     launch: str = "update"
     scaler: bool = False
+    state_dtype: str = "fp32"
+    split: bool = False
+
+    @property
+    def storage(self) -> Storage:
+        """What the state is made of."""
+        return Storage(self.state_dtype, "master" if self.master else "split" if self.split else "stochastic")
 
     def __str__(self) -> str:
         """Name it as a row of the table."""
         short = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
-        kind = "master" if self.master else "stochastic" if self.weight == torch.bfloat16 else ""
-        flags = (kind, "" if self.aligned else "unaligned", "scaler" if self.scaler else "")
+        kind = self.storage.param_precision if self.weight.itemsize == 2 else ""
+        state = "" if self.state_dtype == "fp32" else self.state_dtype
+        flags = (kind, state, "" if self.aligned else "unaligned", "scaler" if self.scaler else "")
         return " ".join(filter(None, (self.launch, short[self.weight], short[self.grad], *flags)))
 
     @property
-    def bytes_per_element(self) -> int:
+    def bytes_per_element(self) -> float:
         """Bytes that must move for each element of a step after the first."""
         if self.launch == "norm":
             return self.grad.itemsize
-        # Gradient read, m and v read and written; the weight written, and read unless the master is.
-        weight = self.weight.itemsize + 8 if self.master else 2 * self.weight.itemsize
-        return self.grad.itemsize + 16 + weight
+        # Gradient read, state read and written; the weight written, and read unless the master is.
+        buffers = self.storage.buffers(self.weight).values()
+        state = sum(2 * buffer.dtype.itemsize * buffer.entries / buffer.elements for buffer in buffers)
+        return self.grad.itemsize + state + self.weight.itemsize * (1 if self.master else 2)
 
 
 def variants() -> list[Variant]:
@@ -108,6 +121,29 @@ def variants() -> list[Variant]:
         for dtype in dtypes
         # A norm launch reads gradients alone.
         if kind != "norm" or dtype in dtypes[0::2]
+    ] + [
+        replace(variant, aligned=aligned)
+        for aligned in (True, False)
+        for state_dtype in FORMATS
+        for variant in stored(state_dtype)
+        if variant.state_dtype != "fp32" or variant.split
+    ]
+
+
+def stored(state_dtype: str) -> list[Variant]:
+    """Return the updates that store moments so, one for each way to keep a weight."""
+    return [
+        Variant(torch.float32, torch.float32, master=False, state_dtype=state_dtype),
+        *(
+            Variant(
+                torch.bfloat16,
+                torch.bfloat16,
+                precision == "master",
+                state_dtype=state_dtype,
+                split=precision == "split",
+            )
+            for precision in PRECISIONS
+        ),
     ]
 
 
@@ -144,6 +180,11 @@ class Code:
 def compile_variant(variant: Variant, capability: int) -> Code:
     """Compile one variant for sm_`capability` and read its machine code."""
     kernel = launch.kernels.step_kernel
+    buffers = variant.storage.buffers(variant.weight)
+    state = launch.State.of(
+        {key: torch.empty(buffer.numel(128), dtype=buffer.dtype) for key, buffer in buffers.items()}
+    )
+    arguments = ARGUMENTS | {f"{key}_ptr": POINTERS[buffer.dtype] for key, buffer in buffers.items()}
     constants: dict[str, Any] = {
         "WEIGHT_DTYPE": launch.TRITON_DTYPES[variant.weight],
         "GRAD_DTYPE": launch.TRITON_DTYPES[variant.grad],
@@ -152,17 +193,17 @@ def compile_variant(variant: Variant, capability: int) -> Code:
         "CONTROLLED": variant.launch == "clipped",
         "BLOCK": launch.BLOCK,
         "BLOCKS": launch.BLOCKS,
+        **state.codecs,
+        **{f"{key}_ptr": None for key in KEYS if key not in buffers},
     }
-    if not variant.master:
-        constants["master_ptr"] = None
     if not variant.scaler:
         constants["grad_scale_ptr"] = constants["found_inf_ptr"] = None
     names = list(kernel.arg_names)
-    signature = {name: "constexpr" if name in constants else ARGUMENTS[name] for name in names}
+    signature = {name: "constexpr" if name in constants else arguments[name] for name in names}
     # Torch allocates on 512 bytes, and the launcher of Triton finds that out.
     aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if signature[name].startswith("*")}
     source = ASTSource(kernel, signature, {(names.index(name),): value for name, value in constants.items()}, aligned)
-    options = {**launch.OPTIONS, "maxnreg": launch.MAX_REGISTERS[variant.aligned]}
+    options = {**launch.OPTIONS, "maxnreg": state.max_registers[variant.aligned]}
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "step.cubin"
@@ -239,8 +280,9 @@ def row(code: Code) -> str:
     """Return one line of the table."""
     loads, stores = (" ".join(f"{n}x{bits}" for bits, n in found.items()) for found in (code.loads, code.stores))
     return (
-        f"sm_{code.capability:<4} {code.variant!s:41} {code.registers:4} {code.spills:6} {code.stack:5} "
-        f"{code.shared_accesses:6}  {loads:16} {stores:16} {code.instructions:6.1f} {code.variant.bytes_per_element:5}"
+        f"sm_{code.capability:<4} {code.variant!s:48} {code.registers:4} {code.spills:6} {code.stack:5} "
+        f"{code.shared_accesses:6}  {loads:24} {stores:24} {code.instructions:6.1f} "
+        f"{code.variant.bytes_per_element:6.2f}"
     )
 
 
@@ -253,8 +295,8 @@ def main(argv: list[str] | None = None) -> int:
     wanted = [(one, capability) for capability in args.capability or CAPABILITIES for one in variants()]
     print(f"triton {triton.__version__}, {launch.BLOCKS} blocks of {launch.BLOCK} elements a program\n")
     print(
-        f"{'GPU':7} {'variant':41} {'regs':>4} {'spills':>6} {'stack':>5} {'shared':>6}  {'loads':16} {'stores':16} "
-        f"{'instr':>6} {'bytes':>5}"
+        f"{'GPU':7} {'variant':48} {'regs':>4} {'spills':>6} {'stack':>5} {'shared':>6}  {'loads':24} {'stores':24} "
+        f"{'instr':>6} {'bytes':>6}"
     )
     for code in compile_all(wanted, args.processes):
         print(row(code))

@@ -27,7 +27,7 @@ from benchmarks import nvidia, record
 # Below the eight minutes that a stage may take, with room for the last measurement to end.
 TIME_LIMIT_S = 440.0
 # What binds the step that `bench` times to the reference.
-STEP_TESTS = ("tests/test_triton.py", "tests/test_fused.py")
+STEP_TESTS = ("tests/test_triton.py", "tests/test_fused.py", "tests/test_triton_codec.py")
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -19,7 +19,8 @@ from misa_kernels.reference import round_stochastic
 GROUP = 128
 # Stretches the soft-sign: small momenta are stored this many times more finely than by equal steps, plus one.
 SOFTNESS = 3.0
-# The largest number of E4M3, and log2 of the range that a group is stretched over, as in COAT.
+# The smallest and the largest number of E4M3, and log2 of the range that a group is stretched over, as in COAT.
+E4M3_MIN = 2.0**-9
 E4M3_MAX = 448.0
 E4M3_LOG2_RANGE = math.log2(E4M3_MAX**2 / 2)
 
@@ -118,8 +119,9 @@ def encode_e4m3(x: Tensor, noise: Tensor | None) -> tuple[Tensor, Tensor]:
     spread = largest.log2() - smallest.log2()
     power = torch.floor(16.0 * E4M3_LOG2_RANGE / spread) / 16.0
     power = torch.where(largest > 0, power.clamp(1 / 16, 16.0), 1.0)
-    code = torch.exp2(power * _share(size, scale).log2()).clamp(max=E4M3_MAX)
-    code = torch.where(size > 0, code, 0.0).copysign(x)
+    # Beside an infinite element all others are far below the smallest code; they must not pass for zeros.
+    code = torch.exp2(power * _share(size, scale).log2()).clamp(E4M3_MIN, E4M3_MAX)
+    code = torch.where(size != 0, code, 0.0).copysign(x)
     return code.to(torch.float8_e4m3fn), torch.cat([scale, power], dim=1)
 
 

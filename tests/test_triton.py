@@ -41,7 +41,7 @@ EXACT_FMA = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 9)
 def interpreted() -> ModuleType:
     """A copy of the launcher for the interpreter, which nobody else sees: it is chosen at import."""
     package = importlib.import_module("misa_kernels.kernels")
-    names = ("triton", "launch")
+    names = ("triton_codec", "triton", "launch")
     with patch.dict(os.environ, TRITON_INTERPRET="1"), patch.dict(sys.modules), patch.dict(vars(package)):
         for name in names:
             sys.modules.pop(f"{package.__name__}.{name}", None)
@@ -54,7 +54,7 @@ def launch(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     if device.type == "cuda":
         return importlib.import_module("misa_kernels.kernels.launch")
     # Triton's own library is not for the interpreter where something imported it before.
-    for name in ("sum", "zeros"):
+    for name in ("sum", "max", "min", "zeros"):
         function = getattr(tl, name)
         if isinstance(function, triton.JITFunction):
             monkeypatch.setattr(tl, name, InterpretedFunction(function.fn))

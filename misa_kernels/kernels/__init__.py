@@ -16,10 +16,11 @@ from typing import Protocol
 import torch
 
 from misa_kernels.arena import Arena
+from misa_kernels.codec import FORMATS
 from misa_kernels.kernels import native, table
 from misa_kernels.kernels.plain import PlainStep
 from misa_kernels.kernels.rows import Row, Settings, StepInput
-from misa_kernels.storage import Storage
+from misa_kernels.storage import PRECISIONS, Storage
 
 __all__ = ["BACKENDS", "Backend", "Row", "Settings", "Step", "StepInput", "check", "select", "unusable"]
 
@@ -116,6 +117,8 @@ def _dtypes(backend: str) -> tuple[torch.dtype, ...]:
 
 
 def _storages(backend: str) -> set[Storage]:
+    if backend == "triton":
+        return {Storage(name, precision) for name in FORMATS for precision in PRECISIONS}
     return {Storage("fp32", "master"), Storage("fp32", "stochastic")}
 
 
