@@ -13,6 +13,8 @@ from typing import Any
 import torch
 import triton
 
+from misa_kernels.storage import Storage
+
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 CAPABILITIES = (80, 90, 100)
 ACCESS_BITS = {"U8": 8, "S8": 8, "U16": 16, "S16": 16, "64": 64, "128": 128}
@@ -25,10 +27,12 @@ class Variant:
     Attributes:
         weight: Dtype of the weights.
         grad: Dtype of the gradients.
-        master: Whether there is a float32 master; without one, bfloat16 is rounded stochastically.
+        master: Whether there is a float32 master; without one, bfloat16 is rounded stochastically or split.
         aligned: Whether the host guarantees 16-byte pointers and sizes divisible by 4.
         launch: "update", "norm", or "clipped": the update that a norm launch came before.
         scaler: Whether gradients are unscaled and steps skipped for `GradScaler`; the CUDA library decides at run time.
+        state_dtype: How m and v are stored.
+        split: Whether the lower halves of bfloat16 weights are kept.
         compiler: "triton" or "nvcc".
     """
 
@@ -38,13 +42,21 @@ class Variant:
     aligned: bool = True
     launch: str = "update"
     scaler: bool = False
+    state_dtype: str = "fp32"
+    split: bool = False
     compiler: str = "triton"
+
+    @property
+    def storage(self) -> Storage:
+        """What the state is made of."""
+        return Storage(self.state_dtype, "master" if self.master else "split" if self.split else "stochastic")
 
     def __str__(self) -> str:
         """Name it as a row of the table."""
         short = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
-        kind = "master" if self.master else "stochastic" if self.weight == torch.bfloat16 else ""
-        flags = (kind, "" if self.aligned else "unaligned", "scaler" if self.scaler else "")
+        kind = self.storage.param_precision if self.weight.itemsize == 2 else ""
+        state = "" if self.state_dtype == "fp32" else self.state_dtype
+        flags = (kind, state, "" if self.aligned else "unaligned", "scaler" if self.scaler else "")
         return " ".join(
             filter(
                 None,
@@ -53,13 +65,14 @@ class Variant:
         )
 
     @property
-    def bytes_per_element(self) -> int:
+    def bytes_per_element(self) -> float:
         """Bytes that must move for each element of a step after the first."""
         if self.launch == "norm":
             return self.grad.itemsize
-        # Gradient read, m and v read and written; the weight written, and read unless the master is.
-        weight = self.weight.itemsize + 8 if self.master else 2 * self.weight.itemsize
-        return self.grad.itemsize + 16 + weight
+        # Gradient read, state read and written; the weight written, and read unless the master is.
+        buffers = self.storage.buffers(self.weight).values()
+        state = sum(2 * buffer.dtype.itemsize * buffer.entries / buffer.elements for buffer in buffers)
+        return self.grad.itemsize + state + self.weight.itemsize * (1 if self.master else 2)
 
 
 @dataclass(frozen=True)
@@ -169,6 +182,7 @@ def row(code: Code) -> str:
     """Return one line of the table."""
     loads, stores = (" ".join(f"{n}x{bits}" for bits, n in found.items()) for found in (code.loads, code.stores))
     return (
-        f"sm_{code.capability:<4} {code.variant!s:41} {code.registers:4} {code.spills:6} {code.stack:5} "
-        f"{code.shared_accesses:6}  {loads:16} {stores:16} {code.instructions:6.1f} {code.variant.bytes_per_element:5}"
+        f"sm_{code.capability:<4} {code.variant!s:48} {code.registers:4} {code.spills:6} {code.stack:5} "
+        f"{code.shared_accesses:6}  {loads:24} {stores:24} {code.instructions:6.1f} "
+        f"{code.variant.bytes_per_element:6.2f}"
     )

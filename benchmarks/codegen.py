@@ -14,6 +14,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -25,16 +26,15 @@ from triton.compiler import ASTSource
 
 from benchmarks import nvcc
 from benchmarks.assembly import CAPABILITIES, Code, Variant, instruction_lines, loop, read, row, tool
+from misa_kernels.codec import FORMATS
 from misa_kernels.kernels import launch, native
+from misa_kernels.storage import KEYS, PRECISIONS
 
 # What `step_kernel` is given; the pointers that a variant has no use for are None there.
 ARGUMENTS = {
     "program_ptr": "*i32",
     "row_ptr": "*i64",
     "hyper_ptr": "*fp64",
-    "exp_avg_ptr": "*fp32",
-    "exp_avg_sq_ptr": "*fp32",
-    "master_ptr": "*fp32",
     "age_ptr": "*i32",
     "sq_sum_ptr": "*fp64",
     "partial_ptr": "*fp64",
@@ -47,6 +47,9 @@ ARGUMENTS = {
     "max_grad_norm": "fp32",
     "skip_nonfinite": "i32",
 }
+POINTERS = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.int16: "*i16", torch.int8: "*i8", torch.uint8: "*u8"}
+# What the launcher passes for it.
+POINTERS[torch.float8_e4m3fn] = POINTERS[torch.uint8]
 # Of csrc/adamw_cuda.cu: threads of a block, and elements in a turn of the update's loop and of the norm's.
 LIBRARY_THREADS, LIBRARY_BLOCK, LIBRARY_CHUNK = 256, 2048, 8192
 
@@ -71,12 +74,40 @@ def variants() -> list[Variant]:
         for dtype in dtypes
         # A norm launch reads gradients alone.
         if kind != "norm" or dtype in dtypes[0::2]
+    ] + [
+        replace(variant, aligned=aligned)
+        for aligned in (True, False)
+        for state_dtype in FORMATS
+        for variant in stored(state_dtype)
+        if variant.state_dtype != "fp32" or variant.split
+    ]
+
+
+def stored(state_dtype: str) -> list[Variant]:
+    """Return the updates that store moments so, one for each way to keep a weight."""
+    return [
+        Variant(torch.float32, torch.float32, master=False, state_dtype=state_dtype),
+        *(
+            Variant(
+                torch.bfloat16,
+                torch.bfloat16,
+                precision == "master",
+                state_dtype=state_dtype,
+                split=precision == "split",
+            )
+            for precision in PRECISIONS
+        ),
     ]
 
 
 def compile_variant(variant: Variant, capability: int) -> Code:
     """Compile one variant for sm_`capability` and read its machine code."""
     kernel = launch.kernels.step_kernel
+    buffers = variant.storage.buffers(variant.weight)
+    state = launch.State.of(
+        {key: torch.empty(buffer.numel(128), dtype=buffer.dtype) for key, buffer in buffers.items()}
+    )
+    arguments = ARGUMENTS | {f"{key}_ptr": POINTERS[buffer.dtype] for key, buffer in buffers.items()}
     constants: dict[str, Any] = {
         "WEIGHT_DTYPE": launch.TRITON_DTYPES[variant.weight],
         "GRAD_DTYPE": launch.TRITON_DTYPES[variant.grad],
@@ -85,17 +116,17 @@ def compile_variant(variant: Variant, capability: int) -> Code:
         "CONTROLLED": variant.launch == "clipped",
         "BLOCK": launch.BLOCK,
         "BLOCKS": launch.BLOCKS,
+        **state.codecs,
+        **{f"{key}_ptr": None for key in KEYS if key not in buffers},
     }
-    if not variant.master:
-        constants["master_ptr"] = None
     if not variant.scaler:
         constants["grad_scale_ptr"] = constants["found_inf_ptr"] = None
     names = list(kernel.arg_names)
-    signature = {name: "constexpr" if name in constants else ARGUMENTS[name] for name in names}
+    signature = {name: "constexpr" if name in constants else arguments[name] for name in names}
     # Torch allocates on 512 bytes, and the launcher of Triton finds that out.
     aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if signature[name].startswith("*")}
     source = ASTSource(kernel, signature, {(names.index(name),): value for name, value in constants.items()}, aligned)
-    options = {**launch.OPTIONS, "maxnreg": launch.MAX_REGISTERS[variant.aligned]}
+    options = {**launch.OPTIONS, "maxnreg": state.max_registers[variant.aligned]}
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "step.cubin"
@@ -167,8 +198,8 @@ def main(argv: list[str] | None = None) -> int:
     wanted = [(one, capability) for capability in args.capability or CAPABILITIES for one in variants()]
     print(f"triton {triton.__version__}, {launch.BLOCKS} blocks of {launch.BLOCK} elements a program\n")
     print(
-        f"{'GPU':7} {'variant':41} {'regs':>4} {'spills':>6} {'stack':>5} {'shared':>6}  {'loads':16} {'stores':16} "
-        f"{'instr':>6} {'bytes':>5}"
+        f"{'GPU':7} {'variant':48} {'regs':>4} {'spills':>6} {'stack':>5} {'shared':>6}  {'loads':24} {'stores':24} "
+        f"{'instr':>6} {'bytes':>6}"
     )
     for code in compile_all(wanted, args.processes):
         print(row(code))

@@ -27,7 +27,13 @@ from benchmarks import nvidia, record
 # Below the eight minutes that a stage may take, with room for the last measurement to end.
 TIME_LIMIT_S = 440.0
 # What binds the step that `bench` times to the reference.
-STEP_TESTS = ("tests/test_steps.py", "tests/test_triton.py", "tests/test_cuda.py", "tests/test_fused.py")
+STEP_TESTS = (
+    "tests/test_steps.py",
+    "tests/test_triton.py",
+    "tests/test_triton_codec.py",
+    "tests/test_cuda.py",
+    "tests/test_fused.py",
+)
 
 
 def main(argv: list[str] | None = None) -> int:

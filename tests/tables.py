@@ -59,7 +59,7 @@ def triton_kernel(device: str, monkeypatch: pytest.MonkeyPatch) -> Kernel:
         return Kernel(launch.Launch, torch.device("cuda", 0))
     # Triton's own library is not for the interpreter where something imported it before.
     interpreter = importlib.import_module("triton.runtime.interpreter")
-    for name in ("sum", "zeros"):
+    for name in ("sum", "max", "min", "zeros"):
         function = getattr(triton.language, name)
         if isinstance(function, triton.JITFunction):
             monkeypatch.setattr(triton.language, name, interpreter.InterpretedFunction(function.fn))
@@ -70,7 +70,7 @@ def triton_kernel(device: str, monkeypatch: pytest.MonkeyPatch) -> Kernel:
 def interpreted() -> ModuleType:
     """A copy of the launcher for the interpreter, which nobody else sees: it is chosen at import."""
     package = importlib.import_module("misa_kernels.kernels")
-    names = ("triton", "launch")
+    names = ("triton_codec", "triton", "launch")
     with patch.dict(os.environ, TRITON_INTERPRET="1"), patch.dict(sys.modules), patch.dict(vars(package)):
         for name in names:
             sys.modules.pop(f"{package.__name__}.{name}", None)

@@ -16,6 +16,7 @@ from typing import Protocol
 import torch
 
 from misa_kernels.arena import Arena
+from misa_kernels.codec import FORMATS
 from misa_kernels.kernels import native, table
 from misa_kernels.kernels.plain import PlainStep
 from misa_kernels.kernels.rows import Row, Settings, StepInput
@@ -122,8 +123,8 @@ def _dtypes(backend: str) -> tuple[torch.dtype, ...]:
 
 
 def _storages(backend: str) -> set[Storage]:
-    formats = ("fp32", "bf16", "int8") if backend == "cpu" else ("fp32",)
-    precisions = PRECISIONS if backend == "cpu" else ("master", "stochastic")
+    formats = {"triton": tuple(FORMATS), "cpu": ("fp32", "bf16", "int8"), "cuda": ("fp32",)}[backend]
+    precisions = ("master", "stochastic") if backend == "cuda" else PRECISIONS
     return {Storage(name, precision) for name in formats for precision in precisions}
 
 

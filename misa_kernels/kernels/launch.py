@@ -13,19 +13,24 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
+from misa_kernels.codec import E4M3, FORMATS
 from misa_kernels.kernels import triton as kernels
 from misa_kernels.kernels.fused import FusedStep
 from misa_kernels.kernels.table import DTYPES, GRAD, GRAD_DTYPE, WEIGHT, WEIGHT_DTYPE, Integers, RowTable
+from misa_kernels.kernels.triton_codec import CODECS, INTERPRETED
+from misa_kernels.storage import KEYS
 
 # A thread holds 8 elements at a time, two 16-byte vectors of float32, and a program takes 8 such blocks in turn.
 # The interpreter pays by the block instead of by the element.
-BLOCK, BLOCKS = (4096, 2) if kernels.INTERPRETED else (1024, 8)
+BLOCK, BLOCKS = (4096, 2) if INTERPRETED else (1024, 8)
 # num_stages=1: a staged loop would pass its loads through shared memory. Contraction is off because every fma
 # that is wanted is written out; Triton 3.9 warns if the flag is not given.
 OPTIONS = {"num_warps": 4, "num_stages": 1, "enable_fp_fusion": False}
 # By alignment. 80 registers let six programs share an SM: left alone, ptxas takes up to 85 for sm_100, and with
 # 72 it spills there. Rows without alignment move single elements and spill with 96.
 MAX_REGISTERS = {True: 80, False: 128}
+# The logarithms and powers of E4M3 spill with 80.
+MAX_REGISTERS_E4M3 = {True: 88, False: 128}
 # One buffer would be overwritten while the device still reads it; the host is rarely three steps ahead.
 UPLOAD_BUFFERS = 4
 
@@ -39,6 +44,33 @@ class Bucket(NamedTuple):
     aligned: bool
     first_program: int
     programs: int
+
+
+class State(NamedTuple):
+    """What the kernel is told of the state of one weight dtype: its buffers, and how m and v are stored."""
+
+    pointers: dict[str, Tensor | None]
+    codecs: dict[str, int]
+    max_registers: dict[bool, int]
+
+    @classmethod
+    def of(cls, buffers: Mapping[str, Tensor]) -> State:
+        """Return it for the buffers of a pool, whose dtypes and lengths tell the formats apart."""
+        m, v = next(
+            list(codecs.values())
+            for codecs in FORMATS.values()
+            if all(
+                buffers[name].dtype == codec.dtype and len(buffers[name]) * codec.elements == len(buffers["exp_avg"])
+                for name, codec in codecs.items()
+            )
+        )
+        # As bytes, since Triton has no float8 on sm_80 and its interpreter truncates it.
+        words = {key: x.view(torch.uint8) if x.dtype == E4M3.dtype else x for key, x in buffers.items()}
+        return cls(
+            {f"{key}_ptr": words.get(key) for key in KEYS},
+            {"M_CODEC": CODECS.index(m), "V_CODEC": CODECS.index(v)},
+            MAX_REGISTERS_E4M3 if E4M3 in (m, v) else MAX_REGISTERS,
+        )
 
 
 class Upload:
@@ -106,12 +138,13 @@ class Launch(RowTable):
         state: Mapping[torch.dtype, Mapping[str, Tensor]],
         device: torch.device,
     ) -> None:
-        if (device.type == "cpu") != bool(kernels.INTERPRETED):
+        if (device.type == "cpu") != bool(INTERPRETED):
             raise RuntimeError(
                 f"the Triton kernels cannot run on {device}: they need CUDA tensors, or CPU tensors and "
                 "TRITON_INTERPRET=1 in the environment before the import"
             )
         super().__init__(numel, offset, group, start, weight_dtypes, grad_dtypes, state, device)
+        self._buffers = {dtype: State.of(state[dtype]) for dtype in dict.fromkeys(weight_dtypes)}
         self._divisible = numel % 4 == 0
         self._row_of_chunk = np.repeat(np.arange(len(numel)), self._chunks)
         first_chunk = np.cumsum(self._chunks) - self._chunks
@@ -174,31 +207,30 @@ class Launch(RowTable):
     def _launch(self, bucket: Bucket, *arguments: Any, **flags: bool) -> None:
         grad_scale, found_inf, max_grad_norm, skip_nonfinite = arguments
         weight_dtype, grad_dtype = bucket.dtypes
-        state = self._state[weight_dtype]
+        state = self._buffers[weight_dtype]
         kernels.step_kernel[(bucket.programs,)](
             self._program_upload.tensor,
             self._device_rows,
             self._device_hyper,
-            state["exp_avg"],
-            state["exp_avg_sq"],
-            state.get("master"),
-            self._ages,
-            self._sq_sums,
-            self._partials,
-            self._arrived,
-            self.control,
-            grad_scale,
-            found_inf,
-            bucket.first_program,
-            len(self._programs),
-            max_grad_norm,
-            skip_nonfinite,
+            age_ptr=self._ages,
+            sq_sum_ptr=self._sq_sums,
+            partial_ptr=self._partials,
+            arrived_ptr=self._arrived,
+            control_ptr=self.control,
+            grad_scale_ptr=grad_scale,
+            found_inf_ptr=found_inf,
+            first_program=bucket.first_program,
+            programs=len(self._programs),
+            max_grad_norm=max_grad_norm,
+            skip_nonfinite=skip_nonfinite,
             WEIGHT_DTYPE=TRITON_DTYPES[weight_dtype],
             GRAD_DTYPE=TRITON_DTYPES[grad_dtype],
             ALIGNED=bucket.aligned,
             BLOCK=BLOCK,
             BLOCKS=BLOCKS,
-            maxnreg=MAX_REGISTERS[bucket.aligned],
+            maxnreg=state.max_registers[bucket.aligned],
+            **state.pointers,
+            **state.codecs,
             **flags,
             **OPTIONS,
         )

@@ -32,13 +32,13 @@ class RowTable:
 
     Args:
         numel: int64, elements of each row.
-        offset: int64, where its state begins in the buffers of its weight dtype: a multiple of 64 elements.
+        offset: int64, where its state begins in the buffers of its weight dtype: a multiple of `codec.GROUP` elements.
         group: int64, its line of the table of hyperparameters.
         start: int64, index of its first element within the whole parameter; keys stochastic rounding.
         weight_dtypes: Of `dtypes`.
         grad_dtypes: The same; need not be those of the weights.
-        state: Per weight dtype `exp_avg`, `exp_avg_sq` and, for 16-bit weights with a master, `master`:
-            float32, 1-D, on 16 bytes. bfloat16 without master is rounded stochastically.
+        state: Per weight dtype the 1-D buffers of `Storage.buffers`, on 16 bytes. bfloat16 with neither master nor
+            residual is rounded stochastically.
         device: Where all of it is.
 
     Attributes:

@@ -12,7 +12,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from misa_kernels.kernels import table
+from misa_kernels.kernels import table, triton_codec
+from misa_kernels.kernels.triton_codec import BF16, FP32, INTERPRETED, bf16_rounded, bits_of, reciprocal
 
 # The oldest version that the kernels were compiled and tested with; torch 2.10 brings it.
 if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 6):
@@ -27,16 +28,33 @@ COEFFICIENT, NORM, SKIP = (tl.constexpr(i) for i in range(3))
 # float64 numbers that `sum_in_order` holds at once: 8 a thread.
 SUM_BLOCK = tl.constexpr(1024)
 
-INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
-
 
 @triton.jit
-def adamw(theta, g, m, v, decay, step_size, beta1, beta2, one_minus_beta1, one_minus_beta2, denom_scale, eps):
-    """Return θ, m and v after one AdamW update: csrc/adamw.h line by line, and its bits."""
+def adamw(
+    theta,
+    g,
+    m,
+    v,
+    decay,
+    step_size,
+    beta1,
+    beta2,
+    one_minus_beta1,
+    one_minus_beta2,
+    denom_scale,
+    eps,
+    EXACT: tl.constexpr,
+):
+    """Return θ, m and v after one AdamW update: csrc/adamw.h line by line, and where `EXACT` its bits."""
     m = tl.fma(beta1, m, one_minus_beta1 * g)
     v = tl.fma(beta2, v, one_minus_beta2 * (g * g))
-    denom = tl.fma(denom_scale, tl.sqrt_rn(v), eps)
-    theta = tl.fma(-step_size, tl.div_rn(m, denom), decay * theta)
+    if EXACT:
+        denom = tl.fma(denom_scale, tl.sqrt_rn(v), eps)
+        ratio = tl.div_rn(m, denom)
+    else:
+        denom = tl.fma(denom_scale, tl.sqrt(v), eps)
+        ratio = m * reciprocal(denom)
+    theta = tl.fma(-step_size, ratio, decay * theta)
     return theta, m, v
 
 
@@ -58,17 +76,6 @@ def powers(base1, base2, exponent):
 
 
 @triton.jit
-def bf16_rounded(x, increment):
-    """Add to the bits of float32 and cut off the lower half; NaN stays NaN, infinity infinity."""
-    bits = x.to(tl.uint32, bitcast=True)
-    finite = (bits & 0x7F800000) != 0x7F800000
-    # A payload in the lower half alone would leave infinity.
-    quiet = tl.where((bits & 0x007FFFFF) != 0, bits | 0x00400000, bits)
-    bits = tl.where(finite, bits + increment, quiet)
-    return (bits >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
-
-
-@triton.jit
 def bf16_nearest(x):
     """Round to nearest, ties to even."""
     if INTERPRETED:
@@ -76,6 +83,23 @@ def bf16_nearest(x):
         return bf16_rounded(x, 0x7FFF + ((x.to(tl.uint32, bitcast=True) >> 16) & 1))
     else:
         return x.to(tl.bfloat16)
+
+
+@triton.jit
+def join(weight, residual):
+    """Return the float32 numbers whose parts `split` gave."""
+    upper = weight.to(tl.int16, bitcast=True).to(tl.int32) << 16
+    return (upper + residual.to(tl.int32)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def split(theta):
+    """Cut float32 into the nearest bfloat16, ties away from zero, and the 16 bits that are missing, as int16."""
+    bits = bits_of(theta)
+    nan = theta != theta
+    upper = tl.where(nan, (bits >> 16) | 0x40, (bits + 0x8000) >> 16)
+    residual = tl.where(nan, 0, bits).to(tl.uint16)
+    return upper.to(tl.uint16).to(tl.bfloat16, bitcast=True), residual.to(tl.int16, bitcast=True)
 
 
 @triton.jit
@@ -89,8 +113,8 @@ def lowbias32(x):
 
 
 @triton.jit
-def noise16(first, index, key):
-    """Return 16 bits of noise for the elements `first + index`; `first` int64, `index` below 2^32.
+def noise32(first, index, key):
+    """Return 32 bits of noise for the elements `first + index`; `first` int64, `index` below 2^32.
 
     Philox would cost half of the memory time of the step.
     """
@@ -100,7 +124,7 @@ def noise16(first, index, key):
     here = tl.where(high != 0, lowbias32(high ^ key), key)
     beyond = lowbias32((high + 1) ^ key)
     key = tl.where(low < first.to(tl.uint32), beyond, here)
-    return lowbias32(low ^ key) & 0xFFFF
+    return lowbias32(low ^ key)
 
 
 @triton.jit
@@ -139,7 +163,10 @@ def step_kernel(
     hyper_ptr,
     exp_avg_ptr,
     exp_avg_sq_ptr,
+    exp_avg_scale_ptr,
+    exp_avg_sq_scale_ptr,
     master_ptr,
+    residual_ptr,
     age_ptr,
     sq_sum_ptr,
     partial_ptr,
@@ -153,6 +180,8 @@ def step_kernel(
     skip_nonfinite,
     WEIGHT_DTYPE: tl.constexpr,
     GRAD_DTYPE: tl.constexpr,
+    M_CODEC: tl.constexpr,
+    V_CODEC: tl.constexpr,
     ALIGNED: tl.constexpr,
     UPDATE: tl.constexpr,
     CONTROLLED: tl.constexpr,
@@ -165,9 +194,13 @@ def step_kernel(
         program_ptr: int32[programs, 2], row and number of the chunk within the row.
         row_ptr: int64[rows, 10], see `RowTable`.
         hyper_ptr: float64[groups, 5].
-        exp_avg_ptr: float32, m of all rows of one weight dtype; not read at age 0.
-        exp_avg_sq_ptr: float32, v.
-        master_ptr: float32, the weights; None for float32 weights and for stochastic rounding.
+        exp_avg_ptr: Codes of m of all rows of one weight dtype; no state is read at age 0.
+        exp_avg_sq_ptr: Codes of v.
+        exp_avg_scale_ptr: float32, the scales of m, or None.
+        exp_avg_sq_scale_ptr: float32, those of v, or None.
+        master_ptr: float32, the weights; None for float32 weights and without masters.
+        residual_ptr: int16, the lower halves of the weights, see `split`; or None. bfloat16 weights with neither are
+            rounded stochastically.
         age_ptr: int32[chunks], updates so far.
         sq_sum_ptr: float64[chunks], ‖g‖² of each chunk is added to it.
         partial_ptr: float64[chunks], ‖g‖² of this step from the norm launch to the update.
@@ -181,6 +214,8 @@ def step_kernel(
         skip_nonfinite: 1 to skip the step when ‖g‖² is not finite.
         WEIGHT_DTYPE: Dtype of the weights.
         GRAD_DTYPE: Dtype of the gradients.
+        M_CODEC: How m is stored, a number of `triton_codec.CODECS`.
+        V_CODEC: How v is.
         ALIGNED: Whether all weight and gradient pointers are multiples of 16 and all sizes of 4.
         UPDATE: Off in the norm launch.
         CONTROLLED: Whether a norm launch came before this update.
@@ -207,22 +242,27 @@ def step_kernel(
         # A missing gradient is a tensor without elements, whose norm is 0 and whose program arrives too.
         numel = tl.where(grad == 0, 0, numel)
 
-    begin = number.to(tl.int64) * (BLOCK * BLOCKS)
+    start = number.to(tl.int64) * (BLOCK * BLOCKS)
     chunk = tl.load(row_ptr + FIRST_CHUNK) + number
-    state = tl.load(row_ptr + OFFSET) + begin
-    weight_ptr = tl.load(row_ptr + WEIGHT).to(tl.pointer_type(WEIGHT_DTYPE)) + begin
-    grad_ptr = grad.to(tl.pointer_type(GRAD_DTYPE)) + begin
-    remaining = tl.minimum(tl.maximum(numel - begin, 0), BLOCK * BLOCKS).to(tl.int32)
+    state = tl.load(row_ptr + OFFSET) + start
+    weight_ptr = tl.load(row_ptr + WEIGHT).to(tl.pointer_type(WEIGHT_DTYPE)) + start
+    grad_ptr = grad.to(tl.pointer_type(GRAD_DTYPE)) + start
+    remaining = tl.minimum(tl.maximum(numel - start, 0), BLOCK * BLOCKS).to(tl.int32)
     if ALIGNED:
         # What the host has checked; with it the masked accesses of the last block are vectors too.
         weight_ptr = tl.multiple_of(weight_ptr, 16)
         grad_ptr = tl.multiple_of(grad_ptr, 16)
-        state = tl.multiple_of(state, 16)
         remaining = tl.multiple_of(remaining, 4)
+    if ALIGNED or exp_avg_scale_ptr is not None:
+        # Keeps a group in one warp where single elements are moved, too.
+        state = tl.multiple_of(state, 16)
     if grad_scale_ptr is not None:
         unscale = tl.div_rn(1.0, tl.load(grad_scale_ptr))
 
     if UPDATE:
+        # The IEEE division and root take 31 instructions an element more: 100 instead of 69 for int8 on sm_90, which
+        # spill, where the memory time allows 70. The approximate ones are off by 2^-22, codes by 2^-9 and more.
+        EXACT: tl.constexpr = M_CODEC == FP32
         age = tl.load(age_ptr + chunk)
         # State that nobody has written yet is not read. A limit, because a mask of two conditions would be
         # int32 in the interpreter.
@@ -243,18 +283,18 @@ def step_kernel(
         beta1 = beta1.to(tl.float32)
         beta2 = beta2.to(tl.float32)
         eps = tl.load(hyper_ptr + EPS).to(tl.float32)
-        first = tl.load(row_ptr + START) + begin
+        first = tl.load(row_ptr + START) + start
         key = tl.load(row_ptr + KEY).to(tl.uint32)
+        state_key = lowbias32(key + 1)
         if CONTROLLED:
             coefficient = tl.load(control_ptr + COEFFICIENT)
 
     squares = tl.zeros((BLOCK,), tl.float32)
     for i in range(BLOCKS):
-        index = i * BLOCK + tl.arange(0, BLOCK)
-        if ALIGNED:
-            # 4 elements: 16 bytes of float32, 8 of bfloat16. 8 would be 16 bytes of both, and a trip through
-            # shared memory to change between the layouts.
-            index = tl.max_contiguous(tl.multiple_of(index, 4), 4)
+        begin = i * BLOCK
+        # 4 elements: 16 bytes of float32, 8 of bfloat16, 4 of codes. 8 would be 16 bytes of two of them, and a trip
+        # through shared memory to change between the layouts.
+        index = triton_codec.neighbours(begin, BLOCK, 4)
         inside = index < remaining
         g = tl.load(grad_ptr + index, mask=inside, other=0.0).to(tl.float32)
         if grad_scale_ptr is not None:
@@ -264,23 +304,46 @@ def step_kernel(
         if UPDATE:
             if CONTROLLED:
                 g = g * coefficient
-            m = tl.load(exp_avg_ptr + state + index, mask=index < written, other=0.0)
-            v = tl.load(exp_avg_sq_ptr + state + index, mask=index < written, other=0.0)
+            m = triton_codec.load(exp_avg_ptr, exp_avg_scale_ptr, state, begin, written, BLOCK, M_CODEC, ALIGNED)
+            v = triton_codec.load(exp_avg_sq_ptr, exp_avg_sq_scale_ptr, state, begin, written, BLOCK, V_CODEC, ALIGNED)
             if master_ptr is None:
-                theta = tl.load(weight_ptr + index, mask=inside, other=0.0).to(tl.float32)
+                theta = tl.load(weight_ptr + index, mask=inside, other=0.0)
+                if residual_ptr is not None:
+                    theta = join(theta, tl.load(residual_ptr + state + index, mask=index < written, other=0))
+                theta = theta.to(tl.float32)
             else:
                 weight = tl.load(weight_ptr + index, mask=index < remaining - written, other=0.0).to(tl.float32)
                 theta = tl.load(master_ptr + state + index, mask=index < written, other=weight)
             theta, m, v = adamw(
-                theta, g, m, v, decay, step_size, beta1, beta2, one_minus_beta1, one_minus_beta2, denom_scale, eps
+                theta,
+                g,
+                m,
+                v,
+                decay,
+                step_size,
+                beta1,
+                beta2,
+                one_minus_beta1,
+                one_minus_beta2,
+                denom_scale,
+                eps,
+                EXACT,
             )
-            tl.store(exp_avg_ptr + state + index, m, mask=inside)
-            tl.store(exp_avg_sq_ptr + state + index, v, mask=inside)
+            noise = noise32(first, index, state_key) if V_CODEC != FP32 else 0
+            triton_codec.store(
+                m, noise & 0xFFFF, exp_avg_ptr, exp_avg_scale_ptr, state, begin, remaining, M_CODEC, ALIGNED
+            )
+            triton_codec.store(
+                v, noise >> 16, exp_avg_sq_ptr, exp_avg_sq_scale_ptr, state, begin, remaining, V_CODEC, ALIGNED
+            )
             if master_ptr is not None:
                 tl.store(master_ptr + state + index, theta, mask=inside)
             if WEIGHT_DTYPE == tl.bfloat16:
-                if master_ptr is None:
-                    theta = bf16_rounded(theta, noise16(first, index, key))
+                if residual_ptr is not None:
+                    theta, residual = split(theta)
+                    tl.store(residual_ptr + state + index, residual, mask=inside)
+                elif master_ptr is None:
+                    theta = bf16_rounded(theta, noise32(first, index, key) & 0xFFFF)
                 else:
                     theta = bf16_nearest(theta)
             tl.store(weight_ptr + index, theta.to(WEIGHT_DTYPE), mask=inside)
