@@ -6,6 +6,7 @@ import re
 
 import pytest
 import torch
+import triton
 
 from benchmarks import nvcc
 from benchmarks.assembly import CAPABILITIES, Code, Variant
@@ -59,7 +60,7 @@ def check(code: Code) -> None:
     assert code.spills == 0 and code.stack == 0, code
     registers = launch.MAX_REGISTERS_E4M3 if variant.state_dtype == "fp8" else launch.MAX_REGISTERS
     assert code.registers <= registers[variant.aligned], code
-    crossing = not variant.aligned and any(codec.scales for codec in variant.storage.codecs.values())
+    crossing = not variant.aligned and scaled(variant)
     assert code.shared <= (CROSSING_BYTES if crossing else SHARED_BYTES[variant.launch]), code
     assert code.shared_accesses <= SHARED_ACCESSES[variant.launch] + CROSSING_ACCESSES * crossing, code
     if variant.launch == "norm":
@@ -82,6 +83,14 @@ def test_usual_variants_on_every_gpu():
         check(code)
 
 
+def scaled(variant: Variant) -> bool:
+    return any(codec.scales for codec in variant.storage.codecs.values())
+
+
+BEFORE_37 = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7)
+
+
+@pytest.mark.skipif(BEFORE_37, reason="Triton 3.6 brings the scales of a block together in shared memory")
 @pytest.mark.parametrize("state_dtype", FORMATS)
 def test_formats_on_every_gpu(state_dtype):
     for code in compile_all(
@@ -93,7 +102,8 @@ def test_formats_on_every_gpu(state_dtype):
 @pytest.mark.slow
 @pytest.mark.parametrize("capability", CAPABILITIES)
 def test_all_variants(capability):
-    for code in compile_all([(variant, capability) for variant in variants()], processes=2):
+    kept = [variant for variant in variants() if not (BEFORE_37 and scaled(variant))]
+    for code in compile_all([(variant, capability) for variant in kept], processes=2):
         check(code)
 
 
