@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from misa_kernels.kernels import table, triton_codec
-from misa_kernels.kernels.triton_codec import BF16, FP32, INTERPRETED, bf16_rounded, bits_of, reciprocal
+from misa_kernels.kernels.triton_codec import FP32, INTERPRETED, bf16_rounded, bits_of, reciprocal
 
 # The oldest version that the kernels were compiled and tested with; torch 2.10 brings it.
 if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 6):

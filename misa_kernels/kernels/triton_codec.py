@@ -111,7 +111,7 @@ def decode_soft_sign(code, scale):
 
 @triton.jit
 def root_code(x, noise, LEVELS: tl.constexpr):
-    """Return √x in equal steps from 1 / LEVELS to 1 of its maximum, rounded stochastically, as uint8; and the maximum."""
+    """Return √x in equal steps from 1 / LEVELS to 1 of its maximum, rounded stochastically, and the maximum."""
     root = tl.sqrt(x)
     scale = largest(root)
     # The middle of the noise's step, between -1.5 and -0.5: the nearest integer is then the floor, less 1.
@@ -146,7 +146,7 @@ def decode_root4(code, scale):
 def encode_e4m3(x, increment):
     """Return E4M3 of sign(x) (|x| / s)^k as uint8, s and k.
 
-    Of the 20 bits that are cut off, `increment` is added: half of them to round to nearest, noise to do so stochastically.
+    20 bits are cut off after `increment` was added: half of them to round to nearest, noise to do so stochastically.
     No code is beyond 2^8.66: k stretches the group over E4M3_LOG2_RANGE, or is 1 / 16 and the group less than 2^277.
     """
     size = tl.abs(x)
