@@ -82,7 +82,7 @@ def test_no_step_reaches_beyond_its_buffers(memory):
         done = run(memory, ASAN_OPTIONS="detect_leaks=0")
     assert done.returncode == 0 and not done.stderr, done.stderr
     walks, refusals, openmp = map(int, re.findall(r"\d+", done.stdout))
-    assert walks >= 12 * 6 * 8 and refusals > 80 and openmp == 1
+    assert walks >= 15 * 8 * (8 + 2 * 2) and refusals > 110 and openmp == 1
 
 
 @pytest.mark.parametrize(

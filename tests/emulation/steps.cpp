@@ -32,7 +32,9 @@ int main() {
   step.hyper = &hyper;
   step.group_count = 1;
   step.chunk_count = chunks;
-  step.state[MISA_FLOAT32] = {m.data(), v.data(), nullptr, 4 * chunk};
+  step.state[MISA_FLOAT32].exp_avg = m.data();
+  step.state[MISA_FLOAT32].exp_avg_sq = v.data();
+  step.state[MISA_FLOAT32].elements = 4 * chunk;
   step.age = age.data();
   step.sq_sum = sq_sum.data();
   step.partial = partial.data();
