@@ -28,6 +28,11 @@ std::vector<char> walk(Table& table, std::int64_t flags, bool scaled) {
   const bool empty = table.rows[1].numel == 0;
   EXPECT(table.collected[0] == (empty ? 0.0 : 2.0) && table.collected[2] == (empty ? 0.0 : 3.0));
   const std::vector<char> result = table.bytes();
+  // NaN, of which no code may be made by a cast.
+  if (flags == 0 && !scaled) {
+    for (auto& grad : table.grads) std::fill(grad.begin(), grad.end(), '\xFF');
+    EXPECT(misa_cpu_step(&step, THREADS) == MISA_OK);
+  }
 
   // A step that is skipped leaves weights, state, ages and sums alone.
   if (scaled) table.found_inf[0] = 1.0f;
@@ -55,8 +60,8 @@ int all_variants() {
       const int kind = variant / 2 % (1 + PRECISIONS), format = variant / 2 / (1 + PRECISIONS);
       const RowSpec spec{numel, kind > 0, variant % 2};
       const auto precision = static_cast<Precision>(kind > 0 ? kind - 1 : 0);
-      // What flags and scaling do does not depend on the format: none of them, and all.
-      for (int option = 0; option < 8; option += format == MISA_STATE_FP32 ? 1 : 7) {
+      // What flags and scaling do depends neither on the format nor on further chunks: none of them, and all.
+      for (int option = 0; option < 8; option += format == MISA_STATE_FP32 && numel < 1000 ? 1 : 7) {
         std::vector<char> expected;
         for (const std::string& name : sets) {
           EXPECT(misa_cpu_use_instructions(name.c_str()) == MISA_OK);
