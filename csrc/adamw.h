@@ -13,8 +13,14 @@
 #if defined(__CUDACC__)
 #define MISA_HOST_DEVICE __host__ __device__ __forceinline__
 #else
+// A call left in a loop keeps it from becoming vectors.
+#if defined(__GNUC__)
+#define MISA_INLINE inline __attribute__((always_inline))
+#else
+#define MISA_INLINE inline
+#endif
 // Internal linkage: each instruction set that a library is built for compiles its own.
-#define MISA_HOST_DEVICE static inline
+#define MISA_HOST_DEVICE static MISA_INLINE
 #endif
 
 namespace misa {

@@ -29,6 +29,16 @@ MISA_EXPORT void check_bf16_to_float(std::int64_t n, const std::uint16_t* x, flo
   for (std::int64_t i = 0; i < n; ++i) out[i] = misa::bf16_to_float(x[i]);
 }
 
+MISA_EXPORT void check_bf16_split(std::int64_t n, const float* x, std::uint16_t* upper,
+                                  std::int16_t* residual) {
+  for (std::int64_t i = 0; i < n; ++i) misa::bf16_split(x[i], upper[i], residual[i]);
+}
+
+MISA_EXPORT void check_bf16_join(std::int64_t n, const std::uint16_t* upper, const std::int16_t* residual,
+                                 float* out) {
+  for (std::int64_t i = 0; i < n; ++i) out[i] = misa::bf16_join(upper[i], residual[i]);
+}
+
 MISA_EXPORT void check_noise16(std::int64_t n, const std::uint64_t* index, std::uint32_t key,
                                std::uint32_t* out) {
   for (std::int64_t i = 0; i < n; ++i) out[i] = misa::noise16(index[i], key);

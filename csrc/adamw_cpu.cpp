@@ -23,18 +23,17 @@ struct Instructions {
   bool available;
 };
 
-bool has(const char* name) {
 #if defined(MISA_X86)
+bool has(const char* name) {
   __builtin_cpu_init();
   if (std::strcmp(name, "avx512") == 0) {
     return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
            __builtin_cpu_supports("fma");
   }
-  if (std::strcmp(name, "avx2") == 0) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-#endif
-  return std::strcmp(name, "baseline") == 0;
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
 }
+#endif
 
 const Instructions BUILT[] = {
 #if defined(MISA_X86)
@@ -109,7 +108,7 @@ void update_chunk(const ChunkFunctions& functions, const MisaStep& step, const M
   ++step.age[index];
 }
 
-int run(const MisaStep& step, int threads) {
+int run(const MisaStep& step, [[maybe_unused]] int threads) {
   const ChunkFunctions& functions = *in_use.load(std::memory_order_relaxed)->functions;
   const bool controlled = (step.flags & (MISA_CLIP | MISA_SKIP_NONFINITE)) != 0;
   const float unscale = step.grad_scale == nullptr ? 1.0f : divide_nearest(1.0f, *step.grad_scale);

@@ -124,9 +124,10 @@ struct UpdateOf {
   Scalars s;
   Noise noise;
   float unscale, coefficient;
-  Moments moments;
+  // Not a member by value: compilers keep the rest of this in registers only without its arrays.
+  Moments& moments;
 
-  explicit UpdateOf(const Chunk& chunk)
+  UpdateOf(const Chunk& chunk, Moments& moments)
       : weight(static_cast<typename Weight::type*>(chunk.weight)),
         grad(static_cast<const typename Grad::type*>(chunk.grad)),
         master(chunk.master),
@@ -135,10 +136,10 @@ struct UpdateOf {
         noise(noise_from(chunk.first, chunk.key)),
         unscale(chunk.unscale),
         coefficient(chunk.coefficient),
-        moments(chunk) {}
+        moments(moments) {}
 
   // Updates one element and returns its unclipped gradient.
-  float operator()(std::int64_t i) {
+  MISA_INLINE float operator()(std::int64_t i) {
     const float g = Grad::load(grad + i) * unscale;
     float theta;
     if constexpr (KIND == MASTER) {
@@ -187,8 +188,7 @@ double sum_of_squares(std::int64_t n, Element element) {
     element.open(begin, end);
     for (; i + LANES <= end; i += LANES) {
       element.prefetch(i + AHEAD);
-#pragma GCC ivdep
-#pragma GCC unroll 1
+      MISA_INDEPENDENT
       for (int lane = 0; lane < LANES; ++lane) {
         const float g = element(i + lane);
         squares[lane] = fma_nearest(g, g, squares[lane]);
@@ -223,7 +223,8 @@ template <class Moments, WeightKind KIND, class Grad>
 double update(const Chunk& chunk) {
   if (chunk.numel == 0) return 0.0;
   if (chunk.fresh) fill<Moments, KIND>(chunk);
-  return sum_of_squares(chunk.numel, UpdateOf<Moments, KIND, Grad>(chunk));
+  Moments moments(chunk);
+  return sum_of_squares(chunk.numel, UpdateOf<Moments, KIND, Grad>(chunk, moments));
 }
 
 template <class Grad>

@@ -11,6 +11,15 @@
 #include "adamw.h"
 #include "step.h"
 
+// In front of a loop of which no turn reads what another wrote.
+#if defined(__clang__)
+#define MISA_INDEPENDENT _Pragma("clang loop vectorize(assume_safety) unroll(disable)")
+#elif defined(__GNUC__)
+#define MISA_INDEPENDENT _Pragma("GCC ivdep") _Pragma("GCC unroll 1")
+#else
+#define MISA_INDEPENDENT
+#endif
+
 namespace misa {
 
 constexpr float SOFTNESS = 3.0f;
@@ -49,6 +58,7 @@ struct RoundedMoment {
     for (int i = 0; i < n; ++i) x[i] = bf16_to_float(code[i]);
   }
   static float encode(const float* x, int n, Code* code, const MomentNoise& noise, std::uint32_t first) {
+    MISA_INDEPENDENT
     for (int i = 0; i < n; ++i) code[i] = bf16_stochastic(x[i], noise(first + i));
     return 0.0f;
   }

@@ -7,7 +7,7 @@ import math
 import mmap
 import os
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from types import ModuleType
 from typing import NamedTuple
@@ -17,13 +17,20 @@ import numpy as np
 import pytest
 import torch
 
+from misa_kernels import kernels
+from misa_kernels.codec import FORMATS, GROUP
 from misa_kernels.kernels import native
 from misa_kernels.kernels.table import DTYPES, RowTable
+from misa_kernels.storage import PRECISIONS, Storage
 
 HYPER = {"lr": 1e-2, "beta1": 0.9, "beta2": 0.99, "eps": 1e-8, "weight_decay": 0.1}
 OTHER = {"lr": 3e-3, "beta1": 0.8, "beta2": 0.999, "eps": 1e-6, "weight_decay": 0.0}
-# Elements of poison around every weight and every row of state; 64 keeps rows where an arena puts them.
-GUARD = 64
+PLAIN, STOCHASTIC = Storage(), Storage(param_precision="stochastic")
+# Each kernel is tested with those that it has.
+STORAGES = [Storage(state_dtype, precision) for state_dtype in FORMATS for precision in PRECISIONS]
+SOME_STORAGES = [PLAIN, STOCHASTIC, Storage("bf16", "split"), Storage("int8", "stochastic"), Storage("int8", "master")]
+# Elements of poison around every weight and every row of state, which keep rows where an arena puts them.
+GUARD = GROUP
 POISON = 0x7FA1
 # Bounds of float32 arithmetic against float64 after n steps, in units of n: theta and v see five roundings a
 # step, 3e-7 of their size; m may cancel, so its error is relative to the largest gradient.
@@ -99,20 +106,23 @@ class Row:
 
 
 def poisoned(numel: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """NaNs of one bit pattern, so that reading one shows in the result, and writing one in the bits."""
-    words = torch.full((numel * dtype.itemsize // 2,), POISON, dtype=torch.int16, device=device)
-    return words.view(dtype)
+    """NaNs, or large numbers, of one bit pattern: reading one shows in the result, and writing one in the bits."""
+    words = torch.full((-(-numel * dtype.itemsize // 2),), POISON, dtype=torch.int16, device=device)
+    return words.view(dtype)[:numel]
 
 
 class Step:
     """Rows with poisoned surroundings, and the same rows in float64 NumPy."""
 
-    def __init__(self, kernel, rows, *, groups=(HYPER,), stochastic=(), seed=0):
+    def __init__(self, kernel, rows, *, groups=(HYPER,), storage=PLAIN, seed=0):
         unknown = {row.dtype for row in rows}.union(row.grad_dtype or row.dtype for row in rows) - {
             *kernel.table.dtypes
         }
         if unknown:
             pytest.skip(f"{kernel.table.__name__} has no {', '.join(map(str, unknown))}")
+        if storage not in kernels._storages(getattr(kernel.table, "name", "triton")):
+            pytest.skip(f"{kernel.table.__name__} has no {storage}")
+        self.storage = storage
         self.rows, self.device = rows, kernel.device
         device = kernel.device
         self.rng = np.random.default_rng(seed)
@@ -126,12 +136,16 @@ class Step:
         self.offset, end = [], dict.fromkeys(DTYPES, GUARD)
         for row in rows:
             self.offset.append(end[row.dtype])
-            end[row.dtype] += -(-row.numel // 64) * 64 + GUARD
-        self.state = {}
-        for dtype in dict.fromkeys(row.dtype for row in rows):
-            master = dtype != torch.float32 and dtype not in stochastic
-            names = ("exp_avg", "exp_avg_sq", "master") if master else ("exp_avg", "exp_avg_sq")
-            self.state[dtype] = {name: poisoned(end[dtype], torch.float32, device) for name in names}
+            end[row.dtype] += -(-row.numel // GROUP) * GROUP + GUARD
+        self.kinds = {
+            # Stochastic rounding is for bfloat16.
+            dtype: (replace(storage, param_precision="master") if dtype == torch.float16 else storage).buffers(dtype)
+            for dtype in dict.fromkeys(row.dtype for row in rows)
+        }
+        self.state = {
+            dtype: {name: poisoned(kind.numel(end[dtype]), kind.dtype, device) for name, kind in kinds.items()}
+            for dtype, kinds in self.kinds.items()
+        }
         self.grad_dtypes = [row.grad_dtype or row.dtype for row in rows]
         self.table = kernel.table(
             np.array([row.numel for row in rows], dtype=np.int64),
@@ -194,10 +208,18 @@ class Step:
         self.run(grads, max_grad_norm=max_grad_norm)
         self.expect(grads, max_grad_norm=max_grad_norm)
 
+    def views(self, i):
+        """What is stored of one row."""
+        row, kinds = self.rows[i], self.kinds[self.rows[i].dtype]
+        return {
+            name: buffer[kinds[name].numel(self.offset[i]) :][: kinds[name].numel(row.numel)]
+            for name, buffer in self.state[row.dtype].items()
+        }
+
     def part(self, name, i):
         """State of one row, on the host."""
-        buffers, row = self.state[self.rows[i].dtype], self.rows[i]
-        return buffers[name][self.offset[i] :][: row.numel].cpu() if name in buffers else None
+        view = self.views(i).get(name)
+        return None if view is None else view.cpu()
 
     def check(self):
         collected = self.table.collect().cpu().numpy()
@@ -225,12 +247,13 @@ class Step:
             begin = GUARD + row.shift
             untouched(torch.cat([buffer[:begin], buffer[begin + row.numel :]]))
         for dtype, buffers in self.state.items():
-            for buffer in buffers.values():
-                keep = torch.ones(len(buffer), dtype=torch.bool, device=self.device)
+            for name, buffer in buffers.items():
+                numel, keep = self.kinds[dtype][name].numel, torch.ones(len(buffer), dtype=torch.bool)
                 for i, row in enumerate(self.rows):
                     if row.dtype == dtype and self.age[i]:
-                        keep[self.offset[i] : self.offset[i] + row.numel] = False
-                untouched(buffer[keep])
+                        begin = numel(self.offset[i])
+                        keep[begin : begin + numel(row.numel)] = False
+                untouched(buffer, keep)
 
     def written(self):
         """Weights and state with their surroundings, as bytes."""
@@ -242,9 +265,12 @@ class Step:
         return [*self.written(), *(x.view(torch.uint8).cpu().clone() for x in (self.table._ages, self.table._sq_sums))]
 
 
-def untouched(x: torch.Tensor) -> None:
-    words = x.contiguous().view(torch.int16)
-    assert (words == POISON).all(), f"{int((words != POISON).sum())} of {len(words)} words were written"
+def untouched(x: torch.Tensor, where: torch.Tensor | slice = slice(None)) -> None:
+    """Nothing was written over this poison, of which `where` chooses entries."""
+    now, then = (
+        words.view(torch.uint8).view(len(x), -1)[where] for words in (x.cpu(), poisoned(len(x), x.dtype, "cpu"))
+    )
+    assert torch.equal(now, then), f"{int((now != then).sum())} of {now.numel()} bytes were written"
 
 
 def same_bits(a, b) -> bool:

@@ -208,11 +208,25 @@ def test_without_a_driver_every_call_is_an_error(library, rows):
         ("chunk_count", 5, "chunks do not add up"),
         ("group_count", 2, "a group that is not there"),
         ("flags", 8, "unknown flag"),
+        ("format", 1, "a format of the state"),
+        ("format", 2, "a pointer is NULL"),
+        ("format", 3, "a format of the state"),
     ],
 )
 def test_wrong_arguments_are_refused_before_any_call_of_cuda(library, rows, name, value, message):
     setattr(rows.table._struct, name, value)
     check_refused(library, rows, message)
+
+
+@pytest.mark.parametrize("format", [0, 1, 2])
+def test_what_only_the_cpu_library_stores_is_refused(library, rows, format):
+    """In bfloat16 or 8 bits, with all that they need, or split weights."""
+    rows.table._struct.format = format
+    for state in rows.table._struct.state:
+        state.exp_avg_scale = state.exp_avg_sq_scale = state.exp_avg
+        if format == 0:
+            state.residual, state.master = state.master, None
+    check_refused(library, rows, "a format of the state")
 
 
 @pytest.mark.parametrize(
@@ -222,7 +236,7 @@ def test_wrong_arguments_are_refused_before_any_call_of_cuda(library, rows, name
         (table.OFFSET, 10**6, "a row reaches beyond its buffer"),
         (table.WEIGHT, 0, "a pointer is NULL"),
         (table.GRAD, 1, "an address is not a multiple"),
-        (table.WEIGHT_DTYPE, 2, "a dtype is neither"),
+        (table.WEIGHT_DTYPE, 2, "a dtype, or a format"),
         (table.FIRST_CHUNK, 7, "chunks do not add up"),
     ],
 )

@@ -18,7 +18,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from misa_kernels import reference
+from misa_kernels import reference, storage
 
 ROOT = Path(__file__).parents[1]
 # Half the spacing of float32 numbers relative to their size: one correctly rounded operation.
@@ -256,6 +256,36 @@ def test_bf16_to_float_is_torchs(libraries):
     libraries[0].check_bf16_to_float(ctypes.c_int64(bits.size), array_pointer(bits), array_pointer(out))
     expected = torch.from_numpy(bits.view(np.int16)).view(torch.bfloat16).float().numpy()
     np.testing.assert_array_equal(out, expected)
+
+
+def header_join(library, upper: np.ndarray, residual: np.ndarray) -> np.ndarray:
+    out = np.zeros(upper.size, np.float32)
+    library.check_bf16_join(ctypes.c_int64(upper.size), *map(array_pointer, (upper, residual, out)))
+    return out
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_split_and_join_are_storages(libraries, which):
+    """Bit for bit, NaNs included; joined again, every number but a NaN is what it was."""
+    x = float32_samples()
+    upper, residual = np.full(x.size, 0x7FC1, np.uint16), np.full(x.size, 0x7FA1, np.int16)
+    libraries[which].check_bf16_split(ctypes.c_int64(x.size), *map(array_pointer, (x, upper, residual)))
+    weight, lower = storage.split(torch.from_numpy(x))
+    np.testing.assert_array_equal(upper, torch_bits(weight))
+    np.testing.assert_array_equal(residual, lower.numpy())
+    joined, nan = header_join(libraries[which], upper, residual), np.isnan(x)
+    np.testing.assert_array_equal(joined[~nan].view(np.uint32), x[~nan].view(np.uint32))
+    assert np.isnan(joined[nan]).all() and not residual[nan].any()
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_join_is_storages_for_any_two_parts(libraries, which):
+    """As somebody's checkpoint may hold them, whatever `split` makes."""
+    upper = np.repeat(np.arange(1 << 16, dtype=np.uint16), 5)
+    residual = np.resize(np.int16([-(2**15), -1, 0, 1, 2**15 - 1]), upper.size)
+    expected = storage.join(torch.from_numpy(upper.view(np.int16)).view(torch.bfloat16), torch.from_numpy(residual))
+    joined = header_join(libraries[which], upper, residual)
+    np.testing.assert_array_equal(joined.view(np.uint32), expected.numpy().view(np.uint32))
 
 
 def random_floats(n: int, seed: int) -> np.ndarray:

@@ -16,10 +16,23 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tables import HYPER, OTHER, Row, Step, native_kernel, reserve, same_bits
+from tables import (
+    HYPER,
+    OTHER,
+    PLAIN,
+    SOME_STORAGES,
+    STOCHASTIC,
+    STORAGES,
+    Row,
+    Step,
+    native_kernel,
+    reserve,
+    same_bits,
+)
 
 from misa_kernels import MISA
 from misa_kernels.kernels import native, table
+from misa_kernels.storage import Storage
 
 HEADER = (Path(__file__).parents[1] / "csrc/misa.h").read_text()
 STATUS = {name: int(number) for name, number in re.findall(r"MISA_(BAD_\w+) = (\d+)", HEADER)}
@@ -63,9 +76,9 @@ def sprinkle(tensor, words):
         tensor.view(torch.int16)[::OFTEN] = torch.from_numpy((words >> 16).astype(np.uint16).view(np.int16))
 
 
-def run(kernel, stochastic, special, options):
+def run(kernel, storage, special, **options):
     rows = [Row(size, *dtypes, group=i % 2, start=i**9) for size in SIZES for i, dtypes in enumerate(VARIANTS)]
-    step = Step(kernel, rows, groups=(HYPER, OTHER), stochastic=stochastic)
+    step = Step(kernel, rows, groups=(HYPER, OTHER), storage=storage)
     for weight in step.weights:
         sprinkle(weight, NANS + SPECIAL)
     for t in range(3):
@@ -78,25 +91,34 @@ def run(kernel, stochastic, special, options):
     return [*step.bits(), step.table.control.view(torch.uint8).clone(), step.table.collect().view(torch.uint8).clone()]
 
 
-@pytest.mark.parametrize("stochastic", [(), (torch.bfloat16,)])
+PLAINLY = {"special": NANS + SPECIAL}
+CLIPPED = {"special": SPECIAL[2:7], "max_grad_norm": 1.0, "skip_nonfinite": True}
+SCALED = {"special": SPECIAL[2:7], "max_grad_norm": 1e9, "grad_scale": torch.tensor(3.0)}
+
+
 @pytest.mark.parametrize(
-    "special, options",
+    "storage, options",
     [
-        (NANS + SPECIAL, {}),
-        (SPECIAL[2:7], {"max_grad_norm": 1.0, "skip_nonfinite": True}),
-        (SPECIAL[2:7], {"max_grad_norm": 1e9, "grad_scale": torch.tensor(3.0)}),
+        *((storage, PLAINLY) for storage in SOME_STORAGES),
+        *((storage, CLIPPED) for storage in SOME_STORAGES),
+        *((storage, SCALED) for storage in (PLAIN, STOCHASTIC)),
+        *(
+            pytest.param(storage, PLAINLY, marks=pytest.mark.slow)
+            for storage in STORAGES
+            if storage not in SOME_STORAGES
+        ),
     ],
-    ids=["plain", "clipped", "scaled"],
+    ids=lambda value: str(value) if isinstance(value, Storage) else "-".join(value),
 )
-def test_threads_and_instructions_change_no_bit(kernel, library, stochastic, special, options):
+def test_threads_and_instructions_change_no_bit(kernel, library, storage, options):
     sets = available(library)
     assert sets[0] == b"baseline"
     expected = None
     for name in sets:
         assert library.misa_cpu_use_instructions(name) == 0
-        for threads in (1, 2, 3, 5):
+        for threads in (1, 2, 5):
             torch.set_num_threads(threads)
-            bits = run(kernel, stochastic, special, options)
+            bits = run(kernel, storage, **options)
             expected = expected or bits
             assert same_bits(bits, expected), f"{threads} threads, {name}"
 
@@ -202,6 +224,10 @@ def null(old):
     return st.none()
 
 
+def some(old):
+    return st.integers(1, LARGEST)
+
+
 # By field: what it must not be, given what it is, and what that is called. In a row of one chunk and in one of three,
 # each of which ends where its buffers do.
 ELEMENTS = (100, 70_000)
@@ -232,15 +258,39 @@ REFUSED = [
     *[(f"state.{name}", null, "BAD_POINTER") for name in ("exp_avg", "exp_avg_sq")],
     *[(f"state.{name}", off(4), "BAD_ALIGNMENT") for name in ("exp_avg", "exp_avg_sq", "master")],
     *[(f"{row}.{name}", wrong, status) for row in ("row0", "row1") for name, wrong, status in ROW_REFUSED],
+    *[(f"float32.{name}", some, "BAD_POINTER") for name in ("master", "residual")],
+    ("state.residual", some, "BAD_POINTER"),
+    ("step.format", but(0, 1, 2), "BAD_DTYPE"),
+    # Scales are missing.
+    ("step.format", lambda old: st.just(2), "BAD_POINTER"),
+]
+SPLIT_INT8 = Storage("int8", "split")
+INT8_REFUSED = [
+    *[(f"state.{name}", null, "BAD_POINTER") for name in ("exp_avg_scale", "exp_avg_sq_scale")],
+    *[(f"state.{name}", off(4), "BAD_ALIGNMENT") for name in ("exp_avg_scale", "exp_avg_sq_scale")],
+    ("state.residual", off(2), "BAD_ALIGNMENT"),
+    ("state.master", some, "BAD_POINTER"),
+    (
+        "row1.offset",
+        lambda old: st.integers(1, old).map(lambda shift: old - shift).filter(lambda at: at % 128),
+        "BAD_ALIGNMENT",
+    ),
+]
+BF16_REFUSED = [(f"state.{name}", off(2), "BAD_ALIGNMENT") for name in ("exp_avg", "exp_avg_sq")]
+ALL_REFUSED = [
+    *((PLAIN, *case) for case in REFUSED),
+    *((Storage("bf16"), *case) for case in BF16_REFUSED),
+    *((SPLIT_INT8, *case) for case in INT8_REFUSED),
 ]
 # What must be right to collect, too.
 COLLECTED = {"bytes", "row_count", "chunk_count", "rows", "age", "sq_sum", "first_chunk"}
 
 
 @pytest.fixture
-def sound(kernel):
+def sound(kernel, request):
     """A step of two rows, of float32 and bfloat16, that has run once."""
-    step = Step(kernel, [Row(ELEMENTS[0]), Row(ELEMENTS[1], torch.bfloat16, group=1)], groups=(HYPER, OTHER))
+    rows = [Row(ELEMENTS[0]), Row(ELEMENTS[1], torch.bfloat16, group=1)]
+    step = Step(kernel, rows, groups=(HYPER, OTHER), storage=getattr(request, "param", PLAIN))
     for i in range(2):
         step.table._struct.state[i].elements = step.offset[i] + ELEMENTS[i]
     step.grads = step.draw()
@@ -261,16 +311,22 @@ def everything(step):
 
 
 def fields(step, where):
-    """Getter and setter of a field of the step, of a row, or of the state of the second row."""
+    """Getter and setter of a field of the step, of a row, or of the state of float32 or of the second row."""
     owner, name = where.split(".")
     if owner.startswith("row"):
         row, column = step.table._rows[int(owner[3:])], getattr(table, name.upper())
         return (lambda: int(row[column])), (lambda value: row.__setitem__(column, 0 if value is None else value))
-    struct = step.table._struct.state[1] if owner == "state" else step.table._struct
+    struct = step.table._struct
+    struct = {"step": struct, "float32": struct.state[0], "state": struct.state[1]}[owner]
     return (lambda: getattr(struct, name)), (lambda value: setattr(struct, name, value))
 
 
-@pytest.mark.parametrize("where, wrong, status", REFUSED, ids=[f"{case[0]}-{case[2]}" for case in REFUSED])
+@pytest.mark.parametrize(
+    "sound, where, wrong, status",
+    ALL_REFUSED,
+    ids=[f"{storage.state_dtype}-{where}-{status}" for storage, where, _, status in ALL_REFUSED],
+    indirect=["sound"],
+)
 def test_wrong_fields_are_refused_and_change_nothing(library, sound, where, wrong, status):
     get, put = fields(sound, where)
     right, reference = get(), ctypes.byref(sound.table._struct)
@@ -308,7 +364,4 @@ def test_wrong_arguments_are_refused_and_change_nothing(library, sound):
     assert library.misa_cpu_collect(reference, collected + 4) == STATUS["BAD_ALIGNMENT"]
     nothing = native.Step(bytes=ctypes.sizeof(native.Step), row_count=-1)
     assert library.misa_cpu_step(nothing, 1) == library.misa_cpu_collect(nothing, None) == STATUS["BAD_SIZE"]
-    sound.table._struct.state[0].master = sound.table._struct.state[0].exp_avg
-    assert library.misa_cpu_step(reference, 1) == STATUS["BAD_POINTER"]
-    sound.table._struct.state[0].master = None
     assert same_bits(before, everything(sound))

@@ -54,9 +54,11 @@ int main(int argc, char** argv) {
   int steps = 0;
   for (const std::string& name : available_instructions()) {
     EXPECT(misa_cpu_use_instructions(name.c_str()) == MISA_OK);
-    for (int variant = 0; variant < 4; ++variant) {
-      Table ours(specs, variant % 2), expected(specs, variant % 2);
-      ours.step.flags = expected.step.flags = variant / 2 * MISA_CLIP;
+    for (int variant = 0; variant < 2 * MISA_FORMATS; ++variant) {
+      const int format = variant % MISA_FORMATS, clipped = variant / MISA_FORMATS;
+      const auto precision = static_cast<Precision>((format + clipped) % PRECISIONS);
+      Table ours(specs, precision, format), expected(specs, precision, format);
+      ours.step.flags = expected.step.flags = clipped * MISA_CLIP;
       for (int threads : {2, 3}) {
         run(ours.step, threads, race);
         EXPECT(misa_cpu_step(&expected.step, 1) == MISA_OK);

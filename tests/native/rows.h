@@ -19,6 +19,15 @@
     }                                                                          \
   } while (false)
 
+// How bfloat16 weights keep what is below their resolution.
+enum Precision { STOCHASTIC_ROUNDING, WITH_MASTER, WITH_RESIDUAL, PRECISIONS };
+
+// Elements that share a scale, and elements so many of which have a state in this format.
+constexpr std::int64_t SHARE = 128;
+inline std::int64_t padded(std::int64_t numel, int format) {
+  return format == MISA_STATE_INT8 ? (numel + SHARE - 1) / SHARE * SHARE : numel;
+}
+
 struct RowSpec {
   std::int64_t numel;
   int weight_dtype, grad_dtype;
@@ -40,13 +49,15 @@ struct Table {
   std::vector<MisaRow> rows;
   std::vector<std::vector<char>> weights, grads;
   std::vector<MisaHyper> hyper{{1e-2, 0.9, 0.99, 1e-8, 0.1}, {1e-3, 0.8, 0.999, 1e-6, 0.0}};
-  std::vector<float> state[MISA_DTYPES][3];
+  // In the order of MisaState.
+  std::vector<char> state[MISA_DTYPES][6];
   std::vector<std::int32_t> age;
   std::vector<double> sq_sum, partial, collected;
   std::vector<float> control = std::vector<float>(3), grad_scale{128.0f}, found_inf{0.0f};
   MisaStep step{};
 
-  Table(const std::vector<RowSpec>& specs, bool master) : collected(2 * specs.size()) {
+  Table(const std::vector<RowSpec>& specs, Precision precision, int format = MISA_STATE_FP32)
+      : collected(2 * specs.size()) {
     std::int64_t chunks = 0, end[MISA_DTYPES] = {};
     for (const RowSpec& spec : specs) {
       weights.push_back(draw(spec.numel, spec.weight_dtype));
@@ -55,7 +66,7 @@ struct Table {
       row.weight = weights.back().data();
       row.grad = grads.back().data();
       row.numel = spec.numel;
-      row.offset = end[spec.weight_dtype];
+      row.offset = padded(end[spec.weight_dtype], format);
       row.group = static_cast<std::int64_t>(rows.size() % 2);
       // Within this row the upper half of the index changes.
       row.start = (std::int64_t{1} << 32) - 7;
@@ -64,7 +75,7 @@ struct Table {
       row.weight_dtype = spec.weight_dtype;
       row.grad_dtype = spec.grad_dtype;
       rows.push_back(row);
-      end[spec.weight_dtype] += spec.numel;
+      end[spec.weight_dtype] = row.offset + spec.numel;
       chunks += spec.numel == 0 ? 1 : (spec.numel - 1) / misa_cpu_chunk() + 1;
     }
     age.resize(chunks);
@@ -75,18 +86,26 @@ struct Table {
     step.row_count = static_cast<std::int64_t>(rows.size());
     step.hyper = hyper.data();
     step.group_count = static_cast<std::int64_t>(hyper.size());
+    step.format = format;
+    const std::int64_t code = format == MISA_STATE_FP32 ? 4 : format == MISA_STATE_BF16 ? 2 : 1;
     for (int dtype = 0; dtype < MISA_DTYPES; ++dtype) {
-      const bool has_master = dtype == MISA_BFLOAT16 && master;
-      for (int i = 0; i < 2 + has_master; ++i) {
-        state[dtype][i].resize(end[dtype]);
-        // NaN, which must not be read at age 0.
-        if (end[dtype] > 0) std::memset(state[dtype][i].data(), 0xFF, end[dtype] * sizeof(float));
-      }
-      MisaState& buffers = step.state[dtype];
-      buffers.exp_avg = state[dtype][0].data();
-      buffers.exp_avg_sq = state[dtype][1].data();
-      buffers.master = state[dtype][2].data();
-      buffers.elements = end[dtype];
+      const std::int64_t elements = end[dtype], halves = dtype == MISA_BFLOAT16 ? elements : 0;
+      const std::int64_t scales = format == MISA_STATE_INT8 ? 4 * ((elements + SHARE - 1) / SHARE) : 0;
+      const std::int64_t bytes[6] = {code * elements,
+                                     code * elements,
+                                     scales,
+                                     scales,
+                                     precision == WITH_MASTER ? 4 * halves : 0,
+                                     precision == WITH_RESIDUAL ? 2 * halves : 0};
+      // NaN or -1, which must not be read at age 0.
+      for (int i = 0; i < 6; ++i) state[dtype][i].assign(bytes[i], '\xFF');
+      step.state[dtype] = {state[dtype][0].data(),
+                           state[dtype][1].data(),
+                           at<float>(state[dtype][2]),
+                           at<float>(state[dtype][3]),
+                           at<float>(state[dtype][4]),
+                           at<std::int16_t>(state[dtype][5]),
+                           elements};
     }
     step.chunk_count = chunks;
     step.age = age.data();
@@ -99,17 +118,22 @@ struct Table {
   // `step` points into it.
   Table(const Table&) = delete;
 
+  std::vector<char> state_bytes() const {
+    std::vector<char> all;
+    for (const auto& buffers : state) {
+      for (const auto& buffer : buffers) all.insert(all.end(), buffer.begin(), buffer.end());
+    }
+    return all;
+  }
+
   // Everything that a step or a collection can write.
   std::vector<char> bytes() const {
-    std::vector<char> all;
+    std::vector<char> all = state_bytes();
     const auto add = [&all](const auto& buffer) {
       const char* begin = reinterpret_cast<const char*>(buffer.data());
       all.insert(all.end(), begin, begin + buffer.size() * sizeof(buffer[0]));
     };
     for (const auto& weight : weights) add(weight);
-    for (const auto& buffers : state) {
-      for (const auto& buffer : buffers) add(buffer);
-    }
     add(age);
     add(sq_sum);
     add(partial);
@@ -120,6 +144,11 @@ struct Table {
 
  private:
   std::uint32_t random = 1;
+
+  template <class T>
+  static T* at(std::vector<char>& buffer) {
+    return buffer.empty() ? nullptr : reinterpret_cast<T*>(buffer.data());
+  }
 
   // Numbers of either sign between 2^-3 and 2.
   std::vector<char> draw(std::int64_t numel, int dtype) {
