@@ -79,7 +79,7 @@ struct StoredMoments {
         m_scale(chunk.m_scale),
         v_scale(chunk.v_scale),
         m_noise{noise_from(chunk.first, lowbias32(chunk.key + 1)), 0},
-        v_noise{m_noise.noise, 16} {}
+        v_noise{noise_from(chunk.first, chunk.key), 16} {}
 
   void open(std::int64_t from, std::int64_t end) {
     begin = from;

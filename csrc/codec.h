@@ -41,7 +41,7 @@ static inline float maximum(const float* x, int n) {
   return value;
 }
 
-// What a step needs to round moments: one hash an element, whose halves serve m and v.
+// 16 random bits an element. Those of v are the upper half of the hash whose lower half rounds the weight.
 struct MomentNoise {
   Noise noise;
   int shift;

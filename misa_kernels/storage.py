@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from misa_kernels.codec import FORMATS, FP32, GROUP, Codec
-from misa_kernels.reference import MASK32, lowbias32, noise32
+from misa_kernels.reference import MASK32, lowbias32, noise16, noise32
 
 PRECISIONS = ("master", "split", "stochastic")
 # Every key that a slot's state can have; everything else in `state` is one number a slot.
@@ -107,7 +107,10 @@ class Storage:
 
 
 def state_noise(start: int, numel: int, key: int, device: torch.device) -> dict[str, Tensor]:
-    """Return the rounding noise of both moments, int64 in [0, 65536), from one hash an element.
+    """Return the rounding noise of both moments, int64 in [0, 65536).
+
+    That of v is the upper half of the hash whose lower half rounds the weight, so that one hash an element is enough
+    where m needs none.
 
     Args:
         start: Index of the first element within the whole parameter.
@@ -115,8 +118,8 @@ def state_noise(start: int, numel: int, key: int, device: torch.device) -> dict[
         key: The parameter's noise key of this step.
         device: Where the moments are.
     """
-    bits = noise32(torch.arange(start, start + numel, device=device), lowbias32(key + 1 & MASK32))
-    return {"exp_avg": bits & 0xFFFF, "exp_avg_sq": bits >> 16}
+    index = torch.arange(start, start + numel, device=device)
+    return {"exp_avg": noise16(index, lowbias32(key + 1 & MASK32)), "exp_avg_sq": noise32(index, key) >> 16}
 
 
 def join(weight: Tensor, residual: Tensor) -> Tensor:

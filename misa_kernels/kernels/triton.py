@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from misa_kernels.kernels import table, triton_codec
-from misa_kernels.kernels.triton_codec import FP32, INTERPRETED, bf16_rounded, bits_of, reciprocal
+from misa_kernels.kernels.triton_codec import BF16, FP32, INTERPRETED, bf16_rounded, bits_of, reciprocal
 
 # The oldest version that the kernels were compiled and tested with; torch 2.10 brings it.
 if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 6):
@@ -260,9 +260,10 @@ def step_kernel(
         unscale = tl.div_rn(1.0, tl.load(grad_scale_ptr))
 
     if UPDATE:
-        # The IEEE division and root take 31 instructions an element more: 100 instead of 69 for int8 on sm_90, which
-        # spill, where the memory time allows 70. The approximate ones are off by 2^-22, codes by 2^-9 and more.
+        # The IEEE division and root take 31 instructions an element more, which spill on sm_90 where the memory time
+        # of int8 allows 70 in all. The approximate ones are off by 2^-22, codes by 2^-9 and more.
         EXACT: tl.constexpr = M_CODEC == FP32
+        ROUNDED: tl.constexpr = WEIGHT_DTYPE == tl.bfloat16 and master_ptr is None and residual_ptr is None
         age = tl.load(age_ptr + chunk)
         # State that nobody has written yet is not read. A limit, because a mask of two conditions would be
         # int32 in the interpreter.
@@ -329,10 +330,10 @@ def step_kernel(
                 eps,
                 EXACT,
             )
-            noise = noise32(first, index, state_key) if V_CODEC != FP32 else 0
-            triton_codec.store(
-                m, noise & 0xFFFF, exp_avg_ptr, exp_avg_scale_ptr, state, begin, remaining, M_CODEC, ALIGNED
-            )
+            # One hash rounds v and the weight; m needs one of its own, but in bfloat16 alone.
+            noise = noise32(first, index, key) if V_CODEC != FP32 or ROUNDED else 0
+            m_noise = noise32(first, index, state_key) & 0xFFFF if M_CODEC == BF16 else 0
+            triton_codec.store(m, m_noise, exp_avg_ptr, exp_avg_scale_ptr, state, begin, remaining, M_CODEC, ALIGNED)
             triton_codec.store(
                 v, noise >> 16, exp_avg_sq_ptr, exp_avg_sq_scale_ptr, state, begin, remaining, V_CODEC, ALIGNED
             )
@@ -343,7 +344,7 @@ def step_kernel(
                     theta, residual = split(theta)
                     tl.store(residual_ptr + state + index, residual, mask=inside)
                 elif master_ptr is None:
-                    theta = bf16_rounded(theta, noise32(first, index, key) & 0xFFFF)
+                    theta = bf16_rounded(theta, noise & 0xFFFF)
                 else:
                     theta = bf16_nearest(theta)
             tl.store(weight_ptr + index, theta.to(WEIGHT_DTYPE), mask=inside)
