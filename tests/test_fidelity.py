@@ -139,7 +139,8 @@ def test_int8_is_as_close_as_the_dynamic_map_of_bitsandbytes(gradients):
     exact = list(updates(gradients, None))
     ours, theirs = (cosines(list(found), exact) for found in (updates(gradients, "int8"), dynamic_updates(gradients)))
     assert min(theirs) > 0.99
-    assert all(a >= b - 0.0005 for a, b in zip(ours, theirs, strict=True)), (min(ours), min(theirs))
+    gap = max(b - a for a, b in zip(ours, theirs, strict=True))
+    assert gap < 0.001, (gap, min(ours), min(theirs), ours[-1], theirs[-1])
 
 
 def harmful(kind: str) -> list[list[Tensor]]:

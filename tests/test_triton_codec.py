@@ -51,7 +51,7 @@ STORAGES += [(name, torch.float32, "master") for name in FORMATS]
 SOME_STORAGES = [(name, torch.bfloat16, "stochastic") for name in FORMATS]
 SOME_STORAGES += [("fp32", torch.bfloat16, "split"), ("int8", torch.float32, "master")]
 LR = 3e-3
-NOISE = torch.randint(1 << 16, (8, GROUP), generator=torch.Generator().manual_seed(1)).to(DEVICE)
+NOISE = torch.randint(1 << 16, (8, GROUP), generator=torch.Generator().manual_seed(1))
 # One group and less, groups and a rest, one chunk and a rest of it; the odd ones are not aligned.
 SHAPES = [(8, 6), (16, 40), (3, 43), (7, 1201), (100, 84), (5,)]
 
@@ -91,7 +91,7 @@ class Tile:
         kernel[(1,)](*tensors, codes, self.scales, GROUP, limit, BLOCK=self.BLOCK, CODEC=self.number)
 
     def encode(self, x: torch.Tensor, limit: int = BLOCK) -> tuple[torch.Tensor, torch.Tensor]:
-        self._run(encode_kernel, x.contiguous(), NOISE.int(), limit=limit)
+        self._run(encode_kernel, x.contiguous(), NOISE.to(DEVICE, torch.int32), limit=limit)
         assert (self.codes[0] == 77).all() and (self.scales[0] == -7).all()
         return self.typed[1:], self.scales[1:]
 
@@ -126,7 +126,7 @@ def test_a_tile_equals_its_codec(name):
     codec, tile = SCALED[name], Tile(SCALED[name])
     x = moments(codec)
     codes, scales = tile.encode(x)
-    expected_codes, expected_scales = codec.encode(x, NOISE)
+    expected_codes, expected_scales = codec.encode(x, NOISE.to(DEVICE))
     # log2 and exp2 of numbers of 2^40 lose 40 ulps; the power is a floor, and 1 / 16 off where that is near.
     torch.testing.assert_close(scales, expected_scales, rtol=1e-4 if codec.dtype == E4M3.dtype else 1e-6, atol=0)
     apart = steps_apart(codec, expected_codes, codes)
@@ -143,7 +143,7 @@ def test_a_partial_tile_leaves_the_rest_alone(name, limit):
     # What does not exist is 0 in the kernel; here it is what a code of 0 may stand for.
     x.view(-1)[limit:] = 0
     codes, scales = tile.encode(x, limit)
-    expected_codes, expected_scales = codec.encode(x, NOISE)
+    expected_codes, expected_scales = codec.encode(x, NOISE.to(DEVICE))
     groups, entries = -(-limit // GROUP), -(-limit // codec.elements)
     torch.testing.assert_close(scales[:groups], expected_scales[:groups], rtol=1e-4, atol=0)
     apart = steps_apart(codec, expected_codes.view(-1)[:entries], codes.view(-1)[:entries])
