@@ -309,7 +309,7 @@ class ActiveSet:
     def _adopt(self) -> None:
         """Take over into the masters what somebody else wrote to the weights; refuse weights that moved."""
         assert self.arena is not None
-        pointers = [param.data_ptr() for param in self._params]
+        pointers = list(map(Tensor.data_ptr, self._params))
         versions = [row.param._version for row in self._refined]
         if pointers == self._pointers and versions == self._versions:
             return

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from operator import attrgetter
+from typing import cast
 
 import numpy as np
 import torch
@@ -12,6 +14,8 @@ from misa_kernels.arena import Arena
 from misa_kernels.kernels.rows import Row, Settings, StepInput
 from misa_kernels.kernels.table import SKIP, RowTable
 from misa_kernels.reference import noise_keys
+
+DTYPE = attrgetter("dtype")
 
 
 class FusedStep:
@@ -64,16 +68,8 @@ class FusedStep:
 
     def run(self, step: StepInput) -> None:
         """Launch the step."""
-        # In one pass: with hundreds of tensors the host's time is in such loops.
         copies: list[Tensor] = []
-        pointers = [
-            0
-            if grad is None
-            else grad.data_ptr()
-            if grad.dtype is dtype and grad.is_contiguous()
-            else stray(grad, dtype, copies)
-            for grad, dtype in zip(step.grads, self._grad_dtypes, strict=True)
-        ]
+        pointers = addresses(step.grads, self._grad_dtypes, copies)
         for hyper in step.hyper:
             if isinstance(hyper.lr, Tensor) and hyper.lr.device.type != "cpu":
                 raise TypeError(
@@ -96,12 +92,13 @@ class FusedStep:
             found_inf=step.found_inf,
         )
         # Autograd must notice that saved weights are no longer what they were.
-        written = [param for param, pointer in zip(self._params, pointers, strict=True) if pointer]
+        present = bool(grads.all())
+        written = self._params if present else [p for p, pointer in zip(self._params, pointers, strict=True) if pointer]
         torch.autograd.graph.increment_version(written)
         skipped = self._skipped(step.found_inf)
         if skipped is not None:
             self._arena.skipped.add_(skipped)
-        if not grads.all():
+        if not present:
             self._count_fellows(step.grads, skipped)
         if settings.root:
             self._add_norms()
@@ -133,6 +130,27 @@ class FusedStep:
         self._launch.clear_sums()
         self._arena.root_of_squares(row.fellows for row in self._rows if row.slot == row.fellows[0])
         self._arena.score_sum.add_(self._arena.sq_norm)
+
+
+def addresses(grads: Sequence[Tensor | None], dtypes: list[torch.dtype], copies: list[Tensor]) -> list[int]:
+    """Return where each gradient lies, 0 for None; of those that are not contiguous, where their copies do.
+
+    With hundreds of tensors the host's time is in such loops, and `map` runs the usual one without the interpreter.
+
+    Raises:
+        TypeError: If one is not of its dtype.
+    """
+    try:
+        found = list(map(Tensor.data_ptr, cast(Sequence[Tensor], grads)))
+        if list(map(DTYPE, grads)) == dtypes and all(map(Tensor.is_contiguous, cast(Sequence[Tensor], grads))):
+            return found
+    except TypeError:
+        # None is among them.
+        pass
+    return [
+        0 if g is None else g.data_ptr() if g.dtype is dtype and g.is_contiguous() else stray(g, dtype, copies)
+        for g, dtype in zip(grads, dtypes, strict=True)
+    ]
 
 
 def stray(grad: Tensor, dtype: torch.dtype, copies: list[Tensor]) -> int:
