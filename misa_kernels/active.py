@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from misa_kernels.arena import Arena
-from misa_kernels.checkpoint import ELEMENTWISE
 from misa_kernels.kernels import Backend, Row, Settings, Step, StepInput, select
 from misa_kernels.reference import Hyper, momentum_flush, noise_key, store_weight
-from misa_kernels.slots import SCORES, Slots
+from misa_kernels.slots import Slots
+from misa_kernels.storage import KEYS, split, state_noise
 
 
 class ActiveSet:
@@ -60,6 +60,9 @@ class ActiveSet:
         self._backend_name = backend
         self._backend: Backend | None = None
         self._settings = settings
+        self._storage = settings.storage
+        # How the moments in `state` are stored: as they were loaded, until the first step.
+        self.storage_in_state = settings.storage
         self.seed = seed
         self.steps = 0
         self.arena: Arena | None = None
@@ -120,14 +123,14 @@ class ActiveSet:
             )
         dtypes = [block.param.dtype for block in blocks]
         device = devices.pop()
-        self._backend = select(self._backend_name, device, set(dtypes))
+        self._backend = select(self._backend_name, device, set(dtypes), self._storage)
         self.arena = Arena(
             [block.stop - block.start for block in blocks],
             dtypes,
             range(self._slots.dense),
             self._budget,
             device,
-            masters=not self._settings.stochastic,
+            storage=self._storage,
             v_floor=self._v_floor,
         )
         loaded = {param: dict(own) for param, own in self._state.items()}
@@ -135,15 +138,38 @@ class ActiveSet:
             self._state[param].update({name: vector[span] for name, vector in self.arena.vectors.items()})
         self.switch([], [*range(self._slots.dense), *enter])
         for param, own in loaded.items():
-            for name, value in own.items():
-                if name not in SCORES and name in self._state[param]:
-                    live = self._state[param][name]
-                    live.copy_(value.reshape(live.shape))
+            for name, vector in self.arena.vectors.items():
+                if name in own:
+                    vector[self._slots.spans[param]].copy_(own[name].reshape(-1))
         for slot, row in self.rows.items():
-            if self.arena.has_master(slot):
-                adopt_weight(self.arena.views(slot)["master"], row.weight())
+            self._restore(slot, row, loaded.get(row.param, {}))
+        self.storage_in_state = self._storage
         # Once more, with the ages and sums that were loaded.
         self._prepare()
+
+    def _restore(self, slot: int, row: Row, own: dict[str, Any]) -> None:
+        """Put what was loaded of one slot into the arena, converted if it was stored otherwise."""
+        assert self.arena is not None
+        saved = {name: own[key].to(self.arena.device) for name in KEYS if (key := self._slots.key(name, slot)) in own}
+        views, weight = self.arena.views(slot), row.weight()
+        saved = {name: value.reshape(-1) for name, value in saved.items()}
+        if self.storage_in_state == self._storage:
+            for name, value in saved.items():
+                views[name].copy_(value)
+        elif "exp_avg" in saved:
+            noise_of = noise_key(self.seed, 2 * self.steps + 1, row.index)
+            noise = state_noise(row.start, len(weight), noise_of, weight.device)
+            for name in self._storage.codecs:
+                x = self.storage_in_state.decode(name, saved, len(weight))
+                self._storage.encode(name, views, x, noise[name])
+            theta = self.storage_in_state.theta(saved, weight)
+            if "master" in views:
+                views["master"].copy_(theta)
+            if "residual" in views:
+                rounded, residual = split(theta)
+                views["residual"].copy_(torch.where(rounded == weight, residual, 0))
+        if "master" in views:
+            adopt_weight(views["master"], weight)
 
     def switch(self, leave: Iterable[int], enter: Sequence[int]) -> None:
         """Retire the slots that leave and train those that enter, at age 0, beside the ones that stay.
@@ -162,9 +188,9 @@ class ActiveSet:
             whole = row.stop - row.start == row.param.numel()
             shape = row.param.shape if whole else (-1, *row.param.shape[1:])
             views = self.arena.views(slot)
-            self._state[row.param].update(
-                {self._slots.key(name, slot): view.view(shape) for name, view in views.items()}
-            )
+            for name, view in views.items():
+                shaped = view.view(shape) if len(view) == row.stop - row.start else view
+                self._state[row.param][self._slots.key(name, slot)] = shaped
             if fill and slot in entering and "master" in views:
                 views["master"].copy_(row.weight())
         self._prepare()
@@ -193,7 +219,7 @@ class ActiveSet:
             (row.index, self._slots.key(name, slot))
             for slot, row in self.rows.items()
             if ages[slot] == 0
-            for name in ELEMENTWISE
+            for name in KEYS
         ]
 
     def retire(self, leave: Iterable[int]) -> None:
@@ -204,25 +230,23 @@ class ActiveSet:
         rows = {slot: self.rows.pop(slot) for slot in leave}
         for slot, row in rows.items():
             self._write_back(row)
-            for name in ELEMENTWISE:
+            for name in KEYS:
                 self._state[row.param].pop(self._slots.key(name, slot), None)
 
     def _write_back(self, row: Row) -> None:
         """Leave in the weight what momentum and master still hold of it."""
         assert self.arena is not None
         views = self.arena.views(row.slot)
-        master = views.get("master")
         flushed = self._momentum_flush and row.module is not None
-        if master is None and not flushed:
+        if not flushed and views.keys().isdisjoint(("master", "residual")):
             return
         weight, age = row.weight(), self.arena.age[row.slot]
-        theta = weight.to(views["exp_avg"].dtype)
-        if master is not None:
-            # A master without an update may never have been filled.
-            theta = torch.where(age > 0, master, theta)
+        # A state without an update may never have been filled.
+        theta = torch.where(age > 0, self._storage.theta(views, weight), self._storage.theta({}, weight))
         if flushed:
             hyper = Hyper.of(self._groups[row.group])
-            theta = momentum_flush(theta, views["exp_avg"], views["exp_avg_sq"], hyper, age)
+            m, v = (self._storage.decode(name, views, len(weight)) for name in ("exp_avg", "exp_avg_sq"))
+            theta = momentum_flush(theta, m, v, hyper, age)
         # Stochastic, or updates below half an ulp would be lost in every round. Odd numbers, since the even ones
         # key the noise of the steps.
         store_weight(weight, theta, row.start, noise_key(self.seed, 2 * self.steps + 1, row.index))
@@ -253,8 +277,13 @@ class ActiveSet:
                     f"{self._names[row.index]} has strides {param.stride()} for shape {tuple(param.shape)} and must be "
                     "contiguous: set param.data = param.data.contiguous()"
                 )
-            if a != b and self.arena.has_master(row.slot):
-                adopt_weight(self.arena.views(row.slot)["master"], row.weight())
+            if a != b:
+                views = self.arena.views(row.slot)
+                if "master" in views:
+                    adopt_weight(views["master"], row.weight())
+                if "residual" in views:
+                    # What the old weight lacked means nothing to the new one.
+                    views["residual"].zero_()
         self._pointers = pointers
 
     def _refuse_sparse(self, grads: Sequence[Tensor | None]) -> None:

@@ -7,14 +7,17 @@ score) exist for all of them.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
-# Offsets are multiples of this many elements, so that every slot starts on a 256-byte line in float32.
-ALIGNMENT = 64
+from misa_kernels.codec import GROUP
+from misa_kernels.storage import Buffer, Storage
+
+# Offsets are multiples of this many elements, so that groups with a scale of their own begin with the slot.
+ALIGNMENT = GROUP
 # Overlapping moves go through a bounce buffer of this many elements: 4 MB in float32.
 MOVE_ELEMENTS = 1 << 20
 
@@ -40,18 +43,19 @@ def capacity(always: Sequence[int], candidates: Sequence[int], budget: int) -> i
 
 
 class Pool:
-    """State of the active slots of one weight dtype: `exp_avg`, `exp_avg_sq` and, if asked for, `master`.
+    """State of the active slots of one weight dtype.
 
     Args:
         elements: Capacity, see `capacity`.
-        dtype: Dtype of the state: float32, or float64 for float64 weights.
+        kinds: What the state is made of, see `Storage.buffers`.
         device: Where the weights are.
-        master: Whether to hold a copy of the weights in `dtype`.
     """
 
-    def __init__(self, elements: int, dtype: torch.dtype, device: torch.device, master: bool) -> None:
-        names = ("exp_avg", "exp_avg_sq", "master") if master else ("exp_avg", "exp_avg_sq")
-        self.buffers = {name: torch.empty(elements, dtype=dtype, device=device) for name in names}
+    def __init__(self, elements: int, kinds: Mapping[str, Buffer], device: torch.device) -> None:
+        self.kinds = kinds
+        self.buffers = {
+            name: torch.empty(kind.numel(elements), dtype=kind.dtype, device=device) for name, kind in kinds.items()
+        }
         self.offsets: dict[int, int] = {}
         self.used = 0
 
@@ -60,8 +64,9 @@ class Pool:
         self.used, moved = 0, {}
         # Ascending, so that a slot only ever moves down into space already vacated.
         for slot in sorted(keep, key=self.offsets.__getitem__):
-            for buffer in self.buffers.values():
-                move_down(buffer, self.offsets[slot], self.used, numel[slot])
+            for name, buffer in self.buffers.items():
+                numbers = (self.offsets[slot], self.used, numel[slot])
+                move_down(buffer, *(self.kinds[name].numel(number) for number in numbers))
             moved[slot] = self.used
             self.used += padded(numel[slot])
         start = self.used
@@ -70,8 +75,16 @@ class Pool:
             self.used += padded(numel[slot])
         self.offsets = moved
         if clear:
-            for name in ("exp_avg", "exp_avg_sq"):
-                self.buffers[name][start : self.used].zero_()
+            for name, buffer in self.buffers.items():
+                buffer[self.kinds[name].numel(start) : self.kinds[name].numel(self.used)].zero_()
+
+    def views(self, slot: int, numel: int) -> dict[str, Tensor]:
+        """Return one slot's part of each buffer, 1-D."""
+        kinds, offset = self.kinds, self.offsets[slot]
+        return {
+            name: buffer[kinds[name].numel(offset) :][: kinds[name].numel(numel)]
+            for name, buffer in self.buffers.items()
+        }
 
 
 def move_down(buffer: Tensor, source: int, target: int, numel: int) -> None:
@@ -95,7 +108,7 @@ class Arena:
         always: Numbers of the slots that are never given back.
         budget: δN, in elements.
         device: Where the weights are.
-        masters: Whether 16-bit weights have a float32 master.
+        storage: What the state of a slot is made of.
         v_floor: Whether to hold the proof's floor c per slot.
 
     Attributes:
@@ -115,7 +128,7 @@ class Arena:
         budget: int,
         device: torch.device,
         *,
-        masters: bool,
+        storage: Storage,
         v_floor: bool,
     ) -> None:
         self.device = device
@@ -130,8 +143,7 @@ class Arena:
                 [self.numel[slot] for slot in slots if slot not in dense],
                 budget,
             )
-            master = masters and dtype.itemsize == 2
-            self.pools[dtype] = Pool(elements, torch.promote_types(dtype, torch.float32), device, master)
+            self.pools[dtype] = Pool(elements, storage.buffers(dtype), device)
         count = len(self.numel)
         self.age = torch.zeros(count, dtype=torch.int32, device=device)
         self.updates = torch.zeros(count, dtype=torch.int32, device=device)
@@ -145,7 +157,7 @@ class Arena:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of moments and masters, lent or not."""
+        """Bytes of moments, masters and residuals, lent or not."""
         buffers = [buffer for pool in self.pools.values() for buffer in pool.buffers.values()]
         return sum(buffer.numel() * buffer.element_size() for buffer in buffers)
 
@@ -157,7 +169,7 @@ class Arena:
         Args:
             keep: Active slots that stay, with their contents.
             enter: Slots that enter, without their masters, which are left for the caller to fill.
-            clear: Whether the moments of entering slots are set to 0.
+            clear: Whether the state of entering slots is set to 0.
         """
         keep = list(keep)
         left = {slot for pool in self.pools.values() for slot in pool.offsets}.difference(keep)
@@ -178,18 +190,12 @@ class Arena:
             sums.zero_()
 
     def views(self, slot: int) -> dict[str, Tensor]:
-        """Return one active slot's part of each buffer, 1-D of its numel."""
-        pool = self.pools[self.dtypes[slot]]
-        start = pool.offsets[slot]
-        return {name: buffer[start : start + self.numel[slot]] for name, buffer in pool.buffers.items()}
+        """Return one active slot's part of each buffer, 1-D."""
+        return self.pools[self.dtypes[slot]].views(slot, self.numel[slot])
 
     def offset(self, slot: int) -> int:
-        """Return where an active slot's part of each buffer of its pool begins, in elements."""
+        """Return where an active slot's part of its pool begins, in elements."""
         return self.pools[self.dtypes[slot]].offsets[slot]
-
-    def has_master(self, slot: int) -> bool:
-        """Whether a slot's weight has a float32 copy."""
-        return "master" in self.pools[self.dtypes[slot]].buffers
 
     @property
     def vectors(self) -> dict[str, Tensor]:

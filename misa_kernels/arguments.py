@@ -12,8 +12,10 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from misa_kernels.codec import FORMATS
 from misa_kernels.partition import Partition
 from misa_kernels.sampler import Sampler
+from misa_kernels.storage import PRECISIONS, Storage
 
 # What torch.optim.AdamW has and MISA does not; only these values mean the same in both.
 ADAMW_ONLY: dict[str, bool | None] = {
@@ -34,6 +36,7 @@ CONSTRUCTOR_WIDE = (
     "momentum_flush",
     "v_floor",
     "param_precision",
+    "state_dtype",
     "max_grad_norm",
     "skip_nonfinite",
     "seed",
@@ -115,6 +118,7 @@ def check_constructor(
     momentum_flush: Any,
     v_floor: Any,
     param_precision: Any,
+    state_dtype: Any,
     max_grad_norm: Any,
     skip_nonfinite: Any,
     seed: Any,
@@ -136,7 +140,8 @@ def check_constructor(
         if not isinstance(value, bool):
             raise TypeError(f"{name}={value!r} must be True or False")
     _check_choice("keep_states", keep_states, ("staying", "none"))
-    _check_choice("param_precision", param_precision, ("master", "stochastic"))
+    _check_choice("param_precision", param_precision, PRECISIONS)
+    _check_choice("state_dtype", state_dtype, tuple(FORMATS))
     if max_grad_norm is not None:
         check_range("max_grad_norm", max_grad_norm, 5e-324, math.inf, "None or a number > 0")
     _check_count("seed", seed, 0, "a whole number >= 0 below 2**63")
@@ -214,7 +219,7 @@ def check_unclaimed(groups: list[dict[str, Any]]) -> None:
                 )
 
 
-def check_trainable(partition: Partition, param_precision: str) -> None:
+def check_trainable(partition: Partition, storage: Storage) -> None:
     """Refuse weight dtypes that no step can update."""
     for block in [*partition.dense, *(block for module in partition.modules for block in module.blocks)]:
         dtype, name = block.param.dtype, partition.names[block.index]
@@ -222,9 +227,14 @@ def check_trainable(partition: Partition, param_precision: str) -> None:
             raise TypeError(
                 f"{name} is {dtype}: MISA trains float32, bfloat16, float16 and float64; give it the role 'frozen'"
             )
-        if param_precision == "stochastic" and dtype == torch.float16:
+        if storage.param_precision != "master" and dtype == torch.float16:
             raise ValueError(
-                f"param_precision='stochastic' rounds bfloat16 weights, but {name} is float16: use 'master'"
+                f"param_precision={storage.param_precision!r} is for bfloat16 weights, but {name} is float16: use "
+                "'master'"
+            )
+        if storage.state_dtype != "fp32" and dtype == torch.float64:
+            raise ValueError(
+                f"state_dtype={storage.state_dtype!r} is for weights up to float32, but {name} is float64: use 'fp32'"
             )
 
 

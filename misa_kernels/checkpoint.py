@@ -12,11 +12,12 @@ from typing import Any
 
 from torch import Tensor
 
+from misa_kernels.storage import KEYS, Storage
+
 # Kept in the first group of a saved state: the round, the step in it, step() calls so far, the seed of all
-# draws (a draw depends on nothing but seed, round and scores), and steps skipped in earlier rounds.
-POSITION = ("round", "round_step", "steps", "seed", "skipped_steps")
-# State with the elements of the weight; everything else has one element a block.
-ELEMENTWISE = ("exp_avg", "exp_avg_sq", "master")
+# draws (a draw depends on nothing but seed, round and scores), steps skipped in earlier rounds, and how the
+# moments are stored.
+POSITION = ("round", "round_step", "steps", "seed", "skipped_steps", "state_dtype", "param_precision")
 
 
 def detach(state: dict[Any, dict[str, Any]]) -> dict[Any, dict[str, Any]]:
@@ -31,13 +32,25 @@ def detach(state: dict[Any, dict[str, Any]]) -> dict[Any, dict[str, Any]]:
         if not isinstance(value, Tensor):
             return value
         base = value._base
-        if base is None or name.split(".")[0] in ELEMENTWISE:
+        if base is None or name.split(".")[0] in KEYS:
             return value.detach().clone()
         if id(base) not in copies:
             copies[id(base)] = base.detach().clone()
         return copies[id(base)].as_strided(value.size(), value.stride(), value.storage_offset())
 
     return {param: {name: copied(name, value) for name, value in own.items()} for param, own in state.items()}
+
+
+def storage_of(saved: dict[str, Any]) -> Storage:
+    """Return how the moments of a saved state are stored.
+
+    Raises:
+        ValueError: If it is another optimizer's.
+    """
+    groups = saved["param_groups"]
+    if not groups or any(name not in groups[0] for name in POSITION):
+        raise ValueError("state dict has no 'round' in its first group: it was not saved by MISA")
+    return Storage(groups[0]["state_dtype"], groups[0]["param_precision"])
 
 
 def match(
@@ -48,14 +61,12 @@ def match(
     Args:
         saved: What `state_dict` returned.
         groups: The live `param_groups`.
-        sizes: For every parameter that may be trained, its elementwise state keys and their numel.
+        sizes: For every parameter that may be trained, the keys of what is stored of it and their numel.
 
     Raises:
-        ValueError: If it is another optimizer's, another model's, or made with other block boundaries.
+        ValueError: If it is another model's, or made with other block boundaries.
     """
     saved_groups = saved["param_groups"]
-    if not saved_groups or any(name not in saved_groups[0] for name in POSITION):
-        raise ValueError("state dict has no 'round' in its first group: it was not saved by MISA")
     counts, saved_counts = ([len(group["params"]) for group in side] for side in (groups, saved_groups))
     if counts != saved_counts:
         raise ValueError(

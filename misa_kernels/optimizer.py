@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable
 from typing import Any, cast
 
@@ -24,6 +25,7 @@ from misa_kernels.sampler import (
     scores,
 )
 from misa_kernels.slots import SCORES, Slots
+from misa_kernels.storage import Storage
 
 Params = Iterable[Tensor] | Iterable[tuple[str, Tensor]] | Iterable[dict[str, Any]]
 
@@ -60,7 +62,11 @@ class MISA(torch.optim.Optimizer):
             dropped (the paper's line 16).
         v_floor: The AMSGrad-type maximum of the paper's proof, one a module; `backend="reference"` only.
         param_precision: What keeps updates below the resolution of 16-bit weights: "master", a float32 copy
-            of the active ones, or "stochastic", stochastic rounding (bfloat16 only).
+            of the active ones; for bfloat16 also "split", the 16 bits that its weights lack of float32, or
+            "stochastic", stochastic rounding.
+        state_dtype: How the two moments are stored: "fp32", 8 bytes a parameter; "bf16", 4, rounded stochastically;
+            "int8", 2.06, in groups of 128 with a scale; "fp8", 2.13, E4M3 with COAT's range expansion; or
+            "int8+int4", 1.56, the second moment in 4 bits.
         max_grad_norm: Clip gradients to this global norm, over active and dense tensors, inside the step;
             scores are taken before it. None: no clipping.
         skip_nonfinite: Leave everything untouched in a step whose gradients hold NaN or Inf, and count it.
@@ -93,6 +99,7 @@ class MISA(torch.optim.Optimizer):
         momentum_flush: bool = False,
         v_floor: bool = False,
         param_precision: str = "master",
+        state_dtype: str = "fp32",
         max_grad_norm: float | None = None,
         skip_nonfinite: bool = False,
         seed: int = 0,
@@ -111,6 +118,7 @@ class MISA(torch.optim.Optimizer):
             momentum_flush=momentum_flush,
             v_floor=v_floor,
             param_precision=param_precision,
+            state_dtype=state_dtype,
             max_grad_norm=max_grad_norm,
             skip_nonfinite=skip_nonfinite,
             seed=seed,
@@ -127,7 +135,8 @@ class MISA(torch.optim.Optimizer):
 
         arguments.check_unclaimed(self.param_groups)
         self._partition = partition(self.param_groups, delta, self.sampler.granularity, self.sampler.oversized)
-        arguments.check_trainable(self._partition, param_precision)
+        self._storage = Storage(state_dtype, param_precision)
+        arguments.check_trainable(self._partition, self._storage)
         self.modules: list[Module] = self._partition.modules
         self._slots = Slots(self._partition, self.param_groups)
         self._candidates = Candidates(
@@ -149,7 +158,7 @@ class MISA(torch.optim.Optimizer):
             settings=kernels.Settings(
                 max_grad_norm=max_grad_norm,
                 skip_nonfinite=skip_nonfinite,
-                stochastic=param_precision == "stochastic",
+                storage=self._storage,
                 root=self.sampler.importance_norm == "norm",
             ),
             seed=int(seed),
@@ -372,7 +381,8 @@ class MISA(torch.optim.Optimizer):
         saved = dict(state_dict)
         for hook in self._optimizer_load_state_dict_pre_hooks.values():
             saved = hook(self, saved) or saved
-        own = checkpoint.match(saved, self.param_groups, self._slots.sizes())
+        storage = checkpoint.storage_of(saved)
+        own = checkpoint.match(saved, self.param_groups, self._slots.sizes(storage))
         values = self._slots.read(own)
         active = np.flatnonzero(self._slots.first(values["active"]))
         needed = int(self._candidates.numel[active].sum())
@@ -392,6 +402,9 @@ class MISA(torch.optim.Optimizer):
         self._candidates.count[:] = self._slots.first(values["importance_count"])
         self._candidates.last_round[:] = self._slots.first(values["last_round"])
         self._trained.forget()
+        self._trained.storage_in_state = storage
+        if storage != self._storage:
+            warnings.warn(f"MISA converts a state dict with {storage} to {self._storage}", stacklevel=2)
         self.state.clear()
         for param, tensors in own.items():
             self.state[param].update(
@@ -427,5 +440,7 @@ def _complete(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> N
         optimizer._trained.steps,
         optimizer._trained.seed,
         optimizer.skipped_steps,
+        optimizer._trained.storage_in_state.state_dtype,
+        optimizer._trained.storage_in_state.param_precision,
     )
     state_dict["param_groups"][0].update(zip(checkpoint.POSITION, position, strict=True))

@@ -245,10 +245,15 @@ def noise16(index: Tensor, key: int) -> Tensor:
     Returns:
         int64 in [0, 65536), the shape of `index`.
     """
+    return noise32(index, key) & 0xFFFF
+
+
+def noise32(index: Tensor, key: int) -> Tensor:
+    """Return 32 bits of noise for each element, of which `noise16` is the lower half."""
     high = index >> 32
     # Beyond 2^32 elements the upper half of the index enters the key.
     keys = torch.where(high != 0, lowbias32(high ^ key), key)
-    return lowbias32((index & MASK32) ^ keys) & 0xFFFF
+    return lowbias32((index & MASK32) ^ keys)
 
 
 def noise_key(seed: int, step: int, parameter: int) -> int:

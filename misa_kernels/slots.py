@@ -13,9 +13,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from misa_kernels.checkpoint import ELEMENTWISE
 from misa_kernels.kernels import Row
 from misa_kernels.partition import Block, Partition
+from misa_kernels.storage import Storage
 
 # One number a sampled block, on the host, from construction on: what the sampler knows and what is active.
 SCORES = {
@@ -59,13 +59,13 @@ class Slots:
         self._suffixes = ["" if a else f".{block.number}" for a, block in zip(alone, self.blocks, strict=True)]
         self.scores = {name: torch.zeros(len(self.blocks), dtype=dtype) for name, dtype in SCORES.items()}
 
-    def sizes(self) -> dict[Tensor, dict[str, int]]:
-        """Return, for every parameter, the state keys of its blocks' moments and masters, and their numel."""
+    def sizes(self, storage: Storage) -> dict[Tensor, dict[str, int]]:
+        """Return, for every parameter, the state keys of what its blocks store, and their numel."""
         return {
             param: {
-                self.key(name, slot): self.blocks[slot].stop - self.blocks[slot].start
+                self.key(name, slot): buffer.numel(self.blocks[slot].stop - self.blocks[slot].start)
                 for slot in range(span.start, span.stop)
-                for name in ELEMENTWISE
+                for name, buffer in storage.buffers(param.dtype).items()
             }
             for param, span in self.spans.items()
         }

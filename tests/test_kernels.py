@@ -8,7 +8,9 @@ from torch import nn
 from misa_kernels import MISA, kernels
 from misa_kernels.kernels.native import CpuStep
 from misa_kernels.kernels.plain import PlainStep
+from misa_kernels.storage import Storage
 
+PLAIN = Storage()
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
 
@@ -20,19 +22,19 @@ def gpu_machine(monkeypatch):
 
 
 def test_auto_takes_the_fused_step_where_it_can_run(gpu_machine):
-    fused = kernels.select("auto", CUDA, {torch.float32, torch.bfloat16})
+    fused = kernels.select("auto", CUDA, {torch.float32, torch.bfloat16}, PLAIN)
     assert fused.__name__ == "TritonStep"
-    assert kernels.select("triton", CUDA, {torch.float16}) is fused
-    assert kernels.select("auto", CPU, {torch.float32}) is CpuStep
-    assert kernels.select("auto", CUDA, {torch.float32, torch.float64}) is PlainStep
-    assert kernels.select("reference", CUDA, {torch.float32}) is PlainStep
+    assert kernels.select("triton", CUDA, {torch.float16}, PLAIN) is fused
+    assert kernels.select("auto", CPU, {torch.float32}, PLAIN) is CpuStep
+    assert kernels.select("auto", CUDA, {torch.float32, torch.float64}, PLAIN) is PlainStep
+    assert kernels.select("reference", CUDA, {torch.float32}, PLAIN) is PlainStep
 
 
 def test_old_triton_is_named_with_what_brings_a_new_one(gpu_machine, monkeypatch):
     monkeypatch.setattr(triton, "__version__", "3.5.1")
     with pytest.raises(ValueError, match="needs Triton 3.6, got 3.5.1: install torch 2.10 or later"):
         kernels.check("triton")
-    assert kernels.select("auto", CUDA, {torch.float32}) is PlainStep
+    assert kernels.select("auto", CUDA, {torch.float32}, PLAIN) is PlainStep
 
 
 def test_triton_asked_for_is_never_replaced(gpu_machine):
@@ -41,7 +43,7 @@ def test_triton_asked_for_is_never_replaced(gpu_machine):
     with pytest.raises(RuntimeError, match="float32 weights on cpu.*use backend='auto'"):
         optimizer.step()
     with pytest.raises(RuntimeError, match="float64"):
-        kernels.select("triton", CUDA, {torch.float64})
+        kernels.select("triton", CUDA, {torch.float64}, PLAIN)
 
 
 def test_triton_without_a_gpu_is_refused_at_construction(monkeypatch):

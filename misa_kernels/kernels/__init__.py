@@ -19,6 +19,7 @@ from misa_kernels.arena import Arena
 from misa_kernels.kernels import native, table
 from misa_kernels.kernels.plain import PlainStep
 from misa_kernels.kernels.rows import Row, Settings, StepInput
+from misa_kernels.storage import Storage
 
 __all__ = ["BACKENDS", "Backend", "Row", "Settings", "Step", "StepInput", "check", "select", "unusable"]
 
@@ -64,13 +65,14 @@ def check(backend: str) -> None:
         raise ValueError(f"backend={backend!r} {reason}; 'auto' takes what there is")
 
 
-def select(backend: str, device: torch.device, dtypes: Collection[torch.dtype]) -> Backend:
+def select(backend: str, device: torch.device, dtypes: Collection[torch.dtype], storage: Storage) -> Backend:
     """Return the class that runs the steps.
 
     Args:
         backend: A name that `check` has passed.
         device: Where the weights are.
         dtypes: Their dtypes.
+        storage: How moments and weights are stored.
 
     Raises:
         RuntimeError: If the backend asked for cannot run there.
@@ -80,7 +82,7 @@ def select(backend: str, device: torch.device, dtypes: Collection[torch.dtype]) 
     if backend == "auto":
         reasons = []
         for name in PREFERRED.get(device.type, ()):
-            if all(dtype in _dtypes(name) for dtype in dtypes):
+            if storage in _storages(name) and all(dtype in _dtypes(name) for dtype in dtypes):
                 reason = unusable(name)
                 if reason is None:
                     return _class(name)
@@ -94,6 +96,11 @@ def select(backend: str, device: torch.device, dtypes: Collection[torch.dtype]) 
             f"backend={backend!r} got {', '.join(sorted(map(str, dtypes)))} weights on {device}, and updates "
             f"{', '.join(map(str, _dtypes(backend)))} on {device_type.upper()} devices: use backend='auto'"
         )
+    if storage not in _storages(backend):
+        raise RuntimeError(
+            f"backend={backend!r} has no state_dtype={storage.state_dtype!r} with "
+            f"param_precision={storage.param_precision!r}: use backend='auto'"
+        )
     return _class(backend)
 
 
@@ -106,6 +113,10 @@ def unusable(backend: str) -> str | None:
 
 def _dtypes(backend: str) -> tuple[torch.dtype, ...]:
     return table.DTYPES if backend == "triton" else native.NativeTable.dtypes
+
+
+def _storages(backend: str) -> set[Storage]:
+    return {Storage("fp32", "master"), Storage("fp32", "stochastic")}
 
 
 def _class(backend: str) -> Backend:

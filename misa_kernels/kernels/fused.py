@@ -82,7 +82,7 @@ class FusedStep:
             weights + self._weight_offset,
             np.where(pointers == 0, 0, pointers + self._grad_offset),
             np.array(step.hyper[: self._groups], dtype=np.float64),
-            noise_keys(step.seed, 2 * step.number, self._index) if settings.stochastic else None,
+            noise_keys(step.seed, 2 * step.number, self._index) if settings.storage.noisy else None,
             max_grad_norm=settings.max_grad_norm,
             skip_nonfinite=settings.skip_nonfinite,
             grad_scale=step.grad_scale,

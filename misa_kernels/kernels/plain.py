@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+
+from torch import Tensor
 
 from misa_kernels import reference
 from misa_kernels.arena import Arena
 from misa_kernels.kernels.rows import Row, Settings, StepInput
+from misa_kernels.storage import split, state_noise
 
 
 class PlainStep:
@@ -29,27 +32,30 @@ class PlainStep:
 
     def run(self, step: StepInput) -> None:
         """Update everything that has a gradient, and count it in the arena."""
-        arena, settings = self._arena, self._settings
-        present = []
+        arena, settings, storage = self._arena, self._settings, self._settings.storage
+        present, stores = [], []
         for row, views, grad in zip(self._rows, self._views, step.grads, strict=True):
             if grad is None:
                 arena.sq_norm[row.slot].zero_()
                 continue
+            weight = row.weight()
+            moments = {name: storage.decode(name, views, len(weight)) for name in storage.codecs}
+            whole = storage.theta(views, weight) if "residual" in views else weight
             present.append(
                 reference.Row(
-                    exp_avg=views["exp_avg"],
-                    exp_avg_sq=views["exp_avg_sq"],
+                    **moments,
                     master=views.get("master"),
                     age=arena.age[row.slot],
                     sq_norm=arena.sq_norm[row.slot],
                     v_floor=None if arena.v_floor is None or row.module is None else arena.v_floor[row.fellows[0]],
                     start=row.start,
-                    theta=row.weight(),
+                    theta=whole,
                     grad=grad.reshape(-1)[row.start : row.stop],
                     hyper=step.hyper[row.group],
-                    noise_key=step.noise_key(row) if settings.stochastic else None,
+                    noise_key=step.noise_key(row) if storage.param_precision == "stochastic" else None,
                 )
             )
+            stores.append((row, views, moments, whole))
         finite = reference.adamw_step(
             present,
             max_grad_norm=settings.max_grad_norm,
@@ -57,11 +63,33 @@ class PlainStep:
             grad_scale=step.grad_scale,
             found_inf=step.found_inf,
         )
+        for row, views, moments, whole in stores:
+            self._store(step, row, views, moments, whole, None if finite is None else ~finite)
         if settings.root:
             arena.root_of_squares(row.fellows for row in self._rows if row.slot == row.fellows[0])
         missing = {row.slot for row, grad in zip(self._rows, step.grads, strict=True) if grad is None}
         idle = [row.slot for row in self._rows if missing.issuperset(row.fellows)]
         arena.advance(missing, idle, finite)
+
+    def _store(
+        self,
+        step: StepInput,
+        row: Row,
+        views: Mapping[str, Tensor],
+        moments: Mapping[str, Tensor],
+        theta: Tensor,
+        skipped: Tensor | None,
+    ) -> None:
+        """Write back what was decoded; what is stored as it is has been updated in place."""
+        storage = self._settings.storage
+        noise = state_noise(row.start, len(theta), step.noise_key(row), theta.device) if storage.noisy else {}
+        for name, x in moments.items():
+            if x is not views[name]:
+                storage.encode(name, views, x, noise.get(name), skipped)
+        if "residual" in views:
+            weight, residual = split(theta)
+            row.weight().copy_(weight)
+            views["residual"].copy_(residual)
 
     def collect(self) -> None:
         """Do nothing: the arena's counters are up to date after every step."""

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from misa_kernels.reference import Hyper, noise_key
+from misa_kernels.storage import Storage
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,13 +47,13 @@ class Settings:
     Attributes:
         max_grad_norm: Global norm to clip to, or None.
         skip_nonfinite: Whether a step with nonfinite gradients leaves everything as it is.
-        stochastic: Whether 16-bit weights without a master are rounded stochastically.
+        storage: How moments and the lower bits of 16-bit weights are stored.
         root: Whether scores add up ‖g‖ instead of ‖g‖².
     """
 
     max_grad_norm: float | None
     skip_nonfinite: bool
-    stochastic: bool
+    storage: Storage
     root: bool
 
 

@@ -1,0 +1,135 @@
+"""What the state of a tensor is made of: its buffers for each choice of precision, and float32 into and out of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from misa_kernels.codec import FORMATS, FP32, GROUP, Codec
+from misa_kernels.reference import MASK32, lowbias32, noise32
+
+PRECISIONS = ("master", "split", "stochastic")
+# Every key that a slot's state can have; everything else in `state` is one number a slot.
+KEYS = ("exp_avg", "exp_avg_scale", "exp_avg_sq", "exp_avg_sq_scale", "master", "residual")
+
+
+class Buffer(NamedTuple):
+    """One tensor of a slot's state.
+
+    Attributes:
+        dtype: Of its entries.
+        elements: Elements of the weight that an entry stands for.
+        entries: Entries for so many elements.
+    """
+
+    dtype: torch.dtype
+    elements: int
+    entries: int = 1
+
+    def numel(self, elements: int) -> int:
+        """Return the entries that a weight of so many elements needs."""
+        return -(-elements // self.elements) * self.entries
+
+
+@dataclass(frozen=True)
+class Storage:
+    """How moments are stored, and what keeps updates below the resolution of 16-bit weights.
+
+    Attributes:
+        state_dtype: Key of `FORMATS`.
+        param_precision: "master", a float32 copy; "split", the 16 bits that bfloat16 cuts off; "stochastic", nothing.
+    """
+
+    state_dtype: str = "fp32"
+    param_precision: str = "master"
+
+    @property
+    def codecs(self) -> Mapping[str, Codec]:
+        """How each moment is stored, by its key."""
+        return FORMATS[self.state_dtype]
+
+    @property
+    def noisy(self) -> bool:
+        """Whether a step rounds anything stochastically."""
+        return self.param_precision == "stochastic" or self.state_dtype == "bf16"
+
+    def buffers(self, weight: torch.dtype) -> dict[str, Buffer]:
+        """Return the tensors of a slot's state by key; the moments of float64 weights are float64."""
+        found = {}
+        for name, codec in self.codecs.items():
+            dtype = torch.promote_types(codec.dtype, weight) if codec is FP32 and weight.itemsize == 8 else codec.dtype
+            found[name] = Buffer(dtype, codec.elements)
+            if codec.scales:
+                found[f"{name}_scale"] = Buffer(torch.float32, GROUP, codec.scales)
+        if weight.itemsize == 2 and self.param_precision == "master":
+            found["master"] = Buffer(torch.float32, 1)
+        if weight.itemsize == 2 and self.param_precision == "split":
+            found["residual"] = Buffer(torch.int16, 1)
+        return found
+
+    def decode(self, name: str, views: Mapping[str, Tensor], numel: int) -> Tensor:
+        """Return a moment of shape (numel,): the stored tensor itself where it is not compressed."""
+        codec = self.codecs[name]
+        if codec is FP32:
+            return views[name]
+        codes = _groups(views[name], GROUP // codec.elements)
+        scales = views[f"{name}_scale"].view(-1, codec.scales) if codec.scales else codes.new_empty(len(codes), 0)
+        return codec.decode(codes, scales).flatten()[:numel]
+
+    def encode(
+        self, name: str, views: Mapping[str, Tensor], x: Tensor, noise: Tensor | None, keep: Tensor | None = None
+    ) -> None:
+        """Store a moment; where `keep`, a 0-dim bool, is true, leave what is stored."""
+        codec = self.codecs[name]
+        codes, scales = codec.encode(_groups(x, GROUP), None if noise is None else _groups(noise, GROUP))
+        new = {name: codes.flatten()[: len(views[name])]}
+        if codec.scales:
+            new[f"{name}_scale"] = scales.flatten()
+        for key, value in new.items():
+            # torch.where knows no float8.
+            words = views[key].view(torch.uint8) if value.dtype == torch.float8_e4m3fn else views[key]
+            value = value.view(words.dtype)
+            words.copy_(value if keep is None else torch.where(keep, words, value))
+
+    def theta(self, views: Mapping[str, Tensor], weight: Tensor) -> Tensor:
+        """Return the weight with all its bits, of shape (numel,) in the arithmetic dtype: a master or a copy."""
+        if "master" in views:
+            return views["master"]
+        if "residual" in views:
+            return join(weight, views["residual"])
+        return weight.to(torch.promote_types(weight.dtype, torch.float32))
+
+
+def state_noise(start: int, numel: int, key: int, device: torch.device) -> dict[str, Tensor]:
+    """Return the rounding noise of both moments, int64 in [0, 65536), from one hash an element.
+
+    Args:
+        start: Index of the first element within the whole parameter.
+        numel: Number of elements.
+        key: The parameter's noise key of this step.
+        device: Where the moments are.
+    """
+    bits = noise32(torch.arange(start, start + numel, device=device), lowbias32(key + 1 & MASK32))
+    return {"exp_avg": bits & 0xFFFF, "exp_avg_sq": bits >> 16}
+
+
+def join(weight: Tensor, residual: Tensor) -> Tensor:
+    """Return the float32 numbers whose parts `split` gave."""
+    return ((weight.view(torch.int16).int() << 16) + residual.int()).view(torch.float32)
+
+
+def split(theta: Tensor) -> tuple[Tensor, Tensor]:
+    """Cut float32 into the nearest bfloat16, ties away from zero, and the 16 bits that are missing, as int16."""
+    bits = theta.view(torch.int32)
+    nan = theta.isnan()
+    upper = torch.where(nan, bits >> 16 | 0x40, bits + 0x8000 >> 16)
+    return upper.to(torch.int16).view(torch.bfloat16), torch.where(nan, 0, bits).to(torch.int16)
+
+
+def _groups(x: Tensor, width: int) -> Tensor:
+    return F.pad(x, (0, -len(x) % width)).view(-1, width) if len(x) % width else x.view(-1, width)
