@@ -28,6 +28,8 @@ MISA_STATE_BYTES = {
     "fp32": 2 * 4.0,
     "bf16": 2 * 2.0,
     "int8": 2 * (1 + 4 / BLOCK),
+    "fp8": 2 * (1 + 8 / BLOCK),
+    "int8+int4": (1 + 4 / BLOCK) + (1 / 2 + 4 / BLOCK),
 }
 Size = int | float
 
@@ -188,9 +190,8 @@ def sampled(preset: Callable[[], dict]) -> Method:
     def build(
         model: Llama, state: str, delta: Size, lr: float, steps: int, seed: int
     ) -> tuple[nn.Module, torch.optim.Optimizer]:
-        extra = {} if state == "fp32" else {"state_dtype": state}
         groups = param_groups(model)
-        return model, MISA(groups, lr=lr, delta=delta, total_steps=steps, seed=seed, **extra, **preset())
+        return model, MISA(groups, lr=lr, delta=delta, total_steps=steps, state_dtype=state, seed=seed, **preset())
 
     return Method(tuple(MISA_STATE_BYTES), sampled_delta, sampled_bytes, build)
 

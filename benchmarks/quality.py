@@ -81,11 +81,25 @@ def small(method: str, state: str, power: int, *arms: tuple[str, str | None, int
 SEARCHES = (
     small("MISA", "fp32", 1, ("fp32", None, 8, 3), ("fp32", None, 4, 3)),
     small("LoRA", "fp32", 2, ("fp32", None, 8, 3), ("fp32", None, 4, 3)),
+    small(
+        "MISA",
+        "int8",
+        1,
+        ("int8", None, 8, 5),
+        ("int8", None, 4, 5),
+        ("int8", "uniform", 8, 3),
+        ("int8", "uniform", 4, 3),
+        ("int8+int4", None, 8, 3),
+        ("fp8", None, 8, 3),
+        ("bf16", None, 8, 3),
+        ("int8+int4", None, 4, 3),
+    ),
     small("AdamW", "fp32", 0, ("fp32", None, 8, 5)),
     small("LoRA", "int8", 2, ("int8", None, 8, 5), ("int8", None, 4, 5)),
     small("GaLore", "int8", 1, ("int8", None, 8, 5), ("int8", None, 4, 5)),
+    small("BAdam", "int8", 1, ("int8", None, 8, 3), ("int8", None, 4, 3)),
     small("GaLore, gap 200", "int8", 1),
-    small("GaLore", "fp32", 1, ("fp32", None, 8, 3), ("fp32", None, 4, 3)),
+    small("GaLore", "fp32", 1, ("fp32", None, 8, 3)),
 )
 
 
