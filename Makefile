@@ -14,11 +14,12 @@ FAST := -m "not slow and not gpu"
 # Worker processes share two cores, and no benchmark plugin belongs in a test run.
 PYTEST := $(BIN)/python -m pytest -p no:benchmark
 # No figure is printed of what is wrong: the tests of what `make bench` times come first.
-TIMED := tests/test_optimizer.py tests/test_rounds.py tests/test_sampler.py
+TIMED := tests/test_optimizer.py tests/test_rounds.py tests/test_sampler.py tests/test_native.py tests/test_cpu_benchmark.py
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 SOURCES := misa_kernels benchmarks examples tests setup.py
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test slow lint format bench gpu clean
+.PHONY: help demo test slow lint format bench native gpu clean
 
 help:  ## print this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' Makefile
@@ -37,16 +38,22 @@ lint: $(VENV)/.dev  ## style, types and formatting; changes nothing
 	$(BIN)/ruff check $(SOURCES)
 	$(BIN)/ruff format --check $(SOURCES)
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run -Werror csrc/*
+	$(BIN)/clang-format --dry-run -Werror csrc/* tests/native/* tests/emulation/*
 
 format: $(VENV)/.dev  ## put sources into the form that lint asks for
 	$(BIN)/ruff check --fix --exit-zero $(SOURCES)
 	$(BIN)/ruff format $(SOURCES)
-	$(BIN)/clang-format -i csrc/*
+	$(BIN)/clang-format -i csrc/* tests/native/* tests/emulation/*
 
-bench: $(VENV)/.dev  ## on the CPU: a step beside torch's AdamW, a switch of 20,000 modules; the tests come first
+bench: $(VENV)/.dev  ## on the CPU: a step beside torch's and DeepSpeed's AdamW, a switch of 20,000 modules; tests first
 	$(PYTEST) -q -n 2 $(FAST) $(TIMED)
+	-$(INSTALL) -e '.[bench]'
+	$(BIN)/python -m benchmarks.cpu --out out
 	$(BIN)/python -m pytest -q benchmarks/step.py benchmarks/switch.py
+
+native:  ## build the native libraries into misa_kernels/, without .venv, network or Python; CMAKE_ARGS goes to CMake
+	cmake -S . -B build/native -DCMAKE_LIBRARY_OUTPUT_DIRECTORY='$(CURDIR)/misa_kernels' $(CMAKE_ARGS)
+	cmake --build build/native --parallel
 
 # No environment, no network: the machine's own Python and torch, this checkout on the path.
 gpu:  ## STAGE=smoke: GPU tests; test: with sanitizers; bench: the step; e2e: whole iterations; all; OUT=folder for JSON
@@ -54,10 +61,11 @@ gpu:  ## STAGE=smoke: GPU tests; test: with sanitizers; bench: the step; e2e: wh
 
 clean:  ## remove the environment, builds and caches
 	rm -rf $(VENV) build dist out *.egg-info .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -f misa_kernels/*misa_cpu.* misa_kernels/*misa_cuda.*
 	find $(SOURCES) -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The two stamps stand for an environment installed from these files; a change of one installs again.
-INSTALL_INPUTS := pyproject.toml setup.py constraints.txt
+INSTALL_INPUTS := pyproject.toml setup.py constraints.txt CMakeLists.txt $(wildcard csrc/*)
 TOO_OLD := $(PYTHON) is Python %d.%d, and misa_kernels needs 3.10 or later: make PYTHON=/path/to/python3.12
 
 $(BIN)/python:
@@ -67,5 +75,5 @@ $(BIN)/python:
 
 $(VENV)/.train $(VENV)/.dev: $(VENV)/.%: $(INSTALL_INPUTS) | $(BIN)/python
 	@echo "installing into $(VENV); the first time this takes minutes"
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$*]'
+	$(INSTALL) -e '.[$*]'
 	@touch $@

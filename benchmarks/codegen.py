@@ -1,4 +1,4 @@
-"""What machine code does Triton make of the step? Compiled for several GPUs on any machine, without one.
+"""What machine code do Triton and nvcc make of the step? Compiled for several GPUs on any machine, without one.
 
 python -m benchmarks.codegen    a table: registers, spills, access widths, instructions and bytes an element
 """
@@ -6,15 +6,14 @@ python -m benchmarks.codegen    a table: registers, spills, access widths, instr
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import os
 import re
-import subprocess
 import sys
 import tempfile
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -24,10 +23,10 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from misa_kernels.kernels import launch
+from benchmarks import nvcc
+from benchmarks.assembly import CAPABILITIES, Code, Variant, instruction_lines, loop, read, row, tool
+from misa_kernels.kernels import launch, native
 
-CAPABILITIES = (80, 90, 100)
-TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 # What `step_kernel` is given; the pointers that a variant has no use for are None there.
 ARGUMENTS = {
     "program_ptr": "*i32",
@@ -48,44 +47,8 @@ ARGUMENTS = {
     "max_grad_norm": "fp32",
     "skip_nonfinite": "i32",
 }
-ACCESS_BITS = {"U8": 8, "S8": 8, "U16": 16, "S16": 16, "64": 64, "128": 128}
-
-
-@dataclass(frozen=True)
-class Variant:
-    """One compilation of `step_kernel`.
-
-    Attributes:
-        weight: Dtype of the weights.
-        grad: Dtype of the gradients.
-        master: Whether there is a float32 master; without one, bfloat16 is rounded stochastically.
-        aligned: Whether the host guarantees 16-byte pointers and sizes divisible by 4.
-        launch: "update", "norm", or "clipped": the update that a norm launch came before.
-        scaler: Whether gradients are unscaled and steps skipped for `GradScaler`.
-    """
-
-    weight: torch.dtype
-    grad: torch.dtype
-    master: bool
-    aligned: bool = True
-    launch: str = "update"
-    scaler: bool = False
-
-    def __str__(self) -> str:
-        """Name it as a row of the table."""
-        short = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
-        kind = "master" if self.master else "stochastic" if self.weight == torch.bfloat16 else ""
-        flags = (kind, "" if self.aligned else "unaligned", "scaler" if self.scaler else "")
-        return " ".join(filter(None, (self.launch, short[self.weight], short[self.grad], *flags)))
-
-    @property
-    def bytes_per_element(self) -> int:
-        """Bytes that must move for each element of a step after the first."""
-        if self.launch == "norm":
-            return self.grad.itemsize
-        # Gradient read, m and v read and written; the weight written, and read unless the master is.
-        weight = self.weight.itemsize + 8 if self.master else 2 * self.weight.itemsize
-        return self.grad.itemsize + 16 + weight
+# Of csrc/adamw_cuda.cu: threads of a block, and elements in a turn of the update's loop and of the norm's.
+LIBRARY_THREADS, LIBRARY_BLOCK, LIBRARY_CHUNK = 256, 2048, 8192
 
 
 def variants() -> list[Variant]:
@@ -109,36 +72,6 @@ def variants() -> list[Variant]:
         # A norm launch reads gradients alone.
         if kind != "norm" or dtype in dtypes[0::2]
     ]
-
-
-@dataclass(frozen=True)
-class Code:
-    """What was compiled.
-
-    Attributes:
-        variant: Of what.
-        capability: 90 for sm_90.
-        registers: A thread.
-        stack: Bytes a thread.
-        spills: Instructions that move registers to or from local memory.
-        shared: Bytes of shared memory that Triton asked for.
-        shared_accesses: Loads and stores of shared memory.
-        loads: Global loads of the loop over elements, by width in bits. Of a norm launch, whose loop is
-            unrolled, all but those of the final sum.
-        stores: Global stores there.
-        instructions: Instructions there for each element, the calls of slow paths included.
-    """
-
-    variant: Variant
-    capability: int
-    registers: int
-    stack: int
-    spills: int
-    shared: int
-    shared_accesses: int
-    loads: dict[int, int]
-    stores: dict[int, int]
-    instructions: float
 
 
 def compile_variant(variant: Variant, capability: int) -> Code:
@@ -169,59 +102,12 @@ def compile_variant(variant: Variant, capability: int) -> Code:
         path.write_bytes(compiled.asm["cubin"])
         usage = tool("cuobjdump", "-res-usage", path)
         assembly = tool("nvdisasm", "-c", path)
-    found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
-    assert found is not None, usage
-    opcodes = [opcode for _, opcode in instruction_lines(assembly)]
     body, elements = loop(assembly), launch.BLOCK
     if variant.launch == "norm":
-        body, elements = list((Counter(opcodes) - Counter(body)).elements()), launch.Launch.chunk
-    return Code(
-        variant,
-        capability,
-        registers=int(found[1]),
-        stack=int(found[2]),
-        spills=sum(opcode.startswith(("LDL", "STL")) for opcode in opcodes),
-        shared=compiled.metadata.shared,
-        shared_accesses=sum(opcode.startswith(("LDS", "STS")) for opcode in opcodes),
-        loads=widths(body, "LDG"),
-        stores=widths(body, "STG"),
-        instructions=len(body) * 32 * launch.OPTIONS["num_warps"] / elements,
-    )
-
-
-def tool(name: str, *arguments: Any) -> str:
-    """Return what one of the tools in Triton's wheel prints."""
-    return subprocess.run([TOOLS / name, *arguments], capture_output=True, text=True, check=True).stdout
-
-
-def instruction_lines(assembly: str) -> list[tuple[int, str]]:
-    """Return (line, opcode) of every instruction, predicates dropped."""
-    pattern = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)")
-    matches = ((i, pattern.match(line)) for i, line in enumerate(assembly.splitlines()))
-    return [(i, match[1]) for i, match in matches if match]
-
-
-def loop(assembly: str) -> list[str]:
-    """Return the opcodes of the loop over elements: of the backward branches, the span with most of the loads."""
-    lines = assembly.splitlines()
-    labels = {line[:-1]: i for i, line in enumerate(lines) if re.fullmatch(r"\.L_x_\d+:", line)}
-    instructions = instruction_lines(assembly)
-    spans = []
-    for i, opcode in instructions:
-        target = re.search(r"\((\.L_x_\d+)\)", lines[i])
-        if opcode.startswith("BRA") and target and labels[target[1]] < i:
-            spans.append([code for j, code in instructions if labels[target[1]] <= j <= i])
-    return max(spans, key=lambda span: (sum(code.startswith("LDG") for code in span), -len(span)))
-
-
-def widths(opcodes: Sequence[str], kind: str) -> dict[int, int]:
-    """Return how many accesses of one kind there are, by width in bits."""
-    found = Counter(
-        next((ACCESS_BITS[part] for part in opcode.split(".") if part in ACCESS_BITS), 32)
-        for opcode in opcodes
-        if opcode.startswith(kind)
-    )
-    return dict(sorted(found.items()))
+        opcodes = Counter(opcode for _, opcode in instruction_lines(assembly))
+        body, elements = list((opcodes - Counter(body)).elements()), launch.Launch.chunk
+    code = read(variant, capability, usage, assembly, body, 32 * launch.OPTIONS["num_warps"] / elements)
+    return dataclasses.replace(code, shared=compiled.metadata.shared)
 
 
 def compile_all(wanted: Sequence[tuple[Variant, int]], processes: int) -> list[Code]:
@@ -235,13 +121,41 @@ def compile_all(wanted: Sequence[tuple[Variant, int]], processes: int) -> list[C
             os.environ["TRITON_INTERPRET"] = before
 
 
-def row(code: Code) -> str:
-    """Return one line of the table."""
-    loads, stores = (" ".join(f"{n}x{bits}" for bits, n in found.items()) for found in (code.loads, code.stores))
-    return (
-        f"sm_{code.capability:<4} {code.variant!s:41} {code.registers:4} {code.spills:6} {code.stack:5} "
-        f"{code.shared_accesses:6}  {loads:16} {stores:16} {code.instructions:6.1f} {code.variant.bytes_per_element:5}"
-    )
+def compile_library(capability: int) -> list[Code]:
+    """Compile all kernels of the step for sm_`capability`, and read them."""
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder) / "step.cubin"
+        nvcc.compile_source(cubin, "-cubin", f"-arch=sm_{capability}")
+        usages = re.findall(r"Function (\S+):\s+(.*)", tool("cuobjdump", "-res-usage", cubin))
+        sections = tool("nvdisasm", "-c", cubin).split("\t.section\t")
+    codes = []
+    for name, usage in usages:
+        variant = variant_of(name)
+        if variant is None:
+            continue
+        assembly = next(section for section in sections if section.startswith(f".text.{name},"))
+        body = loop(assembly, 8 * 4 * variant.grad.itemsize)
+        elements = LIBRARY_CHUNK if variant.launch == "norm" else LIBRARY_BLOCK
+        codes.append(read(variant, capability, usage, assembly, body, LIBRARY_THREADS / elements))
+    return codes
+
+
+def variant_of(name: str) -> Variant | None:
+    """Return which variant a kernel is, from its mangled name; None if it is none."""
+    update = re.search(r"update_kernelILi(\d)ELi(\d)ELb(\d)E", name)
+    if update:
+        return Variant(
+            native.NativeTable.dtypes[int(update[1])],
+            native.NativeTable.dtypes[int(update[2])],
+            update[3] == "1",
+            compiler="nvcc",
+        )
+    norm = re.search(r"norm_kernelILi(\d)E", name)
+    if not norm:
+        return None
+    # The weights play no part in it.
+    grad = native.NativeTable.dtypes[int(norm[1])]
+    return Variant(grad, grad, grad == torch.bfloat16, launch="norm", compiler="nvcc")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -258,6 +172,12 @@ def main(argv: list[str] | None = None) -> int:
     )
     for code in compile_all(wanted, args.processes):
         print(row(code))
+    if nvcc.missing():
+        print(f"no rows of the CUDA library: {nvcc.missing()}")
+        return 0
+    for capability in args.capability or CAPABILITIES:
+        for code in compile_library(capability):
+            print(row(code))
     return 0
 
 

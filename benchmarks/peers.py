@@ -16,9 +16,10 @@ LR = 1e-4
 MAX_NORM = 1.0
 
 
-def misa(weights: list[Tensor], **options: Any) -> MISA:
+def misa(weights: list[Tensor], backend: str = "triton", **options: Any) -> MISA:
     """Return MISA with everything active, in a round without end; no fallback to the reference on a GPU."""
-    backend = "triton" if weights[0].is_cuda else "reference"
+    if not weights[0].is_cuda and backend == "triton":
+        backend = "reference"
     optimizer = MISA(weights, lr=LR, backend=backend, **{"delta": 1.0, "inner_steps": 10**6} | options)
     if len(optimizer.active) != len(weights):
         raise RuntimeError(f"{len(optimizer.active)} of {len(weights)} modules are active: all must be")
@@ -28,6 +29,16 @@ def misa(weights: list[Tensor], **options: Any) -> MISA:
 def misa_clip(weights: list[Tensor]) -> MISA:
     """MISA that clips by the global norm."""
     return misa(weights, max_grad_norm=MAX_NORM)
+
+
+def misa_cuda(weights: list[Tensor]) -> MISA:
+    """MISA on the CUDA library."""
+    return misa(weights, backend="cuda")
+
+
+def misa_cuda_clip(weights: list[Tensor]) -> MISA:
+    """The same, clipping by the global norm."""
+    return misa(weights, backend="cuda", max_grad_norm=MAX_NORM)
 
 
 def misa_stochastic(weights: list[Tensor]) -> MISA:
@@ -108,6 +119,9 @@ PEERS = {
     "bf16 misa stochastic": Peer(BF16, 22, misa_stochastic),
     "fp32 misa clip": Peer(FP32, 32, misa_clip),
     "bf16 misa clip": Peer(BF16, 30, misa_clip),
+    "fp32 misa cuda": Peer(FP32, 28, misa_cuda),
+    "bf16 misa cuda": Peer(BF16, 28, misa_cuda),
+    "bf16 misa cuda clip": Peer(BF16, 30, misa_cuda_clip),
     # To fp32 6, clip 12, AdamW 28, back 6.
     "bf16 masters+clip": Peer(BF16, 52, Masters),
     # Moments in bf16: less is moved, and less is kept of what is learned.

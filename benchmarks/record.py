@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 ROOT = Path(__file__).parents[1]
-PACKAGES = ("torch", "triton", "numpy", "transformers", "peft")
+PACKAGES = ("torch", "triton", "numpy", "transformers", "peft", "deepspeed")
 
 
 def environment(device: torch.device) -> dict[str, Any]:

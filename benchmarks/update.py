@@ -24,7 +24,6 @@ from torch import Tensor
 from benchmarks.memory import PeakMemory
 from benchmarks.peers import BF16, FP32, PEERS, Peer
 
-COLUMNS = 64
 # The first update of a state does not read it.
 WARM_UP = 3
 REPEATS = {"cuda": 20, "cpu": 3}
@@ -37,14 +36,15 @@ DELAY_CYCLES = (4_000_000, 16_000_000, 64_000_000)
 
 @dataclass(frozen=True)
 class Case:
-    """How many active elements, in how many tensors of equal size."""
+    """How many active elements, in how many tensors of equal size, of how many columns."""
 
     elements: int
     tensors: int
+    columns: int = 64
 
     def shape(self) -> tuple[int, int]:
         """Return the shape of one tensor."""
-        return max(self.elements // (self.tensors * COLUMNS), 1), COLUMNS
+        return max(self.elements // (self.tensors * self.columns), 1), self.columns
 
     def numel(self) -> int:
         """Return the elements there are, which the division leaves somewhat below `elements`."""

@@ -91,6 +91,22 @@ MISA_HOST_DEVICE std::uint16_t bf16_stochastic(float x, std::uint32_t noise) {
   return static_cast<std::uint16_t>((bits + (noise & 0xFFFFu)) >> 16);
 }
 
+// The exact two parts of a float32 weight: the nearest bfloat16, ties away from zero, and the 16 bits it
+// lacks.
+MISA_HOST_DEVICE void bf16_split(float x, std::uint16_t& upper, std::int16_t& residual) {
+  const std::uint32_t bits = bits_of(x);
+  const bool nan = (bits & 0x7FFFFFFFu) > 0x7F800000u;
+  upper = static_cast<std::uint16_t>(nan ? bits >> 16 | 0x0040u : (bits + 0x8000u) >> 16);
+  residual = static_cast<std::int16_t>(nan ? 0u : bits & 0xFFFFu);
+}
+
+MISA_HOST_DEVICE float bf16_join(std::uint16_t upper, std::int16_t residual) {
+  const std::uint32_t bits = (static_cast<std::uint32_t>(upper) << 16) + static_cast<std::uint32_t>(residual);
+  float value;
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
 // A 32-bit hash with low bias; C. Wellons' constants, https://nullprogram.com/blog/2018/07/31/.
 MISA_HOST_DEVICE std::uint32_t lowbias32(std::uint32_t x) {
   x ^= x >> 16;

@@ -64,6 +64,11 @@ struct Cursor {
   }
 };
 
+WeightKind kind_of(const MisaRow& row, const MisaState& state) {
+  if (row.weight_dtype == MISA_FLOAT32) return FLOAT32;
+  return state.master != nullptr ? MASTER : state.residual != nullptr ? SPLIT : STOCHASTIC;
+}
+
 Chunk gradient_of(const MisaRow& row, std::int64_t begin, float unscale) {
   Chunk chunk{};
   const std::int64_t left = row.numel - begin;
@@ -86,15 +91,19 @@ void update_chunk(const ChunkFunctions& functions, const MisaStep& step, const M
   const MisaState& state = step.state[row.weight_dtype];
   Chunk chunk = gradient_of(row, begin, unscale);
   chunk.weight = static_cast<char*>(row.weight) + begin * bytes_of(row.weight_dtype);
-  chunk.m = state.exp_avg + row.offset + begin;
-  chunk.v = state.exp_avg_sq + row.offset + begin;
-  chunk.master = state.master == nullptr ? nullptr : state.master + row.offset + begin;
+  const std::int64_t at = row.offset + begin;
+  chunk.m = static_cast<char*>(state.exp_avg) + at * code_bytes(step.format);
+  chunk.v = static_cast<char*>(state.exp_avg_sq) + at * code_bytes(step.format);
+  if (state.exp_avg_scale != nullptr) chunk.m_scale = state.exp_avg_scale + at / GROUP;
+  if (state.exp_avg_sq_scale != nullptr) chunk.v_scale = state.exp_avg_sq_scale + at / GROUP;
+  if (state.master != nullptr) chunk.master = state.master + at;
+  if (state.residual != nullptr) chunk.residual = state.residual + at;
   chunk.first = static_cast<std::uint64_t>(row.start + begin);
   chunk.key = static_cast<std::uint32_t>(row.key);
   chunk.coefficient = controlled ? step.control[0] : 1.0f;
   chunk.fresh = step.age[index] == 0;
   chunk.scalars = scalars(step.hyper[row.group], step.age[index]);
-  const auto update = functions.update[row.weight_dtype][row.grad_dtype][state.master != nullptr];
+  const auto update = functions.update[step.format][kind_of(row, state)][row.grad_dtype];
   const double sq_norm = update(chunk);
   step.sq_sum[index] += controlled ? step.partial[index] : sq_norm;
   ++step.age[index];
@@ -156,6 +165,7 @@ int misa_cpu_collect(const MisaStep* step, double* collected) {
   const int status = misa::check_tables(step, misa::CHUNK);
   if (status != MISA_OK) return status;
   if (collected == nullptr && step->row_count > 0) return MISA_BAD_POINTER;
+  if (!misa::aligned(collected, sizeof(double))) return MISA_BAD_ALIGNMENT;
   for (std::int64_t i = 0; i < step->row_count; ++i) {
     const MisaRow& row = step->rows[i];
     double sq_sum = 0.0;

@@ -2,6 +2,9 @@
 #include "chunk.h"
 
 #include <cstring>
+#include <type_traits>
+
+#include "codec.h"
 
 #if defined(__GNUC__)
 #define MISA_PREFETCH(pointer, write) __builtin_prefetch(pointer, write, 3)
@@ -35,56 +38,153 @@ struct SquaresOf {
   float unscale;
 
   float operator()(std::int64_t i) const { return Grad::load(grad + i) * unscale; }
+  void open(std::int64_t, std::int64_t) const {}
+  void close(std::int64_t) const {}
   void prefetch(std::int64_t i) const { MISA_PREFETCH(grad + i, 0); }
 };
 
-template <class Weight, class Grad, bool MASTER>
+// Moments in float32: worked on where they are.
+struct PlainMoments {
+  float* __restrict m;
+  float* __restrict v;
+  static constexpr std::int64_t begin = 0;
+
+  explicit PlainMoments(const Chunk& chunk)
+      : m(static_cast<float*>(chunk.m)), v(static_cast<float*>(chunk.v)) {}
+  void open(std::int64_t, std::int64_t) {}
+  void close(std::int64_t) {}
+  void prefetch(std::int64_t i) const {
+    MISA_PREFETCH(m + i, 1);
+    MISA_PREFETCH(v + i, 1);
+  }
+  static void clear(const Chunk& chunk) {
+    std::memset(chunk.m, 0, static_cast<std::size_t>(chunk.numel) * sizeof(float));
+    std::memset(chunk.v, 0, static_cast<std::size_t>(chunk.numel) * sizeof(float));
+  }
+};
+
+// Moments in another format: a block of them is decoded, worked on and encoded.
+template <class M, class V>
+struct StoredMoments {
+  float m[BLOCK], v[BLOCK];
+  std::int64_t begin = 0;
+  typename M::Code* m_code;
+  typename V::Code* v_code;
+  float *m_scale, *v_scale;
+  MomentNoise m_noise, v_noise;
+
+  explicit StoredMoments(const Chunk& chunk)
+      : m_code(static_cast<typename M::Code*>(chunk.m)),
+        v_code(static_cast<typename V::Code*>(chunk.v)),
+        m_scale(chunk.m_scale),
+        v_scale(chunk.v_scale),
+        m_noise{noise_from(chunk.first, lowbias32(chunk.key + 1)), 0},
+        v_noise{m_noise.noise, 16} {}
+
+  void open(std::int64_t from, std::int64_t end) {
+    begin = from;
+    for (std::int64_t i = from; i < end; i += GROUP) {
+      const int n = static_cast<int>(end - i < GROUP ? end - i : GROUP);
+      M::decode(m_code + i, M::SCALED ? m_scale[i / GROUP] : 0.0f, n, m + (i - from));
+      V::decode(v_code + i, V::SCALED ? v_scale[i / GROUP] : 0.0f, n, v + (i - from));
+    }
+  }
+  void close(std::int64_t end) {
+    for (std::int64_t i = begin; i < end; i += GROUP) {
+      const int n = static_cast<int>(end - i < GROUP ? end - i : GROUP);
+      const auto first = static_cast<std::uint32_t>(i);
+      const float m_new = M::encode(m + (i - begin), n, m_code + i, m_noise, first);
+      const float v_new = V::encode(v + (i - begin), n, v_code + i, v_noise, first);
+      if constexpr (M::SCALED) m_scale[i / GROUP] = m_new;
+      if constexpr (V::SCALED) v_scale[i / GROUP] = v_new;
+    }
+  }
+  void prefetch(std::int64_t i) const {
+    MISA_PREFETCH(m_code + i, 1);
+    MISA_PREFETCH(v_code + i, 1);
+  }
+  static void clear(const Chunk& chunk) {
+    const auto n = static_cast<std::size_t>(chunk.numel);
+    const std::size_t groups = (n + GROUP - 1) / GROUP;
+    std::memset(chunk.m, 0, n * sizeof(typename M::Code));
+    std::memset(chunk.v, 0, n * sizeof(typename V::Code));
+    if constexpr (M::SCALED) std::memset(chunk.m_scale, 0, groups * sizeof(float));
+    if constexpr (V::SCALED) std::memset(chunk.v_scale, 0, groups * sizeof(float));
+  }
+};
+
+template <class Moments, WeightKind KIND, class Grad>
 struct UpdateOf {
+  using Weight = std::conditional_t<KIND == FLOAT32, Float32, BFloat16>;
+
   typename Weight::type* __restrict weight;
   const typename Grad::type* __restrict grad;
-  float* __restrict exp_avg;
-  float* __restrict exp_avg_sq;
   float* __restrict master;
+  std::int16_t* __restrict residual;
   Scalars s;
   Noise noise;
   float unscale, coefficient;
+  Moments moments;
+
+  explicit UpdateOf(const Chunk& chunk)
+      : weight(static_cast<typename Weight::type*>(chunk.weight)),
+        grad(static_cast<const typename Grad::type*>(chunk.grad)),
+        master(chunk.master),
+        residual(chunk.residual),
+        s(chunk.scalars),
+        noise(noise_from(chunk.first, chunk.key)),
+        unscale(chunk.unscale),
+        coefficient(chunk.coefficient),
+        moments(chunk) {}
 
   // Updates one element and returns its unclipped gradient.
-  float operator()(std::int64_t i) const {
+  float operator()(std::int64_t i) {
     const float g = Grad::load(grad + i) * unscale;
-    float theta = MASTER ? master[i] : Weight::load(weight + i);
-    float m = exp_avg[i], v = exp_avg_sq[i];
+    float theta;
+    if constexpr (KIND == MASTER) {
+      theta = master[i];
+    } else if constexpr (KIND == SPLIT) {
+      theta = bf16_join(weight[i], residual[i]);
+    } else {
+      theta = Weight::load(weight + i);
+    }
+    float& m = moments.m[i - moments.begin];
+    float& v = moments.v[i - moments.begin];
     adamw(theta, g * coefficient, m, v, s.decay, s.step_size, s.beta1, s.beta2, s.one_minus_beta1,
           s.one_minus_beta2, s.denom_scale, s.eps);
-    exp_avg[i] = m;
-    exp_avg_sq[i] = v;
-    if constexpr (MASTER) master[i] = theta;
-    if constexpr (sizeof(typename Weight::type) == 4) {
+    if constexpr (KIND == FLOAT32) {
       weight[i] = theta;
+    } else if constexpr (KIND == STOCHASTIC) {
+      weight[i] = bf16_stochastic(theta, noise16(noise, static_cast<std::uint32_t>(i)));
+    } else if constexpr (KIND == MASTER) {
+      master[i] = theta;
+      weight[i] = bf16_nearest(theta);
     } else {
-      weight[i] = MASTER ? bf16_nearest(theta)
-                         : bf16_stochastic(theta, noise16(noise, static_cast<std::uint32_t>(i)));
+      bf16_split(theta, weight[i], residual[i]);
     }
     return g;
   }
 
+  void open(std::int64_t begin, std::int64_t end) { moments.open(begin, end); }
+  void close(std::int64_t end) { moments.close(end); }
   void prefetch(std::int64_t i) const {
     MISA_PREFETCH(grad + i, 0);
     MISA_PREFETCH(weight + i, 1);
-    MISA_PREFETCH(exp_avg + i, 1);
-    MISA_PREFETCH(exp_avg_sq + i, 1);
-    if constexpr (MASTER) MISA_PREFETCH(master + i, 1);
+    if constexpr (KIND == MASTER) MISA_PREFETCH(master + i, 1);
+    if constexpr (KIND == SPLIT) MISA_PREFETCH(residual + i, 1);
+    moments.prefetch(i);
   }
 };
 
 // Calls `element(i)` for all i below n and returns the sum of the squares of what it returned.
 template <class Element>
-double sum_of_squares(std::int64_t n, const Element& element) {
+double sum_of_squares(std::int64_t n, Element element) {
   double sums[LANES] = {};
   for (std::int64_t begin = 0; begin < n; begin += BLOCK) {
     const std::int64_t end = n - begin < BLOCK ? n : begin + BLOCK;
     float squares[LANES] = {};
     std::int64_t i = begin;
+    element.open(begin, end);
     for (; i + LANES <= end; i += LANES) {
       element.prefetch(i + AHEAD);
 #pragma GCC ivdep
@@ -98,6 +198,7 @@ double sum_of_squares(std::int64_t n, const Element& element) {
       const float g = element(i);
       squares[lane] = fma_nearest(g, g, squares[lane]);
     }
+    element.close(end);
     for (int lane = 0; lane < LANES; ++lane) sums[lane] += static_cast<double>(squares[lane]);
   }
   double total = 0.0;
@@ -106,31 +207,23 @@ double sum_of_squares(std::int64_t n, const Element& element) {
 }
 
 // State of age 0 is whatever the memory held. It is filled here, a chunk at a time, while it is in the cache.
-template <class Weight, bool MASTER>
+template <class Moments, WeightKind KIND>
 void fill(const Chunk& chunk) {
-  const std::size_t bytes = static_cast<std::size_t>(chunk.numel) * sizeof(float);
-  std::memset(chunk.m, 0, bytes);
-  std::memset(chunk.v, 0, bytes);
-  if constexpr (MASTER) {
-    const auto* weight = static_cast<const typename Weight::type*>(chunk.weight);
-    for (std::int64_t i = 0; i < chunk.numel; ++i) chunk.master[i] = Weight::load(weight + i);
+  Moments::clear(chunk);
+  if constexpr (KIND == MASTER) {
+    const auto* weight = static_cast<const std::uint16_t*>(chunk.weight);
+    for (std::int64_t i = 0; i < chunk.numel; ++i) chunk.master[i] = bf16_to_float(weight[i]);
+  }
+  if constexpr (KIND == SPLIT) {
+    std::memset(chunk.residual, 0, static_cast<std::size_t>(chunk.numel) * sizeof(std::int16_t));
   }
 }
 
-template <class Weight, class Grad, bool MASTER>
+template <class Moments, WeightKind KIND, class Grad>
 double update(const Chunk& chunk) {
   if (chunk.numel == 0) return 0.0;
-  if (chunk.fresh) fill<Weight, MASTER>(chunk);
-  const UpdateOf<Weight, Grad, MASTER> element{static_cast<typename Weight::type*>(chunk.weight),
-                                               static_cast<const typename Grad::type*>(chunk.grad),
-                                               chunk.m,
-                                               chunk.v,
-                                               chunk.master,
-                                               chunk.scalars,
-                                               noise_from(chunk.first, chunk.key),
-                                               chunk.unscale,
-                                               chunk.coefficient};
-  return sum_of_squares(chunk.numel, element);
+  if (chunk.fresh) fill<Moments, KIND>(chunk);
+  return sum_of_squares(chunk.numel, UpdateOf<Moments, KIND, Grad>(chunk));
 }
 
 template <class Grad>
@@ -139,13 +232,18 @@ double sq_norm(const Chunk& chunk) {
                         SquaresOf<Grad>{static_cast<const typename Grad::type*>(chunk.grad), chunk.unscale});
 }
 
+using BFloat16Moments = StoredMoments<RoundedMoment, RoundedMoment>;
+using Int8Moments = StoredMoments<SoftSign, Root>;
+
+#define MISA_GRADS(MOMENTS, KIND) {update<MOMENTS, KIND, Float32>, update<MOMENTS, KIND, BFloat16>}
+#define MISA_KINDS(MOMENTS)                                                                    \
+  {MISA_GRADS(MOMENTS, FLOAT32), MISA_GRADS(MOMENTS, STOCHASTIC), MISA_GRADS(MOMENTS, MASTER), \
+   MISA_GRADS(MOMENTS, SPLIT)}
+
 }  // namespace
 
-// A float32 weight is its own master.
 extern const ChunkFunctions MISA_INSTRUCTIONS = {
-    {{{update<Float32, Float32, false>, nullptr}, {update<Float32, BFloat16, false>, nullptr}},
-     {{update<BFloat16, Float32, false>, update<BFloat16, Float32, true>},
-      {update<BFloat16, BFloat16, false>, update<BFloat16, BFloat16, true>}}},
+    {MISA_KINDS(PlainMoments), MISA_KINDS(BFloat16Moments), MISA_KINDS(Int8Moments)},
     {sq_norm<Float32>, sq_norm<BFloat16>},
 };
 

@@ -11,26 +11,32 @@
 
 namespace misa {
 
+// float32, or bfloat16 and how it keeps what is below its resolution.
+enum WeightKind { FLOAT32 = 0, STOCHASTIC = 1, MASTER = 2, SPLIT = 3 };
+
 struct Chunk {
   void* weight;
   const void* grad;
-  float* m;
-  float* v;
+  void* m;
+  void* v;
+  float* m_scale;
+  float* v_scale;
   float* master;
+  std::int16_t* residual;
   std::int64_t numel;
   std::uint64_t first;  // index of the first element within the whole parameter
   std::uint32_t key;    // of the rounding noise
   float unscale;        // what gradients are multiplied by before their norm is taken
   float coefficient;    // and after it
-  bool fresh;           // m, v and master were never written
+  bool fresh;           // the state was never written
   Scalars scalars;
 };
 
 // Each returns the chunk's sum of squares; the lanes it is summed in are fixed, so that vectors of any width
 // give the same bits.
 struct ChunkFunctions {
-  // By weight dtype, gradient dtype, and whether there is a master.
-  double (*update[2][2][2])(const Chunk&);
+  // By MisaFormat, kind of weight and gradient dtype.
+  double (*update[MISA_FORMATS][4][2])(const Chunk&);
   // By gradient dtype.
   double (*sq_norm[2])(const Chunk&);
 };

@@ -20,6 +20,9 @@ extern "C" {
 
 enum MisaDtype { MISA_FLOAT32 = 0, MISA_BFLOAT16 = 1, MISA_DTYPES = 2 };
 
+// How moments are stored, see misa_kernels/codec.py. The CUDA library knows float32 alone.
+enum MisaFormat { MISA_STATE_FP32 = 0, MISA_STATE_BF16 = 1, MISA_STATE_INT8 = 2, MISA_FORMATS = 3 };
+
 enum MisaFlag { MISA_CLIP = 1, MISA_SKIP_NONFINITE = 2 };
 
 enum MisaStatus {
@@ -32,6 +35,7 @@ enum MisaStatus {
   MISA_BAD_FLAG = 6,
   MISA_BAD_ALIGNMENT = 7,
   MISA_BAD_INSTRUCTIONS = 8,
+  MISA_BAD_NORM = 9,
   // Plus the number that the CUDA runtime gave.
   MISA_CUDA_ERROR = 1000,
 };
@@ -54,12 +58,16 @@ typedef struct MisaHyper {
   double lr, beta1, beta2, eps, weight_decay;
 } MisaHyper;
 
-// The state of all rows of one weight dtype.
+// The state of all rows of one weight dtype. Beyond a master or residual, which float32 weights do not have,
+// bfloat16 weights are rounded stochastically. The CUDA library knows no residual.
 typedef struct MisaState {
-  float* exp_avg;
-  float* exp_avg_sq;
-  float* master;     // NULL: float32 weights need none, bfloat16 weights are rounded stochastically
-  int64_t elements;  // of each buffer
+  void* exp_avg;
+  void* exp_avg_sq;
+  float* exp_avg_scale;     // MISA_STATE_INT8: one a group of 128 elements; offsets are multiples of 128
+  float* exp_avg_sq_scale;  // the same
+  float* master;            // the weights in float32, or NULL
+  int16_t* residual;        // what the weights lack of float32, or NULL
+  int64_t elements;         // of each buffer
 } MisaState;
 
 typedef struct MisaStep {
@@ -69,6 +77,7 @@ typedef struct MisaStep {
   const MisaHyper* hyper;
   int64_t group_count;
   MisaState state[MISA_DTYPES];  // by weight dtype
+  int64_t format;                // a MisaFormat
   int64_t chunk_count;           // of all rows
   int32_t* age;                  // [chunk_count], updates so far; at 0, moments and master are not read
   double* sq_sum;                // [chunk_count], the sum of squares of each chunk's gradient is added to it
@@ -77,7 +86,7 @@ typedef struct MisaStep {
   float* control;                // [3], with a flag: clip coefficient, norm, 1 if the step was skipped
   const float* grad_scale;       // 1, what gradients were multiplied by, or NULL
   const float* found_inf;        // 1, nonzero to skip the step, or NULL
-  double max_grad_norm;          // with MISA_CLIP: scale gradients by min(1, max_grad_norm / (norm + 1e-6))
+  double max_grad_norm;          // above 0, with MISA_CLIP: scale gradients by min(1, it / (norm + 1e-6))
   int64_t flags;  // of MisaFlag; MISA_SKIP_NONFINITE: change nothing when the norm is not finite
 } MisaStep;
 

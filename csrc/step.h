@@ -4,7 +4,9 @@
 #pragma once
 
 #include <cmath>
+#include <cstddef>
 #include <cstdint>
+#include <initializer_list>
 
 #include "adamw.h"
 #include "misa.h"
@@ -52,9 +54,13 @@ MISA_HOST_DEVICE Noise noise_from(std::uint64_t index, std::uint32_t key) {
           lowbias32((high + 1) ^ key)};
 }
 
-MISA_HOST_DEVICE std::uint32_t noise16(const Noise& noise, std::uint32_t i) {
+MISA_HOST_DEVICE std::uint32_t noise32(const Noise& noise, std::uint32_t i) {
   const std::uint32_t low = noise.first + i;
-  return lowbias32(low ^ (low < noise.first ? noise.beyond : noise.here)) & 0xFFFFu;
+  return lowbias32(low ^ (low < noise.first ? noise.beyond : noise.here));
+}
+
+MISA_HOST_DEVICE std::uint32_t noise16(const Noise& noise, std::uint32_t i) {
+  return noise32(noise, i) & 0xFFFFu;
 }
 
 // Clip coefficient, norm and whether the update must be skipped, from the sum of all squares.
@@ -75,35 +81,68 @@ static inline std::int64_t chunks_of(const MisaRow& row, std::int64_t chunk) {
 
 static inline std::int64_t bytes_of(std::int64_t dtype) { return dtype == MISA_FLOAT32 ? 4 : 2; }
 
+// Elements that share a scale.
+constexpr int GROUP = 128;
+
+static inline std::int64_t code_bytes(std::int64_t format) {
+  return format == MISA_STATE_FP32 ? 4 : format == MISA_STATE_BF16 ? 2 : 1;
+}
+
 static inline bool known(std::int64_t dtype) { return dtype >= 0 && dtype < MISA_DTYPES; }
 
-static inline bool aligned(const void* pointer, std::int64_t dtype) {
-  return reinterpret_cast<std::uintptr_t>(pointer) % bytes_of(dtype) == 0;
+static inline bool aligned(const void* pointer, std::size_t bytes) {
+  return reinterpret_cast<std::uintptr_t>(pointer) % bytes == 0;
 }
 
 static inline int check_row(const MisaRow& row, const MisaStep& step) {
   if (!known(row.weight_dtype) || !known(row.grad_dtype)) return MISA_BAD_DTYPE;
   if (row.group < 0 || row.group >= step.group_count) return MISA_BAD_GROUP;
   const MisaState& state = step.state[row.weight_dtype];
-  if (row.offset < 0 || row.start < 0 || row.numel > state.elements - row.offset) return MISA_BAD_SIZE;
+  if (row.offset < 0 || row.numel > state.elements - row.offset) return MISA_BAD_SIZE;
+  if (row.start < 0 || row.start > INT64_MAX - row.numel) return MISA_BAD_SIZE;
+  if (step.format == MISA_STATE_INT8 && row.offset % GROUP != 0) return MISA_BAD_ALIGNMENT;
   if (row.numel == 0) return MISA_OK;
-  if (row.weight == nullptr || state.exp_avg == nullptr || state.exp_avg_sq == nullptr)
-    return MISA_BAD_POINTER;
-  if (!aligned(row.weight, row.weight_dtype) || !aligned(row.grad, row.grad_dtype)) return MISA_BAD_ALIGNMENT;
+  if (row.weight == nullptr) return MISA_BAD_POINTER;
+  if (!aligned(row.weight, bytes_of(row.weight_dtype)) || !aligned(row.grad, bytes_of(row.grad_dtype)))
+    return MISA_BAD_ALIGNMENT;
   return MISA_OK;
 }
 
-// What reading the table and the chunks needs; `chunk` is the elements of one.
+static inline int check_state(const MisaState& state, std::int64_t format) {
+  if (state.elements < 0) return MISA_BAD_SIZE;
+  const bool scaled = format == MISA_STATE_INT8;
+  if (state.master != nullptr && state.residual != nullptr) return MISA_BAD_POINTER;
+  if (state.elements > 0 && (state.exp_avg == nullptr || state.exp_avg_sq == nullptr))
+    return MISA_BAD_POINTER;
+  if (state.elements > 0 && scaled && (state.exp_avg_scale == nullptr || state.exp_avg_sq_scale == nullptr))
+    return MISA_BAD_POINTER;
+  const std::size_t bytes = static_cast<std::size_t>(code_bytes(format));
+  if (!aligned(state.exp_avg, bytes) || !aligned(state.exp_avg_sq, bytes) || !aligned(state.residual, 2))
+    return MISA_BAD_ALIGNMENT;
+  for (const float* buffer : {state.exp_avg_scale, state.exp_avg_sq_scale, state.master}) {
+    if (!aligned(buffer, sizeof(float))) return MISA_BAD_ALIGNMENT;
+  }
+  return MISA_OK;
+}
+
+// What reading the table and the chunks needs; `chunk` is the elements of one. No sum in it can overflow.
 static inline int check_tables(const MisaStep* step, std::int64_t chunk) {
   if (step == nullptr) return MISA_BAD_POINTER;
+  if (!aligned(step, alignof(MisaStep))) return MISA_BAD_ALIGNMENT;
   if (step->bytes != static_cast<std::int64_t>(sizeof(MisaStep))) return MISA_BAD_VERSION;
   if (step->row_count < 0 || step->group_count < 0) return MISA_BAD_SIZE;
   if (step->row_count == 0) return step->chunk_count == 0 ? MISA_OK : MISA_BAD_SIZE;
   if (step->rows == nullptr || step->age == nullptr || step->sq_sum == nullptr) return MISA_BAD_POINTER;
+  if (!aligned(step->rows, alignof(MisaRow)) || !aligned(step->age, sizeof(std::int32_t)) ||
+      !aligned(step->sq_sum, sizeof(double)))
+    return MISA_BAD_ALIGNMENT;
   std::int64_t chunks = 0;
   for (std::int64_t i = 0; i < step->row_count; ++i) {
+    // Every row has a chunk: too large a count of rows is found before a row that is not there is read.
+    if (chunks >= step->chunk_count) return MISA_BAD_SIZE;
     const MisaRow& row = step->rows[i];
     if (row.numel < 0 || row.first_chunk != chunks) return MISA_BAD_SIZE;
+    if (chunks_of(row, chunk) > step->chunk_count - chunks) return MISA_BAD_SIZE;
     chunks += chunks_of(row, chunk);
   }
   return chunks == step->chunk_count ? MISA_OK : MISA_BAD_SIZE;
@@ -112,10 +151,25 @@ static inline int check_tables(const MisaStep* step, std::int64_t chunk) {
 // Everything that would otherwise be a crash.
 static inline int check_step(const MisaStep* step, std::int64_t chunk) {
   int status = check_tables(step, chunk);
-  if (status != MISA_OK || step->row_count == 0) return status;
+  if (status != MISA_OK) return status;
   if (step->flags & ~static_cast<std::int64_t>(MISA_CLIP | MISA_SKIP_NONFINITE)) return MISA_BAD_FLAG;
+  // Written so that NaN is refused.
+  if ((step->flags & MISA_CLIP) && !(step->max_grad_norm > 0.0 && step->max_grad_norm < HUGE_VAL))
+    return MISA_BAD_NORM;
+  if (step->row_count == 0) return MISA_OK;
   if (step->hyper == nullptr || step->partial == nullptr || step->control == nullptr) return MISA_BAD_POINTER;
-  if (step->state[MISA_FLOAT32].master != nullptr) return MISA_BAD_POINTER;
+  if (!aligned(step->hyper, alignof(MisaHyper)) || !aligned(step->partial, sizeof(double)))
+    return MISA_BAD_ALIGNMENT;
+  for (const float* pointer : {static_cast<const float*>(step->control), step->grad_scale, step->found_inf}) {
+    if (!aligned(pointer, sizeof(float))) return MISA_BAD_ALIGNMENT;
+  }
+  if (step->format < 0 || step->format >= MISA_FORMATS) return MISA_BAD_DTYPE;
+  const MisaState& plain = step->state[MISA_FLOAT32];
+  if (plain.master != nullptr || plain.residual != nullptr) return MISA_BAD_POINTER;
+  for (const MisaState& state : step->state) {
+    status = check_state(state, step->format);
+    if (status != MISA_OK) return status;
+  }
   for (std::int64_t i = 0; i < step->row_count && status == MISA_OK; ++i)
     status = check_row(step->rows[i], *step);
   return status;
@@ -128,11 +182,11 @@ static inline const char* message(int status) {
     case MISA_BAD_VERSION:
       return "the library and its caller are of different versions";
     case MISA_BAD_POINTER:
-      return "a pointer is NULL that must not be, or float32 weights have a master";
+      return "a pointer is NULL that must not be, or a master or residual is there that must not be";
     case MISA_BAD_SIZE:
-      return "a size is negative, or a row reaches beyond its buffer, or chunks do not add up";
+      return "a size is negative, a row reaches beyond its buffer, chunks do not add up, or threads < 1";
     case MISA_BAD_DTYPE:
-      return "a dtype is neither float32 nor bfloat16";
+      return "a dtype, or a format of the state, is one that this library does not know";
     case MISA_BAD_GROUP:
       return "a row names a group that is not there";
     case MISA_BAD_FLAG:
@@ -141,6 +195,8 @@ static inline const char* message(int status) {
       return "an address is not a multiple of the element's size";
     case MISA_BAD_INSTRUCTIONS:
       return "the instruction set is not built, or the processor does not have it";
+    case MISA_BAD_NORM:
+      return "max_grad_norm is not a finite number above 0";
     default:
       return "unknown status";
   }

@@ -67,7 +67,7 @@ def compare(settings: Settings, device: str, out: Path) -> None:
 
     model = new_model(settings, "cpu")
     size = sum(parameter.numel() for parameter in model.parameters())
-    text = "\n".join([*table(runs, costs), "", *notes(settings, size, lora_rank(model), device)])
+    text = "\n".join([*table(runs, costs), "", *notes(settings, size, lora_rank(model), device, runs)])
     print(f"\n{text}\n")
     (out / "table.txt").write_text(text + "\n", encoding="utf-8")
     record: dict[str, object] = {"settings": asdict(settings), "device": device, "torch": torch.__version__}
@@ -161,12 +161,22 @@ def _row(run: Run, gain: float, cost: Cost) -> tuple[str, ...]:
     )
 
 
-def notes(settings: Settings, size: int, rank: int, device: str) -> list[str]:
+STEPS = {
+    "triton": "a Triton kernel",
+    "cuda": "the CUDA library",
+    "cpu": "the C++ library for CPUs",
+    "reference": "plain PyTorch: `python -m misa_kernels info` says why",
+}
+
+
+def notes(settings: Settings, size: int, rank: int, device: str, runs: list[Run]) -> list[str]:
     """Return the lines that say under which conditions the table was made."""
+    backends = sorted({run.backend for run in runs if run.backend})
     return [
         f"{size:,} parameters, delta = {DELTA}; LoRA has rank {rank}, the highest that needs no more state.",
         f"{settings.finetune_steps} steps of {settings.batch} x {settings.context} bytes on {device}, "
         f"seed {settings.seed}.",
+        f"backend of MISA and its relatives: {', '.join(f'{name!r}, {STEPS[name]}' for name in backends)}.",
         "state: the averages of the optimizer in the run, at most.",
         "peak memory: tensors in a training step at the costliest draw, weights and activations included.",
         "tokens per second and peak memory are measured after the runs, the methods taking turns.",

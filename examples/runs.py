@@ -78,6 +78,7 @@ class Run:
         losses: Validation loss at each, in nats a byte.
         state_bytes: Most memory that the optimizer's averages took at a measurement.
         rounds: What was drawn; None for AdamW and LoRA, which draw nothing.
+        backend: What ran MISA's steps; None for AdamW and LoRA.
     """
 
     method: str
@@ -85,6 +86,7 @@ class Run:
     losses: list[float]
     state_bytes: int
     rounds: Rounds | None
+    backend: str | None = None
 
 
 def new_model(settings: Settings, device: str) -> Llama:
@@ -147,6 +149,7 @@ def finetune(
             run.state_bytes = max(run.state_bytes, state_bytes(optimizer))
     if isinstance(optimizer, MISA):
         run.rounds = drawn(optimizer, steps)
+        run.backend = optimizer.backend
     return run
 
 

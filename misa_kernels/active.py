@@ -68,10 +68,17 @@ class ActiveSet:
         self.arena: Arena | None = None
         self.rows: dict[int, Row] = {}
         self._step: Step | None = None
-        # The parameter of each row, and what changes when somebody else writes to it or exchanges its memory.
+        # The parameter of each row, and what changes when somebody else exchanges its memory or, if the arena holds
+        # bits that the weight lacks, writes to it.
         self._params: list[Tensor] = []
         self._pointers: list[int] = []
+        self._refined: list[Row] = []
         self._versions: list[int] = []
+
+    @property
+    def backend(self) -> str | None:
+        """Name of what runs the steps, None before the first one."""
+        return None if self._backend is None else self._backend.name
 
     def update(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
         """Take one optimizer step on all tensors that have a gradient.
@@ -102,7 +109,7 @@ class ActiveSet:
             # one has neither an address nor a flat view, so nothing has been launched.
             self._refuse_sparse(grads)
             raise
-        self._versions = [param._version for param in self._params]
+        self._versions = [row.param._version for row in self._refined]
         self.steps += 1
 
     def allocate(self, enter: Iterable[int]) -> None:
@@ -199,7 +206,10 @@ class ActiveSet:
         assert self.arena is not None and self._backend is not None
         self._params = [row.param for row in self.rows.values()]
         self._pointers = [param.data_ptr() for param in self._params]
-        self._versions = [param._version for param in self._params]
+        self._refined = [
+            row for slot, row in self.rows.items() if not {"master", "residual"}.isdisjoint(self.arena.views(slot))
+        ]
+        self._versions = [row.param._version for row in self._refined]
         self._step = self._backend(list(self.rows.values()), self.arena, self._settings)
 
     def collect(self) -> None:
@@ -255,17 +265,17 @@ class ActiveSet:
         """Drop rows and arena, writing nothing back; what is in `state` counts from now on."""
         self.arena = self._step = None
         self.rows = {}
-        self._params, self._pointers, self._versions = [], [], []
+        self._params, self._pointers, self._refined, self._versions = [], [], [], []
 
     def _adopt(self) -> None:
         """Take over into the masters what somebody else wrote to the weights; refuse weights that moved."""
         assert self.arena is not None
         pointers = [param.data_ptr() for param in self._params]
-        versions = [param._version for param in self._params]
+        versions = [row.param._version for row in self._refined]
         if pointers == self._pointers and versions == self._versions:
             return
-        now, before = zip(pointers, versions, strict=True), zip(self._pointers, self._versions, strict=True)
-        for row, a, b in zip(self.rows.values(), now, before, strict=True):
+        moved = set()
+        for row, pointer, before in zip(self.rows.values(), pointers, self._pointers, strict=True):
             param, dtype = row.param, self.arena.dtypes[row.slot]
             if param.device != self.arena.device or param.dtype != dtype:
                 raise RuntimeError(
@@ -277,11 +287,14 @@ class ActiveSet:
                     f"{self._names[row.index]} has strides {param.stride()} for shape {tuple(param.shape)} and must be "
                     "contiguous: set param.data = param.data.contiguous()"
                 )
-            if a != b:
+            if pointer != before:
+                moved.add(row.slot)
+        for row, version, last in zip(self._refined, versions, self._versions, strict=True):
+            if version != last or row.slot in moved:
                 views = self.arena.views(row.slot)
                 if "master" in views:
                     adopt_weight(views["master"], row.weight())
-                if "residual" in views:
+                else:
                     # What the old weight lacked means nothing to the new one.
                     views["residual"].zero_()
         self._pointers = pointers

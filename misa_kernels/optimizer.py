@@ -215,6 +215,11 @@ class MISA(torch.optim.Optimizer):
         return cast(list[int], self._active.tolist())
 
     @property
+    def backend(self) -> str | None:
+        """What runs the steps: "triton", "cuda", "cpu" or "reference"; None before the first step."""
+        return self._trained.backend
+
+    @property
     def state_bytes(self) -> int:
         """Bytes of moments and masters; 0 before the first step."""
         return 0 if self._trained.arena is None else self._trained.arena.nbytes

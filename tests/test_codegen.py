@@ -1,11 +1,15 @@
-"""The machine code of the Triton step, compiled without a GPU: access widths, registers, stack, spills."""
+"""The machine code of the Triton step and of the CUDA library, compiled without a GPU."""
 
 from __future__ import annotations
+
+import re
 
 import pytest
 import torch
 
-from benchmarks.codegen import CAPABILITIES, Code, Variant, compile_all, main, variants
+from benchmarks import nvcc
+from benchmarks.assembly import CAPABILITIES, Code, Variant
+from benchmarks.codegen import compile_all, compile_library, main, variants
 from misa_kernels.kernels import launch
 
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
@@ -69,6 +73,42 @@ def test_all_variants(capability):
         check(code)
 
 
+needs_nvcc = pytest.mark.skipif(nvcc.missing() is not None, reason=str(nvcc.missing()))
+
+
+@needs_nvcc
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_cuda_library(capability):
+    codes = compile_library(capability)
+    assert len({code.variant for code in codes}) == 8
+    for code in codes:
+        variant = code.variant
+        assert code.spills == 0 and code.stack == 0, code
+        # Half of the threads that a multiprocessor has room for.
+        assert code.registers <= 64, code
+        loads, stores = expected_widths(variant)
+        if variant.launch == "norm":
+            # All of a chunk before any is used.
+            assert code.loads == {8 * 4 * variant.grad.itemsize: 8} and code.stores == {}, code
+            continue
+        # And more, since at age 0 weight and gradient are loaded by instructions of their own.
+        assert code.loads.keys() == loads.keys() and all(code.loads[bits] >= n for bits, n in loads.items()), code
+        assert code.stores == stores, code
+        assert code.instructions < 85, code
+
+
+@needs_nvcc
+def test_cuda_library_rounds_as_ieee_754_does(tmp_path):
+    """No approximation and no flush to zero; in float32 there is no sum that a compiler could contract."""
+    nvcc.compile_source(tmp_path / "step.ptx", "-ptx", "-arch=sm_80")
+    operations = re.findall(r"\s([a-z]+(?:\.[a-z]+)*)\.f(32|64)\s", (tmp_path / "step.ptx").read_text())
+    operations = {f"{name}.f{bits}" for name, bits in operations}
+    assert {"div.rn.f32", "sqrt.rn.f32", "fma.rn.f32", "div.rn.f64", "sqrt.rn.f64", "mul.rn.f64"} <= operations
+    assert not any("approx" in name or "ftz" in name for name in operations)
+    # float64 is rounded after every operation: the processor's bits would be others with contraction.
+    assert not operations & {"add.f32", "sub.f32", "add.rn.f32", "fma.rn.f64", "mul.f64", "add.f64", "sub.f64"}
+
+
 def test_bytes_are_those_of_the_design():
     bytes_of = {str(variant): variant.bytes_per_element for variant in variants()}
     assert bytes_of["update bf16 bf16 master"] == bytes_of["update fp32 fp32"] == 28
@@ -79,4 +119,5 @@ def test_bytes_are_those_of_the_design():
 @pytest.mark.slow
 def test_table_has_a_line_a_variant(capsys):
     assert main(["--capability", "90"]) == 0
-    assert sum(line.startswith("sm_90") for line in capsys.readouterr().out.splitlines()) == len(variants())
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("sm_90")]
+    assert len(lines) == len(variants()) + (0 if nvcc.missing() else 8)

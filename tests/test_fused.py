@@ -1,4 +1,4 @@
-"""MISA on the Triton kernel equals MISA on the reference: whole rounds, in the interpreter or on a GPU."""
+"""MISA on a fused kernel equals MISA on the reference: whole rounds, on a CPU, in Triton's interpreter or on a GPU."""
 
 import os
 
@@ -8,10 +8,23 @@ import torch
 from torch import nn
 
 from misa_kernels import MISA, ImportanceSampler, UniformSampler, authors, paper
+from misa_kernels.kernels import native
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-pytestmark = [] if INTERPRETED else [pytest.mark.gpu]
-DEVICE = "cpu" if INTERPRETED else "cuda"
+
+
+def built(name):
+    return pytest.mark.skipif(native.path(name) is None, reason=f"the library {name} is not built")
+
+
+on_each_backend = pytest.mark.parametrize(
+    "backend, device",
+    [
+        pytest.param("cpu", "cpu", marks=built("cpu")),
+        pytest.param("triton", "cpu") if INTERPRETED else pytest.param("triton", "cuda", marks=pytest.mark.gpu),
+        pytest.param("cuda", "cuda", marks=[pytest.mark.gpu, built("cuda")]),
+    ],
+)
 
 VARIANTS = {
     "default": {},
@@ -27,10 +40,10 @@ VARIANTS = {
 SHAPES = [(8, 6), (5, 7), (16, 3), (3, 9), (8, 6), (1, 11), (5,)]
 
 
-def build(backend, dtype=torch.float32, **options):
+def build(backend, device, dtype=torch.float32, **options):
     """Six matrices, two or three of them active, and an always-on vector: a program takes the interpreter 30 ms."""
     torch.manual_seed(0)
-    model = nn.ParameterList(nn.Parameter(torch.randn(shape).to(DEVICE, dtype)) for shape in SHAPES)
+    model = nn.ParameterList(nn.Parameter(torch.randn(shape).to(device, dtype)) for shape in SHAPES)
     groups = [
         {"params": list(model)[:6], "role": "sampled", "weight_decay": 0.3},
         {"params": list(model)[6:], "role": "dense", "lr": 1e-2},
@@ -47,12 +60,12 @@ def walk(model, optimizer, gradients, first, count):
         optimizer.step()
 
 
-def gradients(steps, dtype, nonfinite=(), missing=()):
+def gradients(steps, dtype, device, nonfinite=(), missing=()):
     """Gradients of each step, with a NaN in the steps `nonfinite`, None for (step, number mod 3) in `missing`."""
     rng = torch.Generator().manual_seed(0)
     rows = []
     for step in range(steps):
-        row = [(torch.randn(s, generator=rng) * 10.0 ** (i % 5 - 3)).to(DEVICE, dtype) for i, s in enumerate(SHAPES)]
+        row = [(torch.randn(s, generator=rng) * 10.0 ** (i % 5 - 3)).to(device, dtype) for i, s in enumerate(SHAPES)]
         for g in row:
             if step in nonfinite:
                 g.view(-1)[0] = float("nan")
@@ -60,12 +73,13 @@ def gradients(steps, dtype, nonfinite=(), missing=()):
     return rows
 
 
+@on_each_backend
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_rounds_equal_those_of_the_reference(variant, dtype):
+def test_rounds_equal_those_of_the_reference(backend, device, variant, dtype):
     skips = VARIANTS[variant].get("skip_nonfinite")
-    given = gradients(10, dtype, nonfinite=(2, 5) if skips else (), missing={(4, 1), (7, 0), (7, 1)})
-    pairs = [build(backend, dtype, **VARIANTS[variant]) for backend in ("reference", "triton")]
+    given = gradients(10, dtype, device, nonfinite=(2, 5) if skips else (), missing={(4, 1), (7, 0), (7, 1)})
+    pairs = [build(name, device, dtype, **VARIANTS[variant]) for name in ("reference", backend)]
     for step in range(10):
         for model, optimizer in pairs:
             walk(model, optimizer, given, step, 1)
@@ -86,16 +100,17 @@ def test_rounds_equal_those_of_the_reference(variant, dtype):
                 torch.testing.assert_close(b["state"][i][name], value, rtol=2e-6, atol=2e-6)
 
 
+@on_each_backend
 @pytest.mark.parametrize("variant", ["default", "stochastic", "norms", "clip and skip"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("steps", [0, 4, 6])
-def test_resume_is_bitwise_no_interruption(variant, dtype, steps):
-    given = gradients(10, dtype)
-    model, optimizer = build("triton", dtype, **VARIANTS[variant])
+def test_resume_is_bitwise_no_interruption(backend, device, variant, dtype, steps):
+    given = gradients(10, dtype, device)
+    model, optimizer = build(backend, device, dtype, **VARIANTS[variant])
     walk(model, optimizer, given, 0, steps)
     state, weights = optimizer.state_dict(), {k: v.clone() for k, v in model.state_dict().items()}
     walk(model, optimizer, given, steps, 10 - steps)
-    again, resumed = build("triton", dtype, **VARIANTS[variant])
+    again, resumed = build(backend, device, dtype, **VARIANTS[variant])
     walk(again, resumed, given, 0, 1)
     again.load_state_dict(weights)
     resumed.load_state_dict(state)
@@ -106,11 +121,12 @@ def test_resume_is_bitwise_no_interruption(variant, dtype, steps):
             assert torch.equal(value, resumed.state_dict()["state"][i][name]), (i, name)
 
 
-def test_state_of_one_backend_loads_into_the_other():
-    given = gradients(8, torch.bfloat16)
-    model, optimizer = build("reference", torch.bfloat16)
+@on_each_backend
+def test_state_of_one_backend_loads_into_the_other(backend, device):
+    given = gradients(8, torch.bfloat16, device)
+    model, optimizer = build("reference", device, torch.bfloat16)
     walk(model, optimizer, given, 0, 5)
-    again, resumed = build("triton", torch.bfloat16)
+    again, resumed = build(backend, device, torch.bfloat16)
     again.load_state_dict(model.state_dict())
     resumed.load_state_dict(optimizer.state_dict())
     for m, o in ((model, optimizer), (again, resumed)):
@@ -119,19 +135,20 @@ def test_state_of_one_backend_loads_into_the_other():
         torch.testing.assert_close(q, p, rtol=2.0**-7, atol=1e-6)
 
 
-def test_row_blocks_experts_and_pairs():
-    def make(backend):
+@on_each_backend
+def test_row_blocks_experts_and_pairs(backend, device):
+    def make(name):
         torch.manual_seed(0)
-        params = [nn.Parameter(torch.randn(shape).to(DEVICE)) for shape in [(12, 4), (4, 3, 2), (6, 2), (2, 6)]]
+        params = [nn.Parameter(torch.randn(shape).to(device)) for shape in [(12, 4), (4, 3, 2), (6, 2), (2, 6)]]
         names = [["wide.0", "wide.1", "wide.2"], [f"expert.{e}" for e in range(4)], "pair", "pair"]
         groups = [{"params": [p], "role": "sampled", "modules": [n]} for p, n in zip(params, names, strict=True)]
-        return params, MISA(groups, delta=0.4, inner_steps=2, sampler=UniformSampler(), backend=backend)
+        return params, MISA(groups, delta=0.4, inner_steps=2, sampler=UniformSampler(), backend=name)
 
-    (reference, expected), (params, optimizer) = make("reference"), make("triton")
+    (reference, expected), (params, optimizer) = make("reference"), make(backend)
     for step in range(12):
         for n, (p, q) in enumerate(zip(reference, params, strict=True)):
             if p.requires_grad and (step + n) % 5:
-                p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(10 * step + n)).to(DEVICE)
+                p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(10 * step + n)).to(device)
                 q.grad = p.grad.clone()
             else:
                 p.grad = q.grad = None
@@ -143,10 +160,11 @@ def test_row_blocks_experts_and_pairs():
     np.testing.assert_allclose(expected.monitor.current.importance, optimizer.monitor.current.importance, rtol=1e-6)
 
 
-def test_fresh_state_is_never_read():
-    model, optimizer = build("triton", torch.bfloat16, inner_steps=2)
-    given = gradients(9, torch.bfloat16)
-    peer, expected = build("reference", torch.bfloat16, inner_steps=2)
+@on_each_backend
+def test_fresh_state_is_never_read(backend, device):
+    model, optimizer = build(backend, device, torch.bfloat16, inner_steps=2)
+    given = gradients(9, torch.bfloat16, device)
+    peer, expected = build("reference", device, torch.bfloat16, inner_steps=2)
     for step in range(9):
         walk(model, optimizer, given, step, 1)
         walk(peer, expected, given, step, 1)
@@ -160,11 +178,13 @@ def test_fresh_state_is_never_read():
         torch.testing.assert_close(q, p, rtol=2.0**-7, atol=1e-6)
 
 
-@pytest.mark.parametrize("backend", ["reference", "triton"])
-def test_grad_scaler_unscales_and_skips_in_the_step(backend):
-    scaled, plain = (build(b, skip_nonfinite=True, max_grad_norm=0.5) for b in (backend, "reference"))
-    given = gradients(6, torch.float32)
-    scale = torch.tensor(1024.0, device=DEVICE)
+@on_each_backend
+@pytest.mark.parametrize("fused", [False, True])
+def test_grad_scaler_unscales_and_skips_in_the_step(backend, device, fused):
+    names = backend if fused else "reference", "reference"
+    scaled, plain = (build(name, device, skip_nonfinite=True, max_grad_norm=0.5) for name in names)
+    given = gradients(6, torch.float32, device)
+    scale = torch.tensor(1024.0, device=device)
     for step in range(6):
         overflow = step in (1, 4)
         for p, q, g in zip(scaled[0].parameters(), plain[0].parameters(), given[step], strict=True):
@@ -172,7 +192,7 @@ def test_grad_scaler_unscales_and_skips_in_the_step(backend):
             q.grad = torch.full_like(g, float("inf")) if overflow else g.clone()
             if not q.requires_grad:
                 q.grad = None
-        scaled[1].grad_scale, scaled[1].found_inf = scale, torch.tensor(float(overflow), device=DEVICE)
+        scaled[1].grad_scale, scaled[1].found_inf = scale, torch.tensor(float(overflow), device=device)
         scaled[1].step()
         del scaled[1].grad_scale, scaled[1].found_inf
         plain[1].step()
@@ -182,9 +202,10 @@ def test_grad_scaler_unscales_and_skips_in_the_step(backend):
         torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
 
 
-def test_learning_rate_may_be_a_tensor_on_the_cpu_only():
-    given = gradients(3, torch.float32)
-    (model, optimizer), (peer, expected) = build("triton"), build("triton")
+@on_each_backend
+def test_learning_rate_may_be_a_tensor_on_the_cpu_only(backend, device):
+    given = gradients(3, torch.float32, device)
+    (model, optimizer), (peer, expected) = build(backend, device), build(backend, device)
     optimizer.param_groups[0]["lr"] = torch.tensor(3e-3, dtype=torch.float64)
     for m, o in ((model, optimizer), (peer, expected)):
         walk(m, o, given, 0, 3)
@@ -195,10 +216,11 @@ def test_learning_rate_may_be_a_tensor_on_the_cpu_only():
         optimizer.step()
 
 
+@on_each_backend
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_release_in_mid_round_flushes_and_writes_back(dtype):
-    given = gradients(5, dtype)
-    pairs = [build(backend, dtype, **paper()) for backend in ("reference", "triton")]
+def test_release_in_mid_round_flushes_and_writes_back(backend, device, dtype):
+    given = gradients(5, dtype, device)
+    pairs = [build(name, device, dtype, **paper()) for name in ("reference", backend)]
     for model, optimizer in pairs:
         walk(model, optimizer, given, 0, 5)
         before = [p.detach().clone() for p in model.parameters()]
@@ -211,36 +233,39 @@ def test_release_in_mid_round_flushes_and_writes_back(dtype):
         torch.testing.assert_close(q, p, rtol=1e-6 if dtype == torch.float32 else 2.0**-7, atol=1e-6)
 
 
+@on_each_backend
 @pytest.mark.skipif(not hasattr(torch.Tensor, "grad_dtype"), reason="torch before 2.10 has no grad_dtype")
-def test_gradient_of_another_dtype_is_refused():
-    model, optimizer = build("triton", torch.bfloat16)
-    walk(model, optimizer, gradients(1, torch.bfloat16), 0, 1)
+def test_gradient_of_another_dtype_is_refused(backend, device):
+    model, optimizer = build(backend, device, torch.bfloat16)
+    walk(model, optimizer, gradients(1, torch.bfloat16, device), 0, 1)
     before = [p.detach().clone() for p in model.parameters()]
     for p in model.parameters():
         p.grad = None
         if p.requires_grad:
             p.grad_dtype = torch.float32
-            p.grad = torch.ones(p.shape, device=DEVICE)
+            p.grad = torch.ones(p.shape, device=device)
     with pytest.raises(TypeError, match="grad_dtype before the first step"):
         optimizer.step()
     assert all(map(torch.equal, model.parameters(), before))
 
 
-def test_sparse_gradient_is_refused_and_changes_nothing():
-    embedding, other = nn.Embedding(10, 4, sparse=True).to(DEVICE), nn.Parameter(torch.ones(4, 4, device=DEVICE))
-    optimizer = MISA([other, embedding.weight], delta=1.0, backend="triton")
+@on_each_backend
+def test_sparse_gradient_is_refused_and_changes_nothing(backend, device):
+    embedding, other = nn.Embedding(10, 4, sparse=True).to(device), nn.Parameter(torch.ones(4, 4, device=device))
+    optimizer = MISA([other, embedding.weight], delta=1.0, backend=backend)
     other.grad = torch.ones_like(other)
-    embedding(torch.tensor([1, 2], device=DEVICE)).sum().backward()
+    embedding(torch.tensor([1, 2], device=device)).sum().backward()
     with pytest.raises(TypeError, match="sparse=False"):
         optimizer.step()
     assert torch.equal(other, torch.ones_like(other))
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
 def test_a_thousand_steps_and_twenty_switches_compile_nothing_new():
     from misa_kernels.kernels.triton import step_kernel
 
-    params = [nn.Parameter(torch.randn(64, 64, device=DEVICE)) for _ in range(8)]
+    params = [nn.Parameter(torch.randn(64, 64, device="cuda")) for _ in range(8)]
     groups = [
         {"params": params[:4], "role": "sampled"},
         {"params": params[4:], "role": "sampled", "betas": (0.8, 0.99)},

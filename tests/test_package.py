@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 import zipfile
@@ -13,10 +12,10 @@ from email.parser import Parser
 from pathlib import Path
 
 import pytest
+from builds import NO_COMPILER, ROOT, SOURCES, build_wheel, package_files, unpack_sdist
 
 import misa_kernels
 
-ROOT = Path(__file__).parents[1]
 PUBLIC = {
     "MISA",
     "param_groups",
@@ -97,30 +96,17 @@ print(before == state())
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
-    """Build from a copy, so that the checkout stays free of build folders."""
+    """The one without native libraries; tests/test_build.py has the others."""
     pytest.importorskip("setuptools", minversion="77")
     folder = tmp_path_factory.mktemp("wheel")
-    source = folder / "source"
-    shutil.copytree(ROOT / "misa_kernels", source / "misa_kernels", ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, source)
-    command = [sys.executable, "-m", "pip", "wheel", "--no-build-isolation", "--no-deps", "--no-index"]
-    done = subprocess.run([*command, "-w", str(folder), str(source)], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    (path,) = folder.glob("*.whl")
-    assert path.name == f"misa_kernels-{misa_kernels.__version__}-py3-none-any.whl"
-    return zipfile.ZipFile(path)
+    wheel, _ = build_wheel(unpack_sdist(folder), folder, **NO_COMPILER)
+    return wheel
 
 
 def test_wheel_holds_the_package_and_nothing_else(wheel):
-    names = {name for name in wheel.namelist() if ".dist-info/" not in name}
-    expected = {
-        path.relative_to(ROOT).as_posix()
-        for path in (ROOT / "misa_kernels").rglob("*")
-        if path.suffix == ".py" or path.name == "py.typed"
-    }
-    assert names == expected
-    assert "misa_kernels/py.typed" in names
+    assert Path(str(wheel.filename)).name == f"misa_kernels-{misa_kernels.__version__}-py3-none-any.whl"
+    assert package_files(wheel) == SOURCES
+    assert "misa_kernels/py.typed" in SOURCES
 
 
 def test_wheel_says_what_it_needs(wheel):
@@ -135,7 +121,7 @@ def test_wheel_says_what_it_needs(wheel):
     assert re.fullmatch(r"triton;sys_platform==.linux.", needs[2])
     assert metadata["Requires-Python"] == ">=3.10"
     assert metadata["License-Expression"] == "Apache-2.0"
-    assert set(metadata.get_all("Provides-Extra")) == {"train", "dev"}
+    assert set(metadata.get_all("Provides-Extra")) == {"train", "dev", "bench"}
 
 
 def test_wheel_works_without_the_checkout(wheel, tmp_path):

@@ -19,7 +19,7 @@ from misa_kernels.arena import Arena
 from misa_kernels.kernels import native, table
 from misa_kernels.kernels.plain import PlainStep
 from misa_kernels.kernels.rows import Row, Settings, StepInput
-from misa_kernels.storage import Storage
+from misa_kernels.storage import PRECISIONS, Storage
 
 __all__ = ["BACKENDS", "Backend", "Row", "Settings", "Step", "StepInput", "check", "select", "unusable"]
 
@@ -40,8 +40,14 @@ class Step(Protocol):
 
 
 class Backend(Protocol):
-    """A class whose objects are steps."""
+    """A class whose objects are steps.
 
+    Attributes:
+        name: What `backend=` calls it.
+        reads_fresh_state: Whether it reads moments and masters before their first update.
+    """
+
+    name: str
     reads_fresh_state: bool
 
     def __call__(self, rows: Sequence[Row], arena: Arena, settings: Settings) -> Step:
@@ -116,7 +122,9 @@ def _dtypes(backend: str) -> tuple[torch.dtype, ...]:
 
 
 def _storages(backend: str) -> set[Storage]:
-    return {Storage("fp32", "master"), Storage("fp32", "stochastic")}
+    formats = ("fp32", "bf16", "int8") if backend == "cpu" else ("fp32",)
+    precisions = PRECISIONS if backend == "cpu" else ("master", "stochastic")
+    return {Storage(name, precision) for name in formats for precision in precisions}
 
 
 def _class(backend: str) -> Backend:

@@ -27,6 +27,7 @@ class FusedStep:
 
     # At age 0 the kernels read neither moments nor master.
     reads_fresh_state = False
+    name: str
     table: type[RowTable]
 
     def __init__(self, rows: Sequence[Row], arena: Arena, settings: Settings) -> None:
@@ -39,6 +40,7 @@ class FusedStep:
         start = np.array([row.start for row in rows], dtype=np.int64)
         itemsize = np.array([param.element_size() for param in self._params], dtype=np.int64)
         self._weight_offset = start * itemsize
+        self._weight_pointers: Sequence[int] | None = None
         self._grad_dtypes = [getattr(param, "grad_dtype", None) or param.dtype for param in self._params]
         self._grad_offset = start * np.array([dtype.itemsize for dtype in self._grad_dtypes], dtype=np.int64)
         self._launch = self.table(
@@ -52,35 +54,40 @@ class FusedStep:
             device=arena.device,
         )
         self._slots = torch.tensor([row.slot for row in rows], dtype=torch.int64).to(arena.device)
-        # After a resume in mid-round these are not 0.
-        self._age_before = arena.age[self._slots]
-        self._updates_before = arena.updates[self._slots]
+        age = arena.age[self._slots]
+        self._launch.set_ages(age)
+        # After a resume in mid-round this is not 0.
         self._score_before = arena.score_sum[self._slots]
-        # Steps in which a row had no gradient but another tensor of its module had.
-        self._fellow_updates = torch.zeros_like(self._updates_before)
-        self._launch.set_ages(self._age_before)
+        # A row's updates in this round less its age: what they were before, and steps in which it had no gradient but
+        # another tensor of its module had.
+        self._beyond_age = arena.updates[self._slots] - age
 
     def run(self, step: StepInput) -> None:
         """Launch the step."""
-        grads = [grad if grad is None or grad.is_contiguous() else grad.contiguous() for grad in step.grads]
-        for grad, dtype in zip(grads, self._grad_dtypes, strict=True):
-            if grad is not None and grad.dtype != dtype:
-                raise TypeError(
-                    f"a gradient is {grad.dtype} but must be {dtype} in this round: set the parameter's grad_dtype "
-                    "before the first step"
-                )
+        # In one pass: with hundreds of tensors the host's time is in such loops.
+        copies: list[Tensor] = []
+        pointers = [
+            0
+            if grad is None
+            else grad.data_ptr()
+            if grad.dtype is dtype and grad.is_contiguous()
+            else stray(grad, dtype, copies)
+            for grad, dtype in zip(step.grads, self._grad_dtypes, strict=True)
+        ]
         for hyper in step.hyper:
             if isinstance(hyper.lr, Tensor) and hyper.lr.device.type != "cpu":
                 raise TypeError(
                     f"lr is a tensor on {hyper.lr.device}, and reading it would wait for the device: use a float or a "
                     "tensor on the CPU"
                 )
-        weights = np.array(step.weight_pointers, dtype=np.int64)
-        pointers = np.array([0 if grad is None else grad.data_ptr() for grad in grads], dtype=np.int64)
+        if step.weight_pointers is not self._weight_pointers:
+            self._weight_pointers = step.weight_pointers
+            self._weights = np.array(step.weight_pointers, dtype=np.int64) + self._weight_offset
+        grads = np.array(pointers, dtype=np.int64)
         settings = self._settings
         self._launch.step(
-            weights + self._weight_offset,
-            np.where(pointers == 0, 0, pointers + self._grad_offset),
+            self._weights,
+            np.where(grads == 0, 0, grads + self._grad_offset),
             np.array(step.hyper[: self._groups], dtype=np.float64),
             noise_keys(step.seed, 2 * step.number, self._index) if settings.storage.noisy else None,
             max_grad_norm=settings.max_grad_norm,
@@ -93,7 +100,7 @@ class FusedStep:
         skipped = self._skipped(step.found_inf)
         if skipped is not None:
             self._arena.skipped.add_(skipped)
-        if not pointers.all():
+        if not grads.all():
             self._count_fellows(step.grads, skipped)
         if settings.root:
             self._add_norms()
@@ -103,8 +110,7 @@ class FusedStep:
         collected = self._launch.collect()
         age = collected[:, 0].int()
         self._arena.age.index_copy_(0, self._slots, age)
-        updates = age - self._age_before + self._updates_before + self._fellow_updates
-        self._arena.updates.index_copy_(0, self._slots, updates)
+        self._arena.updates.index_copy_(0, self._slots, age + self._beyond_age)
         if not self._settings.root:
             self._arena.score_sum.index_copy_(0, self._slots, self._score_before + collected[:, 1])
 
@@ -118,7 +124,7 @@ class FusedStep:
         present = {row.slot for row, grad in zip(self._rows, grads, strict=True) if grad is not None}
         for number, (row, grad) in enumerate(zip(self._rows, grads, strict=True)):
             if grad is None and not present.isdisjoint(row.fellows):
-                self._fellow_updates[number].add_(1 if skipped is None else 1 - skipped)
+                self._beyond_age[number].add_(1 if skipped is None else 1 - skipped)
 
     def _add_norms(self) -> None:
         """Add ‖g‖ of the step, of the whole module where it has several tensors, to the scores."""
@@ -126,3 +132,18 @@ class FusedStep:
         self._launch.clear_sums()
         self._arena.root_of_squares(row.fellows for row in self._rows if row.slot == row.fellows[0])
         self._arena.score_sum.add_(self._arena.sq_norm)
+
+
+def stray(grad: Tensor, dtype: torch.dtype, copies: list[Tensor]) -> int:
+    """Return the address of a contiguous copy of `grad`, which is kept in `copies`.
+
+    Raises:
+        TypeError: If it is not of `dtype`.
+    """
+    if grad.dtype != dtype:
+        raise TypeError(
+            f"a gradient is {grad.dtype} but must be {dtype} in this round: set the parameter's grad_dtype before the "
+            "first step"
+        )
+    copies.append(grad.contiguous())
+    return copies[-1].data_ptr()

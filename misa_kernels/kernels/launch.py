@@ -207,4 +207,5 @@ class Launch(RowTable):
 class TritonStep(FusedStep):
     """The steps of one round on the Triton kernel."""
 
+    name = "triton"
     table = Launch

@@ -10,21 +10,26 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from misa_kernels.arena import Arena
 from misa_kernels.kernels.fused import FusedStep
-from misa_kernels.kernels.rows import StepInput
+from misa_kernels.kernels.rows import Row, Settings, StepInput
 from misa_kernels.kernels.table import Integers, RowTable
 
 FOLDER = Path(__file__).parents[1]
 SUFFIXES = {".so", ".dylib", ".dll"}
 COMPILER = {"cpu": "a C++ compiler", "cuda": "nvcc"}
 CLIP, SKIP_NONFINITE = 1, 2
+# MisaFormat, by the dtype of `exp_avg`.
+FORMATS = (torch.float32, torch.bfloat16, torch.int8)
+# The members of MisaState, in order.
+KEYS = ("exp_avg", "exp_avg_sq", "exp_avg_scale", "exp_avg_sq_scale", "master", "residual")
 POINTER, INT64 = ctypes.c_void_p, ctypes.c_int64
 
 
 class State(ctypes.Structure):
     """MisaState."""
 
-    _fields_ = [("exp_avg", POINTER), ("exp_avg_sq", POINTER), ("master", POINTER), ("elements", INT64)]
+    _fields_ = [(name, POINTER) for name in KEYS] + [("elements", INT64)]
 
 
 class Step(ctypes.Structure):
@@ -37,6 +42,7 @@ class Step(ctypes.Structure):
         ("hyper", POINTER),
         ("group_count", INT64),
         ("state", State * 2),
+        ("format", INT64),
         ("chunk_count", INT64),
         ("age", POINTER),
         ("sq_sum", POINTER),
@@ -70,6 +76,15 @@ def library(name: str) -> ctypes.CDLL:
             f"was not built when misa_kernels was installed: install {COMPILER[name]}, then run "
             "`pip install --force-reinstall --no-deps --no-binary misa-kernels misa-kernels`"
         )
+    return load(name, file)
+
+
+def load(name: str, file: Path) -> ctypes.CDLL:
+    """Load a library "cpu" or "cuda" from a file.
+
+    Raises:
+        RuntimeError: If it cannot be loaded; the message is the rest of a sentence.
+    """
     try:
         loaded = ctypes.CDLL(str(file))
     except OSError as error:
@@ -102,11 +117,8 @@ def unusable(name: str) -> str | None:
         return None
     driver, runtime = loaded.misa_cuda_driver_version(), loaded.misa_cuda_runtime_version()
     if driver // 1000 < runtime // 1000:
-        found = f"is for CUDA {driver // 1000}.{driver % 1000 // 10}" if driver else "is not there"
-        return (
-            f"needs a driver for CUDA {runtime // 1000}, and the one here {found}: update it, or build with an "
-            "older nvcc"
-        )
+        found = f"the one here is for CUDA {driver // 1000}.{driver % 1000 // 10}" if driver else "there is none here"
+        return f"needs a driver for CUDA {runtime // 1000}, and {found}: update it, or build with an older nvcc"
     return None if torch.cuda.is_available() else "needs a CUDA device, and torch sees none here"
 
 
@@ -150,7 +162,9 @@ class NativeTable(RowTable):
         for number, dtype in enumerate(self.dtypes):
             for name, buffer in state.get(dtype, {}).items():
                 setattr(struct.state[number], name, buffer.data_ptr())
-                struct.state[number].elements = buffer.numel()
+            struct.state[number].elements = len(state[dtype]["exp_avg"]) if dtype in state else 0
+        # What m is stored in tells the formats apart.
+        struct.format = next((FORMATS.index(buffers["exp_avg"].dtype) for buffers in state.values()), 0)
         self._reference = ctypes.byref(struct)
 
     def _run(
@@ -195,24 +209,42 @@ class CudaTable(NativeTable):
     name = "cuda"
 
     def _stream(self) -> tuple[int, int]:
-        return self._device.index, torch.cuda.current_stream(self._device).cuda_stream
+        # Not the device asked for, which may have no index.
+        device = self._ages.device
+        return device.index, torch.cuda.current_stream(device).cuda_stream
 
     def _call_step(self) -> int:
-        with torch.cuda.device(self._device):
+        with torch.cuda.device(self._ages.device):
             status: int = self._library.misa_cuda_step(self._reference, *self._stream())
         return status
 
     def _collect(self) -> None:
-        with torch.cuda.device(self._device):
+        with torch.cuda.device(self._ages.device):
             self._check(self._library.misa_cuda_collect(self._reference, self._collected.data_ptr(), *self._stream()))
 
 
 class CpuStep(FusedStep):
     """The steps of one round on the C++ library for CPUs."""
 
+    name = "cpu"
     # The library does not, but whoever looks at `optimizer.state` before the first step of a round does.
     reads_fresh_state = True
     table = CpuTable
+
+    def __init__(self, rows: Sequence[Row], arena: Arena, settings: Settings) -> None:
+        super().__init__(rows, arena, settings)
+        # NumPy indexes 300 numbers in a fifth of torch's time, and this is done in every step.
+        self._at = self._slots.numpy()
+        self._counters = [vector.numpy() for vector in (arena.age, arena.updates, arena.score_sum)]
+
+    def collect(self) -> None:
+        """Bring ages, updates and scores of the arena up to date."""
+        age, sq_sum = self._launch.collect().numpy().T
+        ages, updates, scores = self._counters
+        ages[self._at] = age
+        updates[self._at] = age + self._beyond_age.numpy()
+        if not self._settings.root:
+            scores[self._at] = self._score_before.numpy() + sq_sum
 
     def run(self, step: StepInput) -> None:
         """Take the step; the arena's counters are up to date after it, since nothing has to be waited for."""
@@ -223,4 +255,5 @@ class CpuStep(FusedStep):
 class CudaStep(FusedStep):
     """The steps of one round on the CUDA library."""
 
+    name = "cuda"
     table = CudaTable

@@ -21,6 +21,7 @@ class PlainStep:
         settings: What holds for all steps.
     """
 
+    name = "reference"
     # The reference reads moments and masters at age 0.
     reads_fresh_state = True
 

@@ -1,0 +1,446 @@
+// A step on a GPU: one launch for 60 rows of the same dtypes, and as many before it to clip by the norm.
+//
+// A block works on one chunk, whose age and sum of squares it alone writes: no races, no atomics on floats,
+// and two runs give the same bits. The tables travel in the arguments of the launch: nothing is allocated,
+// uploaded or waited for, and a captured graph holds all it needs.
+#include <cuda_runtime.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <type_traits>
+
+#include "step.h"
+
+namespace misa {
+namespace {
+
+constexpr std::int64_t CHUNK = 8192;
+constexpr int THREADS = 256;
+// Blocks that share a multiprocessor, at 64 registers a thread: half of the threads there can be.
+constexpr int RESIDENT = 4;
+// Elements from one vector of a thread to its next, and how many vectors it asks for before it uses any.
+constexpr int STRIDE = 4 * THREADS;
+constexpr int AHEAD = 2;
+
+constexpr int ROWS = 60;
+constexpr int GROUPS = 8;
+constexpr int COLLECTED = 1000;
+
+// What a kernel reads of a MisaRow.
+struct Row {
+  void* weight;
+  const void* grad;
+  std::int64_t numel, offset, start;
+  std::uint32_t key;
+  int group, first_chunk, first_block;
+};
+
+struct Tables {
+  MisaStep step;
+  MisaHyper hyper[GROUPS];
+  Row rows[ROWS];
+  int row_count;
+};
+
+// The chunks of row i are those from first_chunk[i] up to first_chunk[i + 1].
+struct Chunks {
+  const std::int32_t* age;
+  const double* sq_sum;
+  double* collected;
+  int first_chunk[COLLECTED + 1];
+};
+
+static_assert(sizeof(Tables) <= 4096 && sizeof(Chunks) <= 4096, "what a launch takes on every architecture");
+
+template <int DTYPE>
+using Stored = std::conditional_t<DTYPE == MISA_FLOAT32, float, std::uint16_t>;
+
+// Four neighbours, which are one access. Those of bfloat16 stay in pairs until they are used: to take them
+// apart is to wait for them.
+template <class T>
+struct Four;
+
+template <>
+struct alignas(16) Four<float> {
+  float x[4];
+  __device__ float get(int i) const { return x[i]; }
+  __device__ void set(int i, float value) { x[i] = value; }
+};
+
+template <>
+struct alignas(8) Four<std::uint16_t> {
+  std::uint32_t pairs[2];
+  __device__ float get(int i) const {
+    return bf16_to_float(static_cast<std::uint16_t>(pairs[i / 2] >> (i % 2 * 16)));
+  }
+  __device__ void set(int i, std::uint16_t value) {
+    const int shift = i % 2 * 16;
+    pairs[i / 2] = (pairs[i / 2] & ~(0xFFFFu << shift)) | static_cast<std::uint32_t>(value) << shift;
+  }
+};
+
+template <class T>
+__device__ Four<T>& four(T* at) {
+  return *reinterpret_cast<Four<T>*>(at);
+}
+
+template <class T>
+__device__ const Four<T>& four(const T* at) {
+  return *reinterpret_cast<const Four<T>*>(at);
+}
+
+template <class T>
+__device__ bool wide(const T* at) {
+  return reinterpret_cast<std::uintptr_t>(at) % sizeof(Four<T>) == 0;
+}
+
+__device__ float to_float(float x) { return x; }
+__device__ float to_float(std::uint16_t x) { return bf16_to_float(x); }
+
+__host__ __device__ bool controlled(const MisaStep& step) {
+  return (step.flags & (MISA_CLIP | MISA_SKIP_NONFINITE)) != 0;
+}
+
+__device__ float unscale_of(const MisaStep& step) {
+  return step.grad_scale == nullptr ? 1.0f : divide_nearest(1.0f, *step.grad_scale);
+}
+
+// The row of this block.
+__device__ const Row& find_row(const Tables& tables) {
+  int row = 0, end = tables.row_count;
+  while (end - row > 1) {
+    const int middle = (row + end) / 2;
+    if (static_cast<int>(blockIdx.x) < tables.rows[middle].first_block) {
+      end = middle;
+    } else {
+      row = middle;
+    }
+  }
+  return tables.rows[row];
+}
+
+// The sum over all threads, for thread 0. Between two of these there must be a barrier.
+__device__ double block_sum(double x) {
+  __shared__ double sums[THREADS / 32];
+  for (int lanes = 16; lanes > 0; lanes /= 2) x += __shfl_down_sync(0xFFFFFFFFu, x, lanes);
+  if (threadIdx.x % 32 == 0) sums[threadIdx.x / 32] = x;
+  __syncthreads();
+  double total = 0.0;
+  if (threadIdx.x == 0) {
+    for (int warp = 0; warp < THREADS / 32; ++warp) total += sums[warp];
+  }
+  return total;
+}
+
+// The same over an array; the order of addition depends on `count` alone.
+__device__ double array_sum(const double* x, int count) {
+  double sum = 0.0;
+  // .cg: other blocks wrote these, and the L1 cache may hold what was there before.
+#pragma unroll 8
+  for (int i = threadIdx.x; i < count; i += THREADS) sum += __ldcg(x + i);
+  return block_sum(sum);
+}
+
+template <int WEIGHT, bool MASTER>
+struct Update {
+  Scalars s;
+  Noise noise;
+  float unscale, coefficient;
+
+  // Updates one element and returns its unclipped gradient.
+  __device__ float operator()(float& theta, float g, float& m, float& v) const {
+    g *= unscale;
+    adamw(theta, g * coefficient, m, v, s.decay, s.step_size, s.beta1, s.beta2, s.one_minus_beta1,
+          s.one_minus_beta2, s.denom_scale, s.eps);
+    return g;
+  }
+
+  __device__ Stored<WEIGHT> round(float theta, int i) const {
+    if constexpr (WEIGHT == MISA_FLOAT32) return theta;
+    if constexpr (MASTER) return bf16_nearest(theta);
+    return bf16_stochastic(theta, noise16(noise, static_cast<std::uint32_t>(i)));
+  }
+};
+
+template <int WEIGHT, int GRAD, bool MASTER>
+__global__ void __launch_bounds__(THREADS, RESIDENT) update_kernel(const __grid_constant__ Tables tables) {
+  const MisaStep& step = tables.step;
+  const float* const skip = controlled(step) ? step.control + 2 : step.found_inf;
+  if (skip != nullptr && *skip != 0.0f) return;
+  const Row& row = find_row(tables);
+  const int number = static_cast<int>(blockIdx.x) - row.first_block;
+  const int chunk = row.first_chunk + number;
+  const std::int64_t begin = number * CHUNK;
+
+  // By one thread: some GPUs have 1/64 of their speed in float64.
+  __shared__ Update<WEIGHT, MASTER> shared;
+  __shared__ int age;
+  if (threadIdx.x == 0) {
+    age = step.age[chunk];
+    shared.s = scalars(tables.hyper[row.group], age);
+    shared.noise = noise_from(static_cast<std::uint64_t>(row.start + begin), row.key);
+    shared.unscale = unscale_of(step);
+    shared.coefficient = controlled(step) ? step.control[0] : 1.0f;
+  }
+  __syncthreads();
+  const Update<WEIGHT, MASTER> update = shared;
+  // State of age 0 is not read.
+  const bool fresh = age == 0;
+
+  const MisaState& state = step.state[WEIGHT];
+  auto* const weight = static_cast<Stored<WEIGHT>*>(row.weight) + begin;
+  const auto* const grad = static_cast<const Stored<GRAD>*>(row.grad) + begin;
+  float* const exp_avg = static_cast<float*>(state.exp_avg) + row.offset + begin;
+  float* const exp_avg_sq = static_cast<float*>(state.exp_avg_sq) + row.offset + begin;
+  float* const master = MASTER ? state.master + row.offset + begin : nullptr;
+  const int n = static_cast<int>(row.numel - begin < CHUNK ? row.numel - begin : CHUNK);
+  const bool all_wide = wide(weight) && wide(grad) && wide(exp_avg) && wide(exp_avg_sq) && wide(master);
+  const int vectors_end = all_wide ? n / 4 * 4 : 0;
+
+  float squares = 0.0f;
+#pragma unroll 1
+  for (int first = 4 * threadIdx.x; first < vectors_end; first += AHEAD * STRIDE) {
+    Four<Stored<WEIGHT>> w[AHEAD] = {};
+    Four<Stored<GRAD>> g[AHEAD] = {};
+    Four<float> theta[AHEAD] = {}, m[AHEAD] = {}, v[AHEAD] = {};
+#pragma unroll
+    for (int j = 0; j < AHEAD; ++j) {
+      const int i = first + j * STRIDE;
+      if (i >= vectors_end) continue;
+      g[j] = four(grad + i);
+      if (!MASTER || fresh) w[j] = four(weight + i);
+      if (fresh) {
+        for (int k = 0; k < 4; ++k) theta[j].x[k] = w[j].get(k);
+      } else {
+        m[j] = four(exp_avg + i);
+        v[j] = four(exp_avg_sq + i);
+        if (MASTER) theta[j] = four(master + i);
+      }
+    }
+#pragma unroll
+    for (int j = 0; j < AHEAD; ++j) {
+      const int i = first + j * STRIDE;
+      if (i >= vectors_end) continue;
+#pragma unroll
+      for (int k = 0; k < 4; ++k) {
+        float& t = theta[j].x[k];
+        if (!MASTER) t = w[j].get(k);
+        const float unclipped = update(t, g[j].get(k), m[j].x[k], v[j].x[k]);
+        squares = fma_nearest(unclipped, unclipped, squares);
+        w[j].set(k, update.round(t, i + k));
+      }
+      four(exp_avg + i) = m[j];
+      four(exp_avg_sq + i) = v[j];
+      if (MASTER) four(master + i) = theta[j];
+      four(weight + i) = w[j];
+    }
+  }
+#pragma unroll 1
+  for (int i = vectors_end + threadIdx.x; i < n; i += THREADS) {
+    float m = fresh ? 0.0f : exp_avg[i], v = fresh ? 0.0f : exp_avg_sq[i];
+    float theta = MASTER && !fresh ? master[i] : to_float(weight[i]);
+    const float unclipped = update(theta, to_float(grad[i]), m, v);
+    squares = fma_nearest(unclipped, unclipped, squares);
+    exp_avg[i] = m;
+    exp_avg_sq[i] = v;
+    if (MASTER) master[i] = theta;
+    weight[i] = update.round(theta, i);
+  }
+
+  const double sq_norm = block_sum(squares);
+  if (threadIdx.x == 0) {
+    step.age[chunk] = age + 1;
+    step.sq_sum[chunk] += controlled(step) ? step.partial[chunk] : sq_norm;
+  }
+}
+
+// Sums the squares of a chunk; the last block of all launches goes on to sum those of all chunks.
+template <int GRAD>
+__global__ void __launch_bounds__(THREADS, RESIDENT) norm_kernel(const __grid_constant__ Tables tables) {
+  const MisaStep& step = tables.step;
+  const Row& row = find_row(tables);
+  const int number = static_cast<int>(blockIdx.x) - row.first_block;
+  const std::int64_t begin = number * CHUNK;
+  const auto* const grad = static_cast<const Stored<GRAD>*>(row.grad) + begin;
+  // A missing gradient is one without elements, whose block arrives too.
+  const std::int64_t left = row.grad == nullptr ? 0 : row.numel - begin;
+  const int n = static_cast<int>(left < CHUNK ? left : CHUNK);
+  const int vectors_end = wide(grad) ? n / 4 * 4 : 0;
+  const float unscale = unscale_of(step);
+
+  float squares = 0.0f;
+  const auto add = [&](float g) {
+    g *= unscale;
+    squares = fma_nearest(g, g, squares);
+  };
+#pragma unroll 8
+  for (int i = 4 * threadIdx.x; i < vectors_end; i += STRIDE) {
+    const Four<Stored<GRAD>> g = four(grad + i);
+    for (int k = 0; k < 4; ++k) add(g.get(k));
+  }
+  for (int i = vectors_end + threadIdx.x; i < n; i += THREADS) add(to_float(grad[i]));
+
+  const double sq_norm = block_sum(squares);
+  __shared__ bool last;
+  if (threadIdx.x == 0) {
+    step.partial[row.first_chunk + number] = sq_norm;
+    // Release what was stored, acquire what the others stored.
+    __threadfence();
+    last = atomicAdd(step.arrived, 1) == step.chunk_count - 1;
+    __threadfence();
+  }
+  __syncthreads();
+  if (!last) return;
+  const double total = array_sum(step.partial, static_cast<int>(step.chunk_count));
+  if (threadIdx.x == 0) {
+    write_control(step.control, total, step);
+    *step.arrived = 0;
+  }
+}
+
+__global__ void __launch_bounds__(THREADS) collect_kernel(const __grid_constant__ Chunks chunks) {
+  const int first = chunks.first_chunk[blockIdx.x], end = chunks.first_chunk[blockIdx.x + 1];
+  const double sq_sum = array_sum(chunks.sq_sum + first, end - first);
+  if (threadIdx.x == 0) {
+    chunks.collected[2 * blockIdx.x] = chunks.age[first];
+    chunks.collected[2 * blockIdx.x + 1] = sq_sum;
+  }
+}
+
+template <class Arguments>
+cudaError_t launch(void (*kernel)(Arguments), int blocks, Arguments& arguments, cudaStream_t stream) {
+  void* pointers[] = {&arguments};
+  return cudaLaunchKernel(kernel, dim3(blocks), dim3(THREADS), pointers, 0, stream);
+}
+
+using Kernel = void (*)(Tables);
+
+const Kernel NORM[MISA_DTYPES] = {norm_kernel<0>, norm_kernel<1>};
+// By weight dtype, gradient dtype, and whether there is a master: a float32 weight is its own.
+const Kernel UPDATE[MISA_DTYPES][MISA_DTYPES][2] = {
+    {{update_kernel<0, 0, false>, nullptr}, {update_kernel<0, 1, false>, nullptr}},
+    {{update_kernel<1, 0, false>, update_kernel<1, 0, true>},
+     {update_kernel<1, 1, false>, update_kernel<1, 1, true>}},
+};
+
+// Launches a kernel over the rows that it is for, as many at a time as its tables hold.
+template <class Wanted>
+cudaError_t launch_rows(Kernel kernel, const MisaStep& step, cudaStream_t stream, Wanted wanted) {
+  Tables tables;
+  tables.step = step;
+  std::int64_t groups[GROUPS];
+  int rows = 0, group_count = 0, blocks = 0;
+  for (std::int64_t i = 0; i < step.row_count; ++i) {
+    const MisaRow& row = step.rows[i];
+    if (!wanted(row)) continue;
+    int group = static_cast<int>(std::find(groups, groups + group_count, row.group) - groups);
+    if (rows == ROWS || group == GROUPS) {
+      tables.row_count = rows;
+      const cudaError_t error = launch(kernel, blocks, tables, stream);
+      if (error != cudaSuccess) return error;
+      rows = group_count = blocks = group = 0;
+    }
+    if (group == group_count) {
+      groups[group_count++] = row.group;
+      tables.hyper[group] = step.hyper[row.group];
+    }
+    const int first_chunk = static_cast<int>(row.first_chunk);
+    const std::uint32_t key = static_cast<std::uint32_t>(row.key);
+    tables.rows[rows++] = {row.weight, row.grad, row.numel,   row.offset, row.start,
+                           key,        group,    first_chunk, blocks};
+    blocks += static_cast<int>(chunks_of(row, CHUNK));
+  }
+  tables.row_count = rows;
+  return rows == 0 ? cudaSuccess : launch(kernel, blocks, tables, stream);
+}
+
+cudaError_t run(const MisaStep& step, cudaStream_t stream) {
+  cudaError_t error = cudaSuccess;
+  for (int grad = 0; grad < MISA_DTYPES && error == cudaSuccess && controlled(step); ++grad) {
+    error = launch_rows(NORM[grad], step, stream, [=](const MisaRow& row) { return row.grad_dtype == grad; });
+  }
+  for (int variant = 0; variant < MISA_DTYPES * MISA_DTYPES && error == cudaSuccess; ++variant) {
+    const int weight = variant / MISA_DTYPES, grad = variant % MISA_DTYPES;
+    const Kernel kernel = UPDATE[weight][grad][step.state[weight].master != nullptr];
+    error = launch_rows(kernel, step, stream, [=](const MisaRow& row) {
+      return row.weight_dtype == weight && row.grad_dtype == grad && row.grad != nullptr;
+    });
+  }
+  return error;
+}
+
+cudaError_t collect(const MisaStep& step, double* collected, cudaStream_t stream) {
+  Chunks chunks;
+  chunks.age = step.age;
+  chunks.sq_sum = step.sq_sum;
+  cudaError_t error = cudaSuccess;
+  for (std::int64_t begin = 0; begin < step.row_count && error == cudaSuccess; begin += COLLECTED) {
+    const int rows = static_cast<int>(std::min<std::int64_t>(step.row_count - begin, COLLECTED));
+    chunks.collected = collected + 2 * begin;
+    for (int i = 0; i < rows; ++i) {
+      const MisaRow& row = step.rows[begin + i];
+      chunks.first_chunk[i] = static_cast<int>(row.first_chunk);
+      chunks.first_chunk[i + 1] = static_cast<int>(row.first_chunk + chunks_of(row, CHUNK));
+    }
+    error = launch(collect_kernel, rows, chunks, stream);
+  }
+  return error;
+}
+
+// Calls `work` with a device current, and makes the one before current again.
+template <class Work>
+int on_device(int device, Work work) {
+  int before = device;
+  cudaError_t error = cudaGetDevice(&before);
+  if (error == cudaSuccess && before != device) error = cudaSetDevice(device);
+  if (error == cudaSuccess) {
+    error = work();
+    if (before != device) {
+      const cudaError_t restored = cudaSetDevice(before);
+      if (error == cudaSuccess) error = restored;
+    }
+  }
+  return error == cudaSuccess ? MISA_OK : MISA_CUDA_ERROR + static_cast<int>(error);
+}
+
+}  // namespace
+}  // namespace misa
+
+extern "C" {
+
+const char* misa_message(int status) {
+  if (status < MISA_CUDA_ERROR) return misa::message(status);
+  return cudaGetErrorString(static_cast<cudaError_t>(status - MISA_CUDA_ERROR));
+}
+
+int64_t misa_cuda_chunk(void) { return misa::CHUNK; }
+
+int misa_cuda_step(const MisaStep* step, int device, void* stream) {
+  const int status = misa::check_step(step, misa::CHUNK);
+  if (status != MISA_OK || step->row_count == 0) return status;
+  if (step->format != MISA_STATE_FP32 || step->state[MISA_BFLOAT16].residual != nullptr)
+    return MISA_BAD_DTYPE;
+  if (step->chunk_count > INT32_MAX) return MISA_BAD_SIZE;
+  if (step->arrived == nullptr && misa::controlled(*step)) return MISA_BAD_POINTER;
+  return misa::on_device(device, [=] { return misa::run(*step, static_cast<cudaStream_t>(stream)); });
+}
+
+int misa_cuda_collect(const MisaStep* step, double* collected, int device, void* stream) {
+  const int status = misa::check_tables(step, misa::CHUNK);
+  if (status != MISA_OK || step->row_count == 0) return status;
+  if (step->chunk_count > INT32_MAX) return MISA_BAD_SIZE;
+  if (collected == nullptr) return MISA_BAD_POINTER;
+  return misa::on_device(device,
+                         [=] { return misa::collect(*step, collected, static_cast<cudaStream_t>(stream)); });
+}
+
+const char* misa_cuda_built(void) { return MISA_CUDA_ARCHITECTURES; }
+
+int misa_cuda_runtime_version(void) { return CUDART_VERSION; }
+
+int misa_cuda_driver_version(void) {
+  int version = 0;
+  return cudaDriverGetVersion(&version) == cudaSuccess ? version : 0;
+}
+
+}  // extern "C"

@@ -1,0 +1,381 @@
+"""Every kind of table against float64 NumPy, the reference and csrc/adamw.h: the same tests for all kernels."""
+
+from __future__ import annotations
+
+import math
+import sys
+
+import numpy as np
+import pytest
+import torch
+from tables import (
+    HYPER,
+    OTHER,
+    Row,
+    Step,
+    mixed_rows,
+    native_kernel,
+    reserve,
+    rounds_fma_twice,
+    same_bits,
+    triton_kernel,
+)
+from test_formula import build, header_adamw
+from test_formula import hyper_at as header_hyper
+
+from misa_kernels import reference
+from misa_kernels.kernels.table import DTYPES
+
+# The last four are around the chunks of Triton's interpreter and of the CPU library, and more than one of each.
+SIZES = [0, 1, 15, 1023, 4097, 8193, 32_767, 32_769, 100_000]
+KERNELS = ["interpreter", "cpu", *(pytest.param(name, marks=pytest.mark.gpu) for name in ("triton", "cuda"))]
+
+
+def kernel_of(name, monkeypatch):
+    if name in ("cpu", "cuda"):
+        return native_kernel(name)
+    return triton_kernel("cpu" if name == "interpreter" else "cuda", monkeypatch)
+
+
+@pytest.fixture(params=KERNELS)
+def kernel(request, monkeypatch):
+    return kernel_of(request.param, monkeypatch)
+
+
+COMPILED_VARIANTS = [
+    (torch.float32, torch.float32),
+    (torch.bfloat16, torch.bfloat16),
+    (torch.bfloat16, torch.float32),
+    (torch.float32, torch.bfloat16),
+]
+VARIANTS = [*COMPILED_VARIANTS, (torch.float16, torch.float16)]
+
+
+@pytest.mark.parametrize("dtype, grad_dtype", VARIANTS)
+@pytest.mark.parametrize("size", SIZES)
+def test_steps_equal_float64(kernel, dtype, grad_dtype, size):
+    step = Step(kernel, [Row(size, dtype, grad_dtype), Row(64, dtype, grad_dtype)], seed=size)
+    for max_grad_norm in (None, None, 0.5):
+        step.both(step.draw(), max_grad_norm=max_grad_norm)
+    step.check()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype, grad_dtype", VARIANTS)
+def test_a_million_elements(kernel, dtype, grad_dtype):
+    step = Step(kernel, [Row(1_000_003, dtype, grad_dtype), Row(1_000_000, dtype, grad_dtype)])
+    for max_grad_norm in (None, 1.0):
+        step.both(step.draw(), max_grad_norm=max_grad_norm)
+    step.check()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shift, grad_shift", [(1, 0), (0, 1), (3, 2)])
+def test_unaligned_views(kernel, dtype, shift, grad_shift):
+    rows = [Row(n, dtype, shift=shift, grad_shift=grad_shift) for n in (4, 1024, 9001)]
+    step = Step(kernel, [*rows, Row(256, dtype)])
+    for _ in range(3):
+        step.both(step.draw())
+    step.check()
+
+
+def test_alignment_may_change_between_steps(kernel):
+    rows = [Row(20_000), Row(512), Row(700)]
+    step = Step(kernel, rows)
+    for shift in (0, 1, 0, 3):
+        rows[0].grad_shift = shift
+        step.both(step.draw(), max_grad_norm=1.0)
+    step.check()
+
+
+def test_groups_have_their_own_hyperparameters_which_may_change(kernel):
+    step = Step(kernel, mixed_rows(18, kernel.table.dtypes), groups=(HYPER, OTHER))
+    for lr in (1e-2, 2e-3, 0.0):
+        step.groups[0]["lr"] = lr
+        step.both(step.draw())
+    step.check()
+
+
+def test_rows_without_gradient_stay_as_they_are(kernel):
+    step = Step(kernel, mixed_rows(12, kernel.table.dtypes), groups=(HYPER, OTHER))
+    for missing in ({0, 1, 2, 3}, {3, 4, 5, 6, 11}, set(range(12)), {3}):
+        step.both(step.draw(missing), max_grad_norm=1.0)
+    assert step.age[3] == 0 and len(set(step.age[[row.numel > 0 for row in step.rows]])) > 2
+    step.check()
+
+
+def test_ages_can_be_set(kernel):
+    step = Step(kernel, [Row(20_000), Row(100), Row(4)])
+    step.table.set_ages(torch.tensor([7, 0, 999]))
+    step.age[:] = 7, 0, 999
+    for i in (0, 2):
+        step.v[i] += 0.25
+        for name, value in (("exp_avg", 0.0), ("exp_avg_sq", 0.25)):
+            step.state[torch.float32][name][step.offset[i] :][: step.rows[i].numel] = value
+    step.both(step.draw())
+    step.check()
+
+
+def test_sums_begin_anew(kernel):
+    step = Step(kernel, [Row(300), Row(9000)])
+    step.both(step.draw())
+    step.table.clear_sums()
+    step.sq_sum[:] = 0
+    step.both(step.draw())
+    step.check()
+
+
+def test_state_of_age_0_is_not_read(kernel):
+    """All state begins as NaN here; a step at age 0 must give what zeroed state gives, bit for bit."""
+    rows = [Row(size, dtype) for size, dtype in zip((5000, 5001, 77), kernel.table.dtypes, strict=False)]
+    fresh, zeroed = Step(kernel, rows), Step(kernel, rows)
+    for i, row in enumerate(rows):
+        for name, buffer in zeroed.state[row.dtype].items():
+            buffer[zeroed.offset[i] :][: row.numel] = zeroed.weights[i].float() if name == "master" else 0.0
+    grads = fresh.draw()
+    for step in (fresh, zeroed):
+        step.run(grads)
+    assert same_bits(fresh.bits(), zeroed.bits())
+
+
+def test_two_runs_give_the_same_bits(kernel):
+    runs = [
+        Step(kernel, mixed_rows(9, kernel.table.dtypes), groups=(HYPER, OTHER), stochastic=[torch.bfloat16])
+        for _ in range(2)
+    ]
+    for step in runs:
+        for t in range(2):
+            step.run(step.draw(), keys=range(t, t + 9), max_grad_norm=1.0)
+    assert same_bits(runs[0].bits(), runs[1].bits())
+
+
+@pytest.mark.parametrize("max_grad_norm", [1e-3, 1.0, 1e6])
+def test_clipping_writes_coefficient_and_norm(kernel, max_grad_norm):
+    """One norm over all rows, whatever their dtypes and alignment."""
+    step = Step(kernel, mixed_rows(6, kernel.table.dtypes), groups=(HYPER, OTHER))
+    grads = step.draw()
+    step.both(grads, max_grad_norm=max_grad_norm)
+    norm = math.sqrt(sum(grad.double().square().sum().item() for grad in grads))
+    expected = [min(1.0, max_grad_norm / (norm + 1e-6)), norm, 0.0]
+    np.testing.assert_allclose(step.table.control.cpu(), expected, rtol=1e-6)
+    step.check()
+
+
+@pytest.mark.filterwarnings("ignore:invalid value encountered in divide")
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("where", [0, 4])
+@pytest.mark.parametrize("max_grad_norm", [None, 1.0])
+def test_nonfinite_gradient_skips_everything(kernel, value, where, max_grad_norm):
+    step = Step(kernel, mixed_rows(6, kernel.table.dtypes), groups=(HYPER, OTHER))
+    options = {"skip_nonfinite": True, "max_grad_norm": max_grad_norm}
+    step.run(step.draw(), **options)
+    before, grads = step.bits(), step.draw()
+    grads[where][-1] = value
+    step.run(grads, **options)
+    assert same_bits(before, step.bits())
+    assert step.table.control[2] == 1
+    step.run(step.draw(), **options)
+    assert step.table.control[2] == 0
+    assert not same_bits(before, step.bits())
+
+
+def test_nan_spreads_when_it_may(kernel):
+    """Without skipping, as in `clip_grad_norm_`, the coefficient is NaN and so is every weight."""
+    step = Step(kernel, [Row(8), Row(100)])
+    grads = step.draw()
+    grads[0][3] = math.nan
+    step.run(grads, max_grad_norm=1.0)
+    assert all(weight.isnan().all() for weight in step.weights)
+
+
+@pytest.mark.parametrize("max_grad_norm", [None, 1.0])
+def test_grad_scaler(kernel, max_grad_norm):
+    """Norms, scores and update are those of the unscaled gradient; found_inf leaves everything alone."""
+    step = Step(kernel, mixed_rows(6, kernel.table.dtypes), groups=(HYPER, OTHER))
+    scale, found_inf = torch.tensor(2.0**7, device=kernel.device), torch.zeros((), device=kernel.device)
+    options = {"grad_scale": scale, "found_inf": found_inf, "max_grad_norm": max_grad_norm}
+    for _ in range(2):
+        grads = step.draw()
+        step.run(grads, **options)
+        step.expect(grads, max_grad_norm=max_grad_norm, scale=2.0**7)
+    step.check()
+    before = step.bits()
+    found_inf.fill_(1.0)
+    step.run(step.draw(), **options)
+    assert same_bits(before, step.bits())
+
+
+def reference_rows(step, hyper):
+    return [
+        reference.Row(
+            exp_avg=torch.zeros(row.numel),
+            exp_avg_sq=torch.zeros(row.numel),
+            master=None if row.dtype == torch.float32 else weight.cpu().float(),
+            age=torch.zeros((), dtype=torch.int32),
+            sq_norm=torch.zeros((), dtype=torch.float64),
+            v_floor=None,
+            start=row.start,
+            theta=weight.cpu().clone(),
+            grad=torch.empty(0),
+            hyper=reference.Hyper(**hyper),
+            noise_key=None,
+        )
+        for row, weight in zip(step.rows, step.weights, strict=True)
+    ]
+
+
+def test_steps_equal_the_reference(kernel):
+    """To 4 ulps: the reference rounds products and sums, the kernel only fused ones."""
+    step = Step(kernel, [Row(size, dtype) for size, dtype in zip((1000, 333, 64), kernel.table.dtypes, strict=False)])
+    rows = reference_rows(step, HYPER)
+    for max_grad_norm in (None, 1.0, None):
+        grads = step.draw()
+        step.run(grads, max_grad_norm=max_grad_norm)
+        for row, grad in zip(rows, grads, strict=True):
+            row.grad = grad.cpu()
+        reference.adamw_step(rows, max_grad_norm=max_grad_norm)
+        for row in rows:
+            row.age += 1
+    for i, row in enumerate(rows):
+        theta = row.theta if row.master is None else row.master
+        ours = step.weights[i].cpu() if row.master is None else step.part("master", i)
+        np.testing.assert_allclose(ours, theta, rtol=4 * 2.0**-23, atol=1e-8)
+        largest = row.exp_avg.abs().max().item()
+        np.testing.assert_allclose(step.part("exp_avg", i), row.exp_avg, rtol=0, atol=4 * 2.0**-23 * largest)
+        np.testing.assert_allclose(step.part("exp_avg_sq", i), row.exp_avg_sq, rtol=4 * 2.0**-23)
+
+
+@pytest.fixture(scope="module")
+def header(tmp_path_factory):
+    return build("-O2", tmp_path_factory.mktemp("build"))
+
+
+def power_by_squaring(base, exponent):
+    """As the kernel does, operation by operation."""
+    power = 1.0
+    while exponent:
+        power, base, exponent = power * base if exponent % 2 else power, base * base, exponent // 2
+    return power
+
+
+def test_float32_bits_are_those_of_the_header(kernel, header):
+    if rounds_fma_twice(kernel):
+        pytest.skip("this interpreter rounds fma twice")
+    step = Step(kernel, [Row(20_001), Row(4096), Row(63, shift=1)])
+    state = [(weight.cpu().numpy(), np.zeros(len(weight), np.float32)) for weight in step.weights]
+    state = [(theta.copy(), zero.copy(), zero.copy()) for theta, zero in state]
+    lr, beta1, beta2, eps, weight_decay = HYPER.values()
+    for t in range(1, 6):
+        grads = step.draw()
+        step.run(grads)
+        hyper = header_hyper(t, lr, beta1, beta2, eps, weight_decay)._replace(
+            step_size=lr / (1 - power_by_squaring(beta1, t)),
+            denom_scale=1 / math.sqrt(1 - power_by_squaring(beta2, t)),
+        )
+        for i, (grad, (theta, m, v)) in enumerate(zip(grads, state, strict=True)):
+            state[i] = header_adamw(header, theta, grad.cpu().numpy(), m, v, hyper)
+    for i, (theta, m, v) in enumerate(state):
+        ours = step.weights[i].cpu(), step.part("exp_avg", i), step.part("exp_avg_sq", i)
+        for a, b in zip(ours, (theta, m, v), strict=True):
+            np.testing.assert_array_equal(a.numpy().view(np.uint32), b.view(np.uint32))
+
+
+# Gradients of zero leave decay * theta, one rounding in every implementation: what remains to be compared is
+# the rounding of the weight. 0.97 fills the lower bits.
+DECAY_ONLY = {"lr": 0.3, "beta1": 0.9, "beta2": 0.99, "eps": 1e-8, "weight_decay": 0.1}
+
+
+@pytest.mark.parametrize("start", [0, 7, 2**32 - 1000, 3 * 2**32 - 8192, 2**40 + 5])
+def test_stochastic_rounding_is_the_references(kernel, start):
+    rows = [Row(20_000, torch.bfloat16, start=start), Row(33, torch.bfloat16, start=5), Row(12, torch.bfloat16)]
+    step = Step(kernel, rows, groups=(DECAY_ONLY,), stochastic=[torch.bfloat16])
+    keys = [reference.noise_key(3, 5, i) for i in range(3)]
+    decay = torch.tensor(1 - 0.3 * 0.1, dtype=torch.float32)
+    expected = [weight.cpu().clone() for weight in step.weights]
+    step.run([torch.zeros_like(weight) for weight in step.weights], keys=keys)
+    for row, key, weight, ours in zip(rows, keys, expected, step.weights, strict=True):
+        reference.store_weight(weight, decay * weight.float(), row.start, key)
+        assert torch.equal(ours.cpu().view(torch.int16), weight.view(torch.int16))
+    step.age[:] = 1
+    step.check_surroundings()
+
+
+def test_stochastic_rounding_is_unbiased(kernel):
+    n = 50_000
+    step = Step(kernel, [Row(n, torch.bfloat16)], groups=(DECAY_ONLY,), stochastic=[torch.bfloat16])
+    exact = 0.97 * step.weights[0].double().cpu()
+    step.run([torch.zeros_like(step.weights[0])], keys=[12345])
+    error = step.weights[0].double().cpu() - exact
+    assert abs(error.mean()) < 4 * error.std() / math.sqrt(n)
+    nearest = exact.to(torch.bfloat16).double() - exact
+    # Rounding to nearest has the third part of this variance.
+    assert error.var() > 1.8 * nearest.var()
+
+
+def test_stochastic_rounding_leaves_the_state_exact(kernel):
+    """m and v of the first step do not depend on how the weight is rounded."""
+    rows = [Row(1000, torch.bfloat16)]
+    with_master = Step(kernel, rows)
+    without = Step(kernel, rows, stochastic=[torch.bfloat16])
+    grads = with_master.draw()
+    with_master.run(grads)
+    without.run(grads, keys=[1])
+    for name in ("exp_avg", "exp_avg_sq"):
+        assert torch.equal(with_master.part(name, 0), without.part(name, 0))
+    assert not torch.equal(with_master.weights[0], without.weights[0])
+
+
+@pytest.mark.parametrize("stochastic", [False, True])
+def test_nonfinite_weights_stay_so(kernel, stochastic):
+    rows = [Row(8, torch.bfloat16)]
+    step = Step(kernel, rows, stochastic=[torch.bfloat16] if stochastic else [])
+    step.weights[0][:3] = torch.tensor([math.inf, -math.inf, math.nan])
+    step.run([torch.zeros_like(step.weights[0])], keys=[0xFFFFFFFF])
+    np.testing.assert_array_equal(step.weights[0][:3].float().cpu(), [math.inf, -math.inf, math.nan])
+    assert step.weights[0][3:].isfinite().all()
+
+
+def test_no_rows(kernel):
+    empty = np.zeros(0, dtype=np.int64)
+    nothing = kernel.table(empty, empty, empty, empty, [], [], {}, kernel.device)
+    nothing.step([], [], np.zeros((0, 5)))
+    assert nothing.collect().shape == (0, 2)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs sparse memory")
+def test_state_beyond_32_bits(kernel):
+    """A row far into the arena, of which only its own pages are touched."""
+    if kernel.device.type == "cuda" and torch.cuda.mem_get_info()[0] < 32 * 2**30:
+        pytest.skip("needs 32 GiB of GPU memory")
+    numel, offset = 100, 2**31 + 64
+    state = {name: reserve(offset + numel, torch.float32, kernel.device) for name in ("exp_avg", "exp_avg_sq")}
+    weight, grad = torch.ones(numel, device=kernel.device), torch.full((numel,), 2.0, device=kernel.device)
+    zero, dtypes = np.zeros(1, dtype=np.int64), [torch.float32]
+    sizes = np.array([numel]), np.array([offset])
+    table = kernel.table(*sizes, zero, zero, dtypes, dtypes, {torch.float32: state}, kernel.device)
+    table.step([weight.data_ptr()], [grad.data_ptr()], [list(HYPER.values())])
+    # At age 1 the step is lr, whatever the gradient.
+    np.testing.assert_allclose(weight.cpu(), 1 - 1e-2 * 0.1 - 1e-2, rtol=1e-6)
+    np.testing.assert_allclose(state["exp_avg"][offset:].cpu(), 0.2, rtol=1e-6)
+
+
+@pytest.mark.parametrize("stochastic", [(), (torch.bfloat16,)])
+@pytest.mark.parametrize(
+    "compiled, tritons", [("cpu", "interpreter"), pytest.param("cuda", "triton", marks=pytest.mark.gpu)]
+)
+def test_compiled_and_triton_steps_give_the_same_bits(compiled, tritons, stochastic, monkeypatch):
+    """Weights, moments and masters of every dtype; the lanes of a norm differ, and so may its last bits."""
+    kernels = [kernel_of(name, monkeypatch) for name in (compiled, tritons)]
+    if rounds_fma_twice(kernels[1]):
+        pytest.skip("this interpreter rounds fma twice")
+    rows = [Row(n, *dtypes, group=n % 2, start=n**3) for n in (0, 1, 777, 40_001) for dtypes in COMPILED_VARIANTS]
+    ours, theirs = (Step(kernel, rows, groups=(HYPER, OTHER), stochastic=stochastic) for kernel in kernels)
+    for t in range(4):
+        grads, keys = ours.draw({t}), range(t, t + len(rows))
+        for step in (ours, theirs):
+            step.run(grads, keys=keys, skip_nonfinite=t == 3)
+        assert same_bits(ours.written(), theirs.written())
+        a, b = (step.table.collect().cpu().numpy() for step in (ours, theirs))
+        np.testing.assert_array_equal(a[:, 0], b[:, 0])
+        np.testing.assert_allclose(a[:, 1], b[:, 1], rtol=1e-6)
+    np.testing.assert_allclose(ours.table.control.cpu(), theirs.table.control.cpu(), rtol=1e-6)
