@@ -96,27 +96,61 @@ def adamw(
     return model, torch.optim.AdamW(model.parameters(), lr=lr)
 
 
-def lora_bytes(model: Llama, state: str, rank: Size) -> int:
-    """Return the training bytes of LoRA: adapters, their gradients and their states."""
-    sizes = [int(rank) * features for matrix in matrices(model).values() for features in matrix.weight.shape]
-    return 2 * FP32_BYTES * sum(sizes) + adamw_states_bytes(state, sizes)
+def adapted(released: bool) -> Method:
+    """Return LoRA on all matrices of all layers.
+
+    Args:
+        released: Whether each adapter is updated in backward, as soon as it has its gradient.
+    """
+
+    def training_bytes(model: Llama, state: str, rank: Size) -> int:
+        sizes = [int(rank) * features for matrix in matrices(model).values() for features in matrix.weight.shape]
+        gradients = max(sizes) if released else sum(sizes)
+        return FP32_BYTES * (sum(sizes) + gradients) + adamw_states_bytes(state, sizes)
+
+    def build(
+        model: Llama, state: str, rank: Size, lr: float, steps: int, seed: int
+    ) -> tuple[nn.Module, torch.optim.Optimizer]:
+        from peft import LoraConfig, get_peft_model
+
+        config = LoraConfig(r=int(rank), lora_alpha=2 * int(rank), target_modules=list(matrices(model)))
+        torch.manual_seed(seed)
+        wrapped = get_peft_model(model, config)
+        adapters = [parameter for parameter in wrapped.parameters() if parameter.requires_grad]
+        optimizer: torch.optim.Optimizer
+        if state == "fp32":
+            optimizer = torch.optim.AdamW(adapters, lr=lr)
+        else:
+            from bitsandbytes.optim import AdamW8bit
+
+            optimizer = AdamW8bit(adapters, lr=lr, weight_decay=1e-2, min_8bit_size=1)
+        if released:
+            update_in_backward(optimizer, adapters)
+        return wrapped, optimizer
+
+    return Method(("fp32", "int8"), largest_rank(training_bytes), training_bytes, build)
 
 
-def lora(
-    model: Llama, state: str, rank: Size, lr: float, steps: int, seed: int
-) -> tuple[nn.Module, torch.optim.Optimizer]:
-    """Train low-rank additions to all matrices of all layers."""
-    from peft import LoraConfig, get_peft_model
+def update_in_backward(
+    optimizer: torch.optim.Optimizer, parameters: list[Tensor], after: Callable[[Tensor], None] = lambda parameter: None
+) -> None:
+    """Update each parameter as soon as it has its gradient, and free that.
 
-    config = LoraConfig(r=int(rank), lora_alpha=2 * int(rank), target_modules=list(matrices(model)))
-    torch.manual_seed(seed)
-    wrapped = get_peft_model(model, config)
-    adapters = [parameter for parameter in wrapped.parameters() if parameter.requires_grad]
-    if state == "fp32":
-        return wrapped, torch.optim.AdamW(adapters, lr=lr)
-    from bitsandbytes.optim import AdamW8bit
+    Args:
+        optimizer: An optimizer that passes over parameters without gradient.
+        parameters: Its parameters.
+        after: Called with a parameter after its update.
+    """
 
-    return wrapped, AdamW8bit(adapters, lr=lr, weight_decay=1e-2, min_8bit_size=1)
+    def update(parameter: Tensor) -> None:
+        # No other has a gradient at this moment. GaLore's 8-bit step waits for a GPU that need not be there.
+        with mock.patch("torch.cuda.synchronize"):
+            optimizer.step()
+        parameter.grad = None
+        after(parameter)
+
+    for parameter in parameters:
+        parameter.register_post_accumulate_grad_hook(update)
 
 
 def galore_bytes(model: Llama, state: str, rank: Size) -> int:
@@ -148,18 +182,13 @@ def galore(gap: int, model: Llama, state: str, rank: Size, lr: float) -> tuple[n
     else:
         optimizer = GaLoreAdamW8bit([group], lr=lr, weight_decay=1e-2, min_8bit_size=1)
 
-    def update(parameter: Tensor) -> None:
-        # The only one with a gradient at this moment. The 8-bit version waits for a GPU that need not be there.
-        with mock.patch("torch.cuda.synchronize"):
-            optimizer.step()
-        parameter.grad = None
+    def cut(parameter: Tensor) -> None:
         projector = optimizer.state[parameter]["projector"]
         if projector.ortho_matrix.untyped_storage().nbytes() > projector.ortho_matrix.nbytes:
             # A slice of the singular vectors would keep all of them in memory, more than everything else together.
             projector.ortho_matrix = projector.ortho_matrix.clone()
 
-    for weight in trained:
-        weight.register_post_accumulate_grad_hook(update)
+    update_in_backward(optimizer, trained, cut)
     return model, optimizer
 
 
@@ -174,18 +203,26 @@ def projected(gap: int) -> Method:
     return Method(("fp32", "int8"), largest_rank(galore_bytes), galore_bytes, build)
 
 
-def sampled_bytes(model: Llama, state: str, delta: Size) -> int:
-    """Return the training bytes of a MISA optimizer: gradients and states of the active set."""
-    return math.ceil(int(delta * parameters(model)) * (FP32_BYTES + MISA_STATE_BYTES[state]))
+def sampled(preset: Callable[[], dict], released: bool = False) -> Method:
+    """Return the method that trains an active set.
 
+    Args:
+        preset: Returns further arguments of `MISA`.
+        released: Whether the gradients of one matrix at a time count, see `NOTES` of the table.
+    """
 
-def sampled_delta(model: Llama, state: str, budget_bytes: int) -> float:
-    """Return the largest δ whose training bytes fit into a budget."""
-    return min(1.0, budget_bytes / (FP32_BYTES + MISA_STATE_BYTES[state]) / parameters(model))
+    def fixed_bytes(model: Llama) -> int:
+        sizes = [matrix.weight.numel() for matrix in matrices(model).values()]
+        return FP32_BYTES * max(sizes) if released else 0
 
+    def parameter_bytes(state: str) -> float:
+        return MISA_STATE_BYTES[state] + (0 if released else FP32_BYTES)
 
-def sampled(preset: Callable[[], dict]) -> Method:
-    """Return the method that trains an active set drawn as the preset says."""
+    def training_bytes(model: Llama, state: str, delta: Size) -> int:
+        return fixed_bytes(model) + math.ceil(int(delta * parameters(model)) * parameter_bytes(state))
+
+    def size(model: Llama, state: str, budget_bytes: int) -> float:
+        return min(1.0, (budget_bytes - fixed_bytes(model)) / parameter_bytes(state) / parameters(model))
 
     def build(
         model: Llama, state: str, delta: Size, lr: float, steps: int, seed: int
@@ -193,15 +230,16 @@ def sampled(preset: Callable[[], dict]) -> Method:
         groups = param_groups(model)
         return model, MISA(groups, lr=lr, delta=delta, total_steps=steps, state_dtype=state, seed=seed, **preset())
 
-    return Method(tuple(MISA_STATE_BYTES), sampled_delta, sampled_bytes, build)
+    return Method(tuple(MISA_STATE_BYTES), size, training_bytes, build)
 
 
 METHODS = {
     "AdamW": Method(("fp32",), lambda model, state, budget_bytes: 1.0, adamw_bytes, adamw),
-    "LoRA": Method(("fp32", "int8"), largest_rank(lora_bytes), lora_bytes, lora),
+    "LoRA": adapted(released=False),
+    "LoRA, released": adapted(released=True),
     "GaLore": projected(50),
-    "GaLore, gap 200": projected(200),
     "BAdam": sampled(badam),
     "uniform": sampled(lambda: {"sampler": UniformSampler()}),
     "MISA": sampled(dict),
+    "MISA, released": sampled(dict, released=True),
 }

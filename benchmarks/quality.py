@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from benchmarks import record
-from benchmarks.equal_bytes import METHODS, lora_bytes
+from benchmarks.equal_bytes import METHODS
 from benchmarks.quality_table import draw, markdown, summary
 from examples.data import finetuning_corpus, random_batches, tuning_and_reporting, validation_batches
 from examples.runs import Settings, new_model, pretrain
@@ -86,17 +86,18 @@ SEARCHES = (
         1,
         ("int8", None, 8, 5),
         ("int8", None, 4, 4),
-        ("int8", "uniform", 8, 3),
-        ("int8+int4", None, 8, 3),
+        ("int8", "MISA, released", 4, 4),
+        ("int8", "uniform", 8, 2),
+        ("int8+int4", None, 8, 2),
         ("fp8", None, 8, 2),
         ("bf16", None, 8, 2),
     ),
     small("AdamW", "fp32", 0, ("fp32", None, 8, 5)),
-    small("LoRA", "int8", 1, ("int8", None, 8, 5), ("int8", None, 4, 4)),
+    small("LoRA", "int8", 1, ("int8", None, 8, 5), ("int8", None, 4, 4), ("int8", "LoRA, released", 4, 4)),
     small("GaLore", "int8", 1, ("int8", None, 8, 5), ("int8", None, 4, 4)),
-    small("LoRA", "fp32", 2, ("fp32", None, 8, 3)),
-    small("MISA", "fp32", 1, ("fp32", None, 8, 3)),
-    small("BAdam", "int8", 1, ("int8", None, 8, 3)),
+    small("LoRA", "fp32", 2, ("fp32", None, 8, 2)),
+    small("MISA", "fp32", 1, ("fp32", None, 8, 2)),
+    small("BAdam", "int8", 1, ("int8", None, 8, 2)),
 )
 
 
@@ -153,7 +154,7 @@ def lr_of(power: int) -> float:
 
 def budget_bytes(job: Job) -> int:
     """Return the training bytes that a run may have."""
-    return lora_bytes(new_model(MODELS[job.model], "cpu"), job.budget_state, job.rank)
+    return METHODS["LoRA"].training_bytes(new_model(MODELS[job.model], "cpu"), job.budget_state, job.rank)
 
 
 def pretrained(model: str) -> Path:
