@@ -33,7 +33,7 @@ LR_BASE, LR_RATIO = 4e-3, 1.5
 TUNING_SEED = 100
 MODELS = {
     "8 layers": Settings(validation_batches=16),
-    "24 layers": Settings(layers=24, validation_batches=16),
+    "24 layers": Settings(layers=24, pretrain_batch=8, batch=4, validation_batches=16),
 }
 
 
@@ -62,42 +62,46 @@ class Job:
 
 @dataclass(frozen=True)
 class Search:
-    """The search for a method's learning rate, done in one budget with one format.
+    """The search for a method's learning rate, done in one budget with one format, and what uses it.
 
     Attributes:
+        stage: Searches of a lower stage come first, with all their seeds.
         first: The run in the middle of the first three.
-        arms: Formats, methods (None for that of `first`) and budgets that use what is found, and the number of
-            seeds to report for each.
+        arms: Formats, methods and budgets that use the learning rate found, and the number of seeds to report.
     """
 
+    stage: int
     first: Job
-    arms: tuple[tuple[str, str | None, int, int], ...]
+    arms: tuple[tuple[str, str, int, int], ...]
 
 
-def small(method: str, state: str, power: int, *arms: tuple[str, str | None, int, int]) -> Search:
-    """Return a search with the model of 8 layers in the bytes of LoRA's rank 8."""
-    return Search(Job("8 layers", method, state, 8, "fp32", power, TUNING_SEED), arms)
+def small(method: str, state: str, power: int) -> Job:
+    """Return the first run of a search with the model of 8 layers in the bytes of LoRA's rank 8."""
+    return Job("8 layers", method, state, 8, "fp32", power, TUNING_SEED)
 
 
+def deep(method: str, state: str, power: int) -> Job:
+    """Return the first run of a search with the model of 24 layers in the bytes of LoRA's rank 1, 8-bit states."""
+    return Job("24 layers", method, state, 1, "int8", power, TUNING_SEED)
+
+
+MISA_INT8 = small("MISA", "int8", 1)
+LORA_INT8 = small("LoRA", "int8", 1)
 SEARCHES = (
-    small(
-        "MISA",
-        "int8",
-        1,
-        ("int8", None, 8, 5),
-        ("int8", None, 4, 4),
-        ("int8", "MISA, released", 4, 4),
-        ("int8", "uniform", 8, 2),
-        ("int8+int4", None, 8, 2),
-        ("fp8", None, 8, 2),
-        ("bf16", None, 8, 2),
-    ),
-    small("AdamW", "fp32", 0, ("fp32", None, 8, 5)),
-    small("LoRA", "int8", 1, ("int8", None, 8, 5), ("int8", None, 4, 4), ("int8", "LoRA, released", 4, 4)),
-    small("GaLore", "int8", 1, ("int8", None, 8, 5), ("int8", None, 4, 4)),
-    small("LoRA", "fp32", 2, ("fp32", None, 8, 2)),
-    small("MISA", "fp32", 1, ("fp32", None, 8, 2)),
-    small("BAdam", "int8", 1, ("int8", None, 8, 2)),
+    Search(1, MISA_INT8, (("int8", "MISA", 8, 5), ("int8", "MISA", 4, 3))),
+    Search(1, small("AdamW", "fp32", 0), (("fp32", "AdamW", 8, 5),)),
+    Search(1, small("GaLore", "int8", 1), (("int8", "GaLore", 8, 5), ("int8", "GaLore", 4, 3))),
+    Search(1, LORA_INT8, (("int8", "LoRA", 8, 5), ("int8", "LoRA", 4, 3))),
+    Search(2, MISA_INT8, (("int8", "MISA, released", 4, 3), ("int8", "uniform", 8, 3), ("int8+int4", "MISA", 8, 3))),
+    Search(2, LORA_INT8, (("int8", "LoRA, released", 4, 3),)),
+    Search(2, MISA_INT8, (("fp8", "MISA", 8, 3), ("bf16", "MISA", 8, 3))),
+    Search(2, small("MISA", "fp32", 1), (("fp32", "MISA", 8, 3),)),
+    Search(2, small("LoRA", "fp32", 2), (("fp32", "LoRA", 8, 3),)),
+    Search(2, small("BAdam", "int8", 1), (("int8", "BAdam", 8, 3),)),
+    Search(3, deep("MISA", "int8", 0), (("int8", "MISA", 1, 3), ("int8", "MISA, released", 1, 3))),
+    Search(3, deep("AdamW", "fp32", 0), (("fp32", "AdamW", 1, 3),)),
+    Search(3, deep("GaLore", "int8", 0), (("int8", "GaLore", 1, 3),)),
+    Search(3, deep("LoRA", "int8", 1), (("int8", "LoRA", 1, 3),)),
 )
 
 
@@ -105,22 +109,21 @@ def wanted(searches: Iterable[Search], tuning_losses: dict[Job, float]) -> list[
     """Return the runs that the results so far call for, those that come first in front.
 
     Every search tries three neighbouring learning rates, and the next one beyond while the best lies at an end. Its
-    arms follow at the best: first those with the most seeds, one seed after the other.
+    arms follow at the best.
 
     Args:
         searches: What the table needs.
         tuning_losses: Loss on the tuning text of all finished runs.
     """
-    tuning: list[Job] = []
-    reporting: list[tuple[int, Job]] = []
+    # In a stage tuning comes first, as seed 0, then all arms' first seed, and so on.
+    jobs: list[tuple[int, int, Job]] = []
     for search in searches:
         powers, best = come_to(search.first, tuning_losses)
-        tuning += [replace(search.first, power=power) for power in powers]
+        jobs += [(search.stage, 0, replace(search.first, power=power)) for power in powers]
         if best is not None:
-            reporting += reported(search, best)
-    reporting.sort(key=lambda pair: (-pair[0], pair[1].seed))
-    jobs = dict.fromkeys([*tuning, *(job for _, job in reporting)])
-    return [job for job in jobs if job not in tuning_losses]
+            jobs += [(search.stage, job.seed, job) for job in reported(search, best)]
+    jobs.sort(key=lambda entry: entry[:2])
+    return [job for job in dict.fromkeys(job for *_, job in jobs) if job not in tuning_losses]
 
 
 def come_to(first: Job, tuning_losses: dict[Job, float]) -> tuple[list[int], int | None]:
@@ -137,11 +140,10 @@ def come_to(first: Job, tuning_losses: dict[Job, float]) -> tuple[list[int], int
         low, high = low - (best == low), high + (best == high)
 
 
-def reported(search: Search, power: int) -> list[tuple[int, Job]]:
-    """Return the runs that a search's arms consist of, each with the number of seeds of its arm."""
-    first = replace(search.first, power=power)
+def reported(search: Search, power: int) -> list[Job]:
+    """Return the runs that a search's arms consist of."""
     return [
-        (seeds, replace(first, method=method or first.method, state=state, rank=rank, seed=seed))
+        replace(search.first, method=method, state=state, rank=rank, power=power, seed=seed)
         for state, method, rank, seeds in search.arms
         for seed in range(1, seeds + 1)
     ]
@@ -218,8 +220,6 @@ def run_all(workers: int) -> None:
     """Run what is wanted until nothing is, appending each result to OUT/runs.jsonl as it ends."""
     path = OUT / "runs.jsonl"
     results = read(path)
-    for model in dict.fromkeys(search.first.model for search in SEARCHES):
-        pretrained(model)
     running: dict[Future, Job] = {}
     with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
         while True:
@@ -227,6 +227,7 @@ def run_all(workers: int) -> None:
             losses = {job: run["tuning_loss"] for job, run in results.items()}
             ready = [job for job in wanted(SEARCHES, losses) if job not in running.values()]
             for job in ready[: workers - len(running)]:
+                pretrained(job.model)
                 running[pool.submit(execute, job)] = job
             if not running:
                 return

@@ -89,7 +89,8 @@ def test_tuning_and_reporting_text_share_no_file_and_are_the_validation_text() -
 
 
 FIRST = Job("8 layers", "MISA", "int8", 8, "fp32", 1, TUNING_SEED)
-SEARCH = Search(FIRST, (("fp32", "uniform", 8, 1), ("int8", None, 4, 2)))
+SEARCH = Search(2, FIRST, (("fp32", "uniform", 8, 1), ("int8", "MISA", 4, 2)))
+EARLIER = Search(1, replace(FIRST, method="LoRA"), (("int8", "LoRA", 8, 1),))
 
 
 def powers_asked(optimum: int) -> list[int]:
@@ -105,21 +106,23 @@ def test_search_goes_on_until_the_best_has_worse_neighbours(optimum: int, powers
     assert powers_asked(optimum) == powers
 
 
-def test_arms_follow_a_search_at_its_best_those_with_most_seeds_first() -> None:
+def test_runs_go_by_stage_and_in_a_stage_by_seed() -> None:
     losses = {replace(FIRST, power=power): float(abs(power - 2)) for power in range(4)}
-    asked = quality.wanted([SEARCH], losses)
-    assert asked == [
+    lora = [replace(EARLIER.first, power=power) for power in range(3)]
+    arms = [
+        Job("8 layers", "uniform", "fp32", 8, "fp32", 2, 1),
         Job("8 layers", "MISA", "int8", 4, "fp32", 2, 1),
         Job("8 layers", "MISA", "int8", 4, "fp32", 2, 2),
-        Job("8 layers", "uniform", "fp32", 8, "fp32", 2, 1),
     ]
-    assert quality.wanted([SEARCH], losses | {asked[0]: 1.0}) == asked[1:]
+    assert quality.wanted([SEARCH, EARLIER], losses) == lora + arms
+    losses |= {job: abs(job.power - 1.0) for job in lora} | {arms[0]: 1.0}
+    reported = Job("8 layers", "LoRA", "int8", 8, "fp32", 1, 1)
+    assert quality.wanted([SEARCH, EARLIER], losses) == [reported, *arms[1:]]
 
 
 def test_finished_runs_are_not_run_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(quality, "OUT", tmp_path)
     monkeypatch.setattr(quality, "SEARCHES", (SEARCH,))
-    (tmp_path / "8-layers.pt").touch()
     losses = {replace(FIRST, power=power): float(abs(power - 2)) for power in range(4)}
     losses |= dict.fromkeys(quality.wanted([SEARCH], losses), 1.0)
     before = "".join(json.dumps(asdict(job) | {"tuning_loss": loss}) + "\n" for job, loss in losses.items())
