@@ -76,7 +76,7 @@ struct SoftSign {
   }
 };
 
-// 8 bits of the root: equal steps from 1 / 256 to 1 of its maximum, without zero.
+// 8 bits of the root: equal steps from 1 / 256 to 1 of its maximum, without zero, rounded stochastically.
 struct Root {
   using Code = std::uint8_t;
   static constexpr bool SCALED = true;
@@ -87,13 +87,15 @@ struct Root {
       x[i] = root * root;
     }
   }
-  static float encode(const float* x, int n, Code* code, const MomentNoise&, std::uint32_t) {
+  static float encode(const float* x, int n, Code* code, const MomentNoise& noise, std::uint32_t first) {
     float root[GROUP];
     for (int i = 0; i < n; ++i) root[i] = sqrt_nearest(x[i]);
     const float scale = maximum(root, n), divisor = scale == 0.0f ? 1.0f : scale;
     for (int i = 0; i < n; ++i) {
-      const float level = not_nan(round_whole(256.0f * (root[i] / divisor)) - 1.0f);
-      code[i] = static_cast<Code>(static_cast<int>(level < 0.0f ? 0.0f : level > 255.0f ? 255.0f : level));
+      // Cut off, after noise below 1 was added: rounded stochastically.
+      const float threshold = static_cast<float>(static_cast<int>(noise(first + i))) / 65536.0f;
+      const int level = static_cast<int>(not_nan(256.0f * (root[i] / divisor) + threshold)) - 1;
+      code[i] = static_cast<Code>(level < 0 ? 0 : level > 255 ? 255 : level);
     }
     return scale;
   }

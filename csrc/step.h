@@ -186,7 +186,7 @@ static inline const char* message(int status) {
     case MISA_BAD_SIZE:
       return "a size is negative, a row reaches beyond its buffer, chunks do not add up, or threads < 1";
     case MISA_BAD_DTYPE:
-      return "a dtype, or a format of the state, is one that this library does not know";
+      return "a dtype is neither float32 nor bfloat16, or the library does not know the format of the state";
     case MISA_BAD_GROUP:
       return "a row names a group that is not there";
     case MISA_BAD_FLAG:

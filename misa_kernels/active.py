@@ -68,6 +68,9 @@ class ActiveSet:
         self.arena: Arena | None = None
         self.rows: dict[int, Row] = {}
         self._step: Step | None = None
+        # Parameters whose hook ran in this step, and slots that were updated in one; see `receive`.
+        self._received: set[Tensor] = set()
+        self._updated: set[int] = set()
         # The parameter of each row, and what changes when somebody else exchanges its memory or, if the arena holds
         # bits that the weight lacks, writes to it.
         self._params: list[Tensor] = []
@@ -90,9 +93,44 @@ class ActiveSet:
         Raises:
             TypeError: For a gradient that is not dense; nothing is changed.
         """
-        assert self._step is not None
         self._adopt()
         grads = [param.grad for param in self._params]
+        if self._updated:
+            grads = [None if slot in self._updated else grad for slot, grad in zip(self.rows, grads, strict=True)]
+        self._run(grads, grad_scale, found_inf)
+        self.steps += 1
+        self._received.clear()
+        self._updated.clear()
+
+    def receive(self, param: Tensor) -> None:
+        """Update what waited only for this gradient, and free the gradients that nothing waits for any longer.
+
+        A module of several tensors is updated when the last of their gradients is there, since its score is that of
+        all of them; `update` takes what is left over.
+
+        Args:
+            param: The parameter whose gradient is complete.
+
+        Raises:
+            RuntimeError: If it has had one since the last step.
+        """
+        if param in self._received:
+            raise RuntimeError(
+                f"release_gradients=True got a second gradient of shape {tuple(param.shape)} before step(), and the "
+                "first is used up: call step() after every backward(), or leave release_gradients out to accumulate"
+            )
+        self._adopt()
+        self._received.add(param)
+        received = {slot for slot, row in self.rows.items() if row.param in self._received}
+        ready = {slot for slot in received - self._updated if received.issuperset(self.rows[slot].fellows)}
+        self._run([row.param.grad if slot in ready else None for slot, row in self.rows.items()], None, None)
+        self._updated |= ready
+        waiting = {self.rows[slot].param for slot in self.rows.keys() - self._updated}
+        for other in {self.rows[slot].param for slot in ready} - waiting:
+            other.grad = None
+
+    def _run(self, grads: Sequence[Tensor | None], grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
+        assert self._step is not None
         step = StepInput(
             grads=grads,
             weight_pointers=self._pointers,
@@ -110,7 +148,6 @@ class ActiveSet:
             self._refuse_sparse(grads)
             raise
         self._versions = [row.param._version for row in self._refined]
-        self.steps += 1
 
     def allocate(self, enter: Iterable[int]) -> None:
         """Allocate the arena where the weights are now, lend it, and move loaded state into it.
@@ -266,6 +303,8 @@ class ActiveSet:
         self.arena = self._step = None
         self.rows = {}
         self._params, self._pointers, self._refined, self._versions = [], [], [], []
+        self._received.clear()
+        self._updated.clear()
 
     def _adopt(self) -> None:
         """Take over into the masters what somebody else wrote to the weights; refuse weights that moved."""

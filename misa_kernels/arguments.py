@@ -39,6 +39,7 @@ CONSTRUCTOR_WIDE = (
     "state_dtype",
     "max_grad_norm",
     "skip_nonfinite",
+    "release_gradients",
     "seed",
     "process_group",
     "backend",
@@ -121,6 +122,7 @@ def check_constructor(
     state_dtype: Any,
     max_grad_norm: Any,
     skip_nonfinite: Any,
+    release_gradients: Any,
     seed: Any,
     process_group: Any,
     backend: Any,
@@ -136,7 +138,12 @@ def check_constructor(
         _check_count("total_steps", total_steps, 1, "None or a whole number >= 1: optimizer steps of the run")
     if sampler is not None and not isinstance(sampler, Sampler):
         raise TypeError(f"sampler={sampler!r} must be None or a sampler object, such as ImportanceSampler()")
-    for name, value in (("momentum_flush", momentum_flush), ("v_floor", v_floor), ("skip_nonfinite", skip_nonfinite)):
+    for name, value in (
+        ("momentum_flush", momentum_flush),
+        ("v_floor", v_floor),
+        ("skip_nonfinite", skip_nonfinite),
+        ("release_gradients", release_gradients),
+    ):
         if not isinstance(value, bool):
             raise TypeError(f"{name}={value!r} must be True or False")
     _check_choice("keep_states", keep_states, ("staying", "none"))
@@ -144,6 +151,11 @@ def check_constructor(
     _check_choice("state_dtype", state_dtype, tuple(FORMATS))
     if max_grad_norm is not None:
         check_range("max_grad_norm", max_grad_norm, 5e-324, math.inf, "None or a number > 0")
+    if release_gradients and (max_grad_norm is not None or skip_nonfinite):
+        raise ValueError(
+            f"release_gradients=True with max_grad_norm={max_grad_norm!r}, skip_nonfinite={skip_nonfinite!r} must be "
+            "without both: they need all gradients at once, and it frees each before the next; leave it out, or them"
+        )
     _check_count("seed", seed, 0, "a whole number >= 0 below 2**63")
     if seed >= 2**63:
         raise ValueError(f"seed={seed!r} must be a whole number >= 0 below 2**63")

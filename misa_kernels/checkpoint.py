@@ -12,7 +12,8 @@ from typing import Any
 
 from torch import Tensor
 
-from misa_kernels.storage import KEYS, Storage
+from misa_kernels.codec import FORMATS
+from misa_kernels.storage import KEYS, PRECISIONS, Storage
 
 # Kept in the first group of a saved state: the round, the step in it, step() calls so far, the seed of all
 # draws (a draw depends on nothing but seed, round and scores), steps skipped in earlier rounds, and how the
@@ -45,12 +46,18 @@ def storage_of(saved: dict[str, Any]) -> Storage:
     """Return how the moments of a saved state are stored.
 
     Raises:
-        ValueError: If it is another optimizer's.
+        ValueError: If it is another optimizer's, or a later version's.
     """
     groups = saved["param_groups"]
     if not groups or any(name not in groups[0] for name in POSITION):
         raise ValueError("state dict has no 'round' in its first group: it was not saved by MISA")
-    return Storage(groups[0]["state_dtype"], groups[0]["param_precision"])
+    storage = Storage(groups[0]["state_dtype"], groups[0]["param_precision"])
+    if storage.state_dtype not in FORMATS or storage.param_precision not in PRECISIONS:
+        raise ValueError(
+            f"state dict has {storage}, which this version of misa_kernels does not know: load it with the one that "
+            "saved it"
+        )
+    return storage
 
 
 def match(

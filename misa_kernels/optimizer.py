@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+import weakref
 from collections.abc import Callable, Iterable
 from typing import Any, cast
 
@@ -70,6 +71,11 @@ class MISA(torch.optim.Optimizer):
         max_grad_norm: Clip gradients to this global norm, over active and dense tensors, inside the step;
             scores are taken before it. None: no clipping.
         skip_nonfinite: Leave everything untouched in a step whose gradients hold NaN or Inf, and count it.
+        release_gradients: Update a module within `backward()`, as soon as its gradients are there, and free them;
+            `step()` then counts the step and ends rounds. Call it after every `backward()`; not for gradient
+            accumulation, GradScaler, `max_grad_norm` and `skip_nonfinite`. With activation checkpointing, 32 layers
+            and `delta=.25` the peak of a step falls by 87 % of the gradients' bytes at a quarter as many tokens as
+            the hidden size and by 67 % at as many; without, the activations are the peak, and it stays.
         seed: Seed of the draws and of stochastic rounding.
         process_group: Must be None in this version.
         backend: "triton", one launch a step on CUDA devices; "reference", plain PyTorch on any device; or "auto",
@@ -102,6 +108,7 @@ class MISA(torch.optim.Optimizer):
         state_dtype: str = "fp32",
         max_grad_norm: float | None = None,
         skip_nonfinite: bool = False,
+        release_gradients: bool = False,
         seed: int = 0,
         process_group: None = None,
         backend: str = "auto",
@@ -121,6 +128,7 @@ class MISA(torch.optim.Optimizer):
             state_dtype=state_dtype,
             max_grad_norm=max_grad_norm,
             skip_nonfinite=skip_nonfinite,
+            release_gradients=release_gradients,
             seed=seed,
             process_group=process_group,
             backend=backend,
@@ -172,6 +180,9 @@ class MISA(torch.optim.Optimizer):
         arguments.notify(self.param_groups, self._partition, delta)
         self.register_state_dict_post_hook(_complete)
         arguments.claim(self.param_groups)
+        # While they still require gradients, without which torch takes no hook.
+        hooked = self._slots.spans if release_gradients else ()
+        self._hooks = [cast(Any, param).register_post_accumulate_grad_hook(_hook(self)) for param in hooked]
         self._thawable = [param for group in self.param_groups for param in group["params"] if param.requires_grad]
         for param in self._partition.frozen:
             if param.requires_grad:
@@ -247,14 +258,31 @@ class MISA(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        if self._trained.arena is None:
-            self._trained.allocate(self._slots_of(self._active.tolist()))
         # A GradScaler leaves these here for the call instead of unscaling and skipping by itself.
-        self._trained.update(getattr(self, "grad_scale", None), getattr(self, "found_inf", None))
+        grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        if self._hooks and (grad_scale is not None or found_inf is not None):
+            raise RuntimeError(
+                "release_gradients=True has already applied the scaled gradients of a GradScaler: train in bfloat16 "
+                "without one, or leave release_gradients out"
+            )
+        self._allocate()
+        self._trained.update(grad_scale, found_inf)
+        if self._hooks:
+            self.zero_grad()
         self._round_step += 1
         if self._round_step >= self.inner_steps:
             self._end_round()
         return loss
+
+    def _allocate(self) -> None:
+        if self._trained.arena is None:
+            self._trained.allocate(self._slots_of(self._active.tolist()))
+
+    @torch.no_grad()
+    def _receive(self, param: Tensor) -> None:
+        """Use the gradient of a parameter within `backward()`."""
+        self._allocate()
+        self._trained.receive(param)
 
     def _end_round(self) -> None:
         """Fold the scores, draw the next active set and make it active."""
@@ -351,6 +379,8 @@ class MISA(torch.optim.Optimizer):
         """
         if self._released:
             return
+        for handle in self._hooks:
+            handle.remove()
         # What the flush and the write-back do depends on the ages.
         self._trained.collect()
         self._trained.retire(list(self._trained.rows))
@@ -412,9 +442,10 @@ class MISA(torch.optim.Optimizer):
             warnings.warn(f"MISA converts a state dict with {storage} to {self._storage}", stacklevel=2)
         self.state.clear()
         for param, tensors in own.items():
-            self.state[param].update(
-                {name: value.detach().clone() for name, value in tensors.items() if name not in SCORES}
-            )
+            kept = {name: value.detach().clone() for name, value in tensors.items() if name not in SCORES}
+            # An entry would make `state_dict()` another one than was saved.
+            if kept:
+                self.state[param].update(kept)
         self._bind_scores()
         self._activate(active)
         self._record(self._draw())
@@ -430,6 +461,17 @@ class MISA(torch.optim.Optimizer):
             f"{self._partition.total_numel:,} parameters; round {self._round}, step {self._round_step} of "
             f"{self.inner_steps})"
         )
+
+
+def _hook(optimizer: MISA) -> Callable[[Tensor], None]:
+    """Return what runs when a gradient is complete; a parameter must not keep its optimizer alive."""
+    alive = weakref.ref(optimizer)
+
+    def hook(param: Tensor) -> None:
+        if (receiver := alive()) is not None:
+            receiver._receive(param)
+
+    return hook
 
 
 def _complete(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:

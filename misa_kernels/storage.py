@@ -56,7 +56,7 @@ class Storage:
     @property
     def noisy(self) -> bool:
         """Whether a step rounds anything stochastically."""
-        return self.param_precision == "stochastic" or self.state_dtype == "bf16"
+        return self.param_precision == "stochastic" or self.state_dtype != "fp32"
 
     def buffers(self, weight: torch.dtype) -> dict[str, Buffer]:
         """Return the tensors of a slot's state by key; the moments of float64 weights are float64."""
@@ -91,9 +91,10 @@ class Storage:
         if codec.scales:
             new[f"{name}_scale"] = scales.flatten()
         for key, value in new.items():
-            # torch.where knows no float8.
-            words = views[key].view(torch.uint8) if value.dtype == torch.float8_e4m3fn else views[key]
-            value = value.view(words.dtype)
+            words = views[key]
+            if value.dtype == torch.float8_e4m3fn:
+                # torch.where knows no float8.
+                words, value = words.view(torch.uint8), value.view(torch.uint8)
             words.copy_(value if keep is None else torch.where(keep, words, value))
 
     def theta(self, views: Mapping[str, Tensor], weight: Tensor) -> Tensor:

@@ -49,4 +49,4 @@ class EmulatedTable(native.NativeTable):
         return self._library.misa_cuda_step(self._reference, 0, None)
 
     def _collect(self):
-        self._check(self._library.misa_cuda_collect(self._reference, self._collected.data_ptr(), 0, None))
+        self._check(self._library.misa_cuda_collect(self._reference, self.collected.data_ptr(), 0, None))

@@ -7,7 +7,12 @@ from hypothesis import strategies as st
 
 from misa_kernels import arena as arena_module
 from misa_kernels.arena import ALIGNMENT, Arena, capacity, move_down, padded
-from misa_kernels.storage import Storage
+from misa_kernels.codec import FORMATS
+from misa_kernels.storage import PRECISIONS, Storage
+
+
+def as_bytes(buffer):
+    return buffer.view(torch.uint8)
 
 
 @given(st.integers(0, 500), st.integers(1, 500), st.integers(1, 700), st.integers(1, 64))
@@ -43,35 +48,41 @@ def test_capacity_holds_every_admissible_set(always, candidates, budget):
 @given(
     st.lists(st.integers(1, 400), min_size=4, max_size=12),
     st.lists(st.sets(st.integers(0, 11)), min_size=2, max_size=8),
+    st.builds(Storage, st.sampled_from(sorted(FORMATS)), st.sampled_from(PRECISIONS)),
 )
-@settings(max_examples=100)
-def test_contents_survive_any_sequence_of_switches(numel, sets):
+@settings(max_examples=150)
+def test_contents_survive_any_sequence_of_switches(numel, sets, storage):
     dtypes = [torch.bfloat16 if i % 3 == 0 else torch.float32 for i in range(len(numel))]
-    arena = Arena(numel, dtypes, [0], sum(numel), torch.device("cpu"), storage=Storage(), v_floor=False)
+    arena = Arena(numel, dtypes, [0], sum(numel), torch.device("cpu"), storage=storage, v_floor=False)
     for pool in arena.pools.values():
         for buffer in pool.buffers.values():
-            buffer.fill_(float("nan"))
+            as_bytes(buffer).fill_(255)
     nbytes = arena.nbytes
     arena.lend([], [0])
-    expected = {0: 0.5}
-    arena.views(0)["exp_avg"].fill_(0.5)
+    expected = {0: 1}
+    for view in arena.views(0).values():
+        as_bytes(view).fill_(1)
     for number, drawn in enumerate(sets, start=1):
         drawn = {slot for slot in drawn if 0 < slot < len(numel)}
         keep = [slot for slot in expected if slot in drawn or slot == 0]
         enter = sorted(drawn - set(keep))
         arena.lend(keep, enter)
         for slot in enter:
-            views = arena.views(slot)
-            assert not views["exp_avg"].any() and not views["exp_avg_sq"].any()
-            assert ("master" in views) == (dtypes[slot] == torch.bfloat16)
-            views["exp_avg"].fill_(100.0 * number + slot)
-            expected[slot] = 100.0 * number + slot
+            expected[slot] = 12 * number + slot
+            for view in arena.views(slot).values():
+                assert not as_bytes(view).any()
+                as_bytes(view).fill_(expected[slot])
         expected = {slot: expected[slot] for slot in [*keep, *enter]}
         for slot, value in expected.items():
-            view = arena.views(slot)["exp_avg"]
-            assert view.shape == (numel[slot],)
-            assert (view == value).all()
-            assert view.storage_offset() % ALIGNMENT == 0
+            views, kinds = arena.views(slot), storage.buffers(dtypes[slot])
+            assert views.keys() == kinds.keys()
+            assert arena.offset(slot) % ALIGNMENT == 0
+            for name, view in views.items():
+                assert view.dtype == kinds[name].dtype
+                assert view.shape == (-(-numel[slot] // kinds[name].elements) * kinds[name].entries,)
+                assert (as_bytes(view) == value).all(), name
+                # In a group of its own, with the scale that belongs to it.
+                assert view.storage_offset() == arena.offset(slot) // kinds[name].elements * kinds[name].entries
     assert arena.nbytes == nbytes
 
 

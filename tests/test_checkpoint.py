@@ -9,6 +9,8 @@ import torch
 from torch import nn
 
 from misa_kernels import MISA, CyclicSampler, ImportanceSampler, UniformSampler, authors, paper, param_groups
+from misa_kernels.codec import FORMATS
+from misa_kernels.storage import PRECISIONS, Storage
 
 VARIANTS = {
     "default": {},
@@ -23,8 +25,8 @@ VARIANTS = {
 }
 
 
-def build(dtype=torch.float32, mode="pretrain", seed=0, **options):
-    model = tiny.build(dtype=dtype)
+def build(dtype=torch.float32, mode="pretrain", seed=0, layers=4, **options):
+    model = tiny.build(layers, dtype=dtype)
     options = {"delta": 0.3, "inner_steps": 4, "lr": 3e-3, "weight_decay": 0.1} | options
     return model, MISA(param_groups(model, mode), seed=seed, **options)
 
@@ -38,7 +40,9 @@ def saved(model, optimizer):
 
 def same(a, b):
     if isinstance(a, torch.Tensor):
-        return a.dtype == b.dtype and torch.equal(a, b)
+        # By their bytes: torch.equal knows no float8.
+        words = [t.contiguous().flatten().view(torch.uint8) for t in (a, b)]
+        return a.dtype == b.dtype and a.shape == b.shape and torch.equal(*words)
     if isinstance(a, dict):
         return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
     if isinstance(a, (list, tuple)):
@@ -50,7 +54,19 @@ def same(a, b):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("steps", [0, 1, 6, 8])
 def test_resume_is_bitwise_no_interruption(variant, dtype, steps):
-    options = VARIANTS[variant]
+    check_resume(dtype, steps, **VARIANTS[variant])
+
+
+@pytest.mark.parametrize("state_dtype", FORMATS)
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("steps", [3, 6])
+def test_every_storage_resumes_bitwise(state_dtype, precision, steps):
+    check_resume(
+        torch.bfloat16, steps, state_dtype=state_dtype, param_precision=precision, backend="reference", layers=2
+    )
+
+
+def check_resume(dtype, steps, **options):
     model, optimizer = build(dtype, **options)
     tiny.train(model, optimizer, steps)
     checkpoint = saved(model, optimizer)
@@ -61,6 +77,8 @@ def test_resume_is_bitwise_no_interruption(variant, dtype, steps):
     tiny.train(again, resumed, 3, start=50)
     again.load_state_dict(checkpoint["model"])
     resumed.load_state_dict(checkpoint["optimizer"])
+    loaded = {index: own for index, own in resumed.state_dict()["state"].items() if own}
+    assert same(loaded, checkpoint["optimizer"]["state"])
     assert resumed.active == list(resumed.monitor.current.active)
     assert tiny.train(again, resumed, 11, start=steps) == losses
     assert all(map(torch.equal, model.parameters(), again.parameters()))
@@ -102,6 +120,93 @@ def test_state_is_tensors_and_plain_types_for_every_candidate():
     assert position == {"round": 1, "round_step": 1, "steps": 5, "seed": 0, "skipped_steps": 0}
 
 
+def moments(optimizer, storage):
+    """m, v and the weight with all its bits of everything that has a state, in float32."""
+    found = {}
+    for number, (p, own) in enumerate(optimizer.state.items()):
+        if "exp_avg" in own:
+            views = {name: own[name].flatten() for name in storage.buffers(p.dtype)}
+            found[number] = [storage.decode(name, views, p.numel()).clone() for name in storage.codecs]
+            found[number].append(storage.theta(views, p.detach().flatten()).clone())
+    return found
+
+
+# Of the largest of a group: what conversion into a format may move a moment by, on top of rounding to bfloat16.
+CONVERSION = {"fp32": (1e-6, 1e-6), "bf16": (0.008, 0.008), "int8": (0.017, 0.009), "fp8": (0.15, 0.2)}
+CONVERSION["int8+int4"] = (0.017, 0.13)
+PAIRS = [(Storage(a, "split"), Storage(b, "split")) for a in FORMATS for b in FORMATS if a != b]
+PAIRS += [(Storage("int8", a), Storage("int8", b)) for a in PRECISIONS for b in PRECISIONS if a != b]
+PAIRS += [
+    (Storage("fp32", "master"), Storage("fp8", "stochastic")),
+    (Storage("fp8", "split"), Storage("bf16", "master")),
+]
+
+
+@pytest.mark.parametrize(("source", "target"), PAIRS, ids=str)
+def test_another_storage_is_converted_and_said(source, target):
+    def make(storage):
+        own = {"state_dtype": storage.state_dtype, "param_precision": storage.param_precision}
+        return build(torch.bfloat16, layers=2, backend="reference", inner_steps=20, **own)
+
+    model, optimizer = make(source)
+    tiny.train(model, optimizer, 6)
+    before = moments(optimizer, source)
+    again, resumed = make(target)
+    again.load_state_dict(model.state_dict())
+    with pytest.warns(UserWarning, match="converts a state dict") as warned:
+        resumed.load_state_dict(saved(model, optimizer)["optimizer"])
+    assert str(source) in str(warned[0].message) and str(target) in str(warned[0].message)
+    # Until the first step it is what was loaded.
+    assert same(resumed.state_dict(), optimizer.state_dict())
+    # Without gradients: converted, and nothing else.
+    resumed.step()
+    after = moments(resumed, target)
+    assert before.keys() == after.keys() and before
+    for number, (*old, theta) in before.items():
+        for a, b, limit in zip(old, after[number], CONVERSION[target.state_dtype], strict=False):
+            assert (a - b).abs().max() <= limit * a.abs().max(), number
+        if target.param_precision == "stochastic" or source.param_precision == "stochastic":
+            continue
+        # But for ties, which "master" rounds to even and "split" away from zero.
+        assert (theta == after[number][2]).float().mean() > 0.99
+    ours, theirs = tiny.train(again, resumed, 10, start=6), tiny.train(model, optimizer, 10, start=6)
+    assert ours == pytest.approx(theirs, rel=0.02)
+    assert {p.dtype for own in resumed.state.values() for name, p in own.items() if name == "exp_avg"} == {
+        target.codecs["exp_avg"].dtype
+    }
+
+
+def test_compressed_moments_of_float32_weights_load_into_float64():
+    model, optimizer = build(state_dtype="int8", backend="reference", layers=2)
+    tiny.train(model, optimizer, 3)
+    again, resumed = build(torch.float64, backend="reference", layers=2)
+    again.load_state_dict(model.state_dict())
+    with pytest.warns(UserWarning, match="converts a state dict"):
+        resumed.load_state_dict(optimizer.state_dict())
+    assert tiny.train(again, resumed, 5, start=3) == pytest.approx(tiny.train(model, optimizer, 5, start=3), rel=0.01)
+
+
+@pytest.mark.parametrize("state_dtype", FORMATS)
+def test_missing_gradients_and_skipped_steps_leave_every_byte(state_dtype):
+    storage = {"state_dtype": state_dtype, "param_precision": "split", "backend": "reference"}
+    params = [nn.Parameter(torch.randn(3, 67).bfloat16()) for _ in range(2)]
+    optimizer = MISA(params, delta=1.0, skip_nonfinite=True, inner_steps=50, **storage)
+
+    def step(*scales):
+        for p, scale in zip(params, scales, strict=True):
+            p.grad = None if scale is None else torch.randn_like(p) * scale
+        before = copy.deepcopy(optimizer.state_dict()["state"]), [p.detach().clone() for p in params]
+        optimizer.step()
+        state = optimizer.state_dict()["state"]
+        return [same(state[n], before[0][n]) and same(params[n].detach(), before[1][n]) for n in range(2)]
+
+    step(1.0, 1.0)
+    assert step(1.0, 1.0) == [False, False]
+    assert step(1.0, None) == [False, True]
+    assert step(1.0, float("inf")) == [True, True]
+    assert step(None, 1.0) == [True, False]
+
+
 def test_moments_of_bfloat16_weights_stay_float32():
     model, optimizer = build(torch.bfloat16)
     tiny.train(model, optimizer, 2)
@@ -127,23 +232,29 @@ def test_what_left_is_not_saved():
             assert own["exp_avg"].untyped_storage().nbytes() == own["exp_avg"].numel() * 4
 
 
-def test_position_of_split_blocks_and_experts_survives():
+@pytest.mark.parametrize("state_dtype", FORMATS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_position_of_split_blocks_and_experts_survives(state_dtype, dtype):
+    storage = {"state_dtype": state_dtype, "param_precision": "split", "backend": "reference"}
+
     def make():
         torch.manual_seed(1)
-        wide, experts = nn.Parameter(torch.randn(12, 4)), nn.Parameter(torch.randn(4, 3, 2))
+        wide, experts = (nn.Parameter(torch.randn(shape).to(dtype)) for shape in ((12, 4), (4, 3, 2)))
         groups = [
             {"params": [wide], "role": "sampled", "modules": ["wide"]},
             {"params": [experts], "role": "sampled", "modules": [[f"expert.{e}" for e in range(4)]]},
         ]
         with pytest.warns(UserWarning, match="row blocks"):
             sampler = ImportanceSampler(oversized="split")
-            return [wide, experts], MISA(groups, delta=0.3, inner_steps=3, sampler=sampler)
+            return [wide, experts], MISA(groups, delta=0.3, inner_steps=3, sampler=sampler, **storage)
 
     def steps(params, optimizer, first, count):
         for step in range(first, first + count):
             for n, p in enumerate(params):
                 if p.requires_grad:
-                    p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(10 * step + n))
+                    # Now and then none.
+                    p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(10 * step + n)).to(dtype)
+                    p.grad = None if (step + n) % 5 == 0 else p.grad
             optimizer.step()
 
     params, optimizer = make()
@@ -218,6 +329,22 @@ def larger_delta():
     return optimizer.state_dict()
 
 
+def short_scales():
+    model, optimizer = build(state_dtype="int8", backend="reference")
+    tiny.train(model, optimizer, 1)
+    state = optimizer.state_dict()
+    for own in state["state"].values():
+        if "exp_avg_scale" in own:
+            own["exp_avg_scale"] = own["exp_avg_scale"][:-1]
+    return state
+
+
+def from_the_future():
+    state = build()[1].state_dict()
+    state["param_groups"][0]["state_dtype"] = "fp2"
+    return state
+
+
 def scoreless():
     state = build()[1].state_dict()
     state["state"] = {}
@@ -234,6 +361,8 @@ def scoreless():
         (wider, "belongs to another model"),
         (larger_delta, "use the delta it was saved with"),
         (scoreless, "no scores"),
+        (short_scales, r"exp_avg_scale of \d+ elements for parameter \d+ but this optimizer needs"),
+        (from_the_future, "state_dtype='fp2'.*does not know"),
     ],
 )
 def test_state_that_does_not_fit_is_refused_and_changes_nothing(make, message):

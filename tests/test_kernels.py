@@ -46,6 +46,16 @@ def test_triton_asked_for_is_never_replaced(gpu_machine):
         kernels.select("triton", CUDA, {torch.float64}, PLAIN)
 
 
+@pytest.mark.parametrize("backend, running", [("auto", "cpu"), ("cpu", "cpu"), ("reference", "reference")])
+def test_optimizer_says_what_runs_its_steps(backend, running):
+    param = nn.Parameter(torch.ones(2, 2))
+    optimizer = MISA([param], delta=1.0, backend=backend)
+    assert optimizer.backend is None
+    param.grad = torch.ones_like(param)
+    optimizer.step()
+    assert optimizer.backend == running
+
+
 def test_triton_without_a_gpu_is_refused_at_construction(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)

@@ -255,7 +255,7 @@ def sound(kernel):
 def everything(step):
     """All bytes that a step reads or writes."""
     table = step.table
-    tensors = [table._partials, table.control, table._collected, *step.grads, *step.controls]
+    tensors = [table._partials, table.control, table.collected, *step.grads, *step.controls]
     host = [torch.frombuffer(bytearray(table._struct), dtype=torch.uint8), torch.from_numpy(table._tables.copy())]
     return [*step.bits(), *host, *(x.reshape(-1).view(torch.uint8).clone() for x in tensors)]
 
@@ -274,7 +274,7 @@ def fields(step, where):
 def test_wrong_fields_are_refused_and_change_nothing(library, sound, where, wrong, status):
     get, put = fields(sound, where)
     right, reference = get(), ctypes.byref(sound.table._struct)
-    collected = sound.table._collected.data_ptr()
+    collected = sound.table.collected.data_ptr()
 
     @settings(max_examples=30)
     @given(wrong(right))
@@ -296,7 +296,7 @@ def test_wrong_fields_are_refused_and_change_nothing(library, sound, where, wron
 
 
 def test_wrong_arguments_are_refused_and_change_nothing(library, sound):
-    reference, collected = ctypes.byref(sound.table._struct), sound.table._collected.data_ptr()
+    reference, collected = ctypes.byref(sound.table._struct), sound.table.collected.data_ptr()
     odd = ctypes.cast(ctypes.addressof(sound.table._struct) + 1, ctypes.POINTER(native.Step))
     before = everything(sound)
     for threads in (0, -1, -(2**31)):

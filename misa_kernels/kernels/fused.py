@@ -96,7 +96,8 @@ class FusedStep:
             found_inf=step.found_inf,
         )
         # Autograd must notice that saved weights are no longer what they were.
-        torch.autograd.graph.increment_version(self._params)
+        written = [param for param, pointer in zip(self._params, pointers, strict=True) if pointer]
+        torch.autograd.graph.increment_version(written)
         skipped = self._skipped(step.found_inf)
         if skipped is not None:
             self._arena.skipped.add_(skipped)

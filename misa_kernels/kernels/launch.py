@@ -152,7 +152,7 @@ class Launch(RowTable):
     def _collect(self) -> None:
         with self._on_device():
             kernels.collect_kernel[(len(self._chunks),)](
-                self._device_rows, self._ages, self._sq_sums, self._collected, CHUNK=self.chunk, **OPTIONS
+                self._device_rows, self._ages, self._sq_sums, self.collected, CHUNK=self.chunk, **OPTIONS
             )
 
     def _on_device(self) -> AbstractContextManager[Any]:

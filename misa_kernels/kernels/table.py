@@ -44,6 +44,7 @@ class RowTable:
     Attributes:
         chunk: Elements of a chunk.
         dtypes: What the kernel can read and write.
+        collected: float64[rows, 2] on the device, what `collect` returns.
         control: float32[3] on the device: clip coefficient, ‖g‖ and 1 if the step was skipped, of the last
             step with `max_grad_norm` or `skip_nonfinite`.
 
@@ -95,7 +96,7 @@ class RowTable:
         self._sq_sums = torch.zeros(chunks, dtype=torch.float64, device=device)
         self._partials = torch.zeros(chunks, dtype=torch.float64, device=device)
         self._arrived = torch.zeros(1, dtype=torch.int32, device=device)
-        self._collected = torch.zeros(len(numel), 2, dtype=torch.float64, device=device)
+        self.collected = torch.zeros(len(numel), 2, dtype=torch.float64, device=device)
         self.control = torch.zeros(CONTROL_COLUMNS, dtype=torch.float32, device=device)
 
     def step(
@@ -138,7 +139,7 @@ class RowTable:
         """
         if len(self._rows):
             self._collect()
-        return self._collected
+        return self.collected
 
     def clear_sums(self) -> None:
         """Begin the sums of a round."""

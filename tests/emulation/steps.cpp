@@ -32,7 +32,10 @@ int main() {
   step.hyper = &hyper;
   step.group_count = 1;
   step.chunk_count = chunks;
-  step.state[MISA_FLOAT32] = {m.data(), v.data(), nullptr, 4 * chunk};
+  MisaState& state = step.state[MISA_FLOAT32];
+  state.exp_avg = m.data();
+  state.exp_avg_sq = v.data();
+  state.elements = 4 * chunk;
   step.age = age.data();
   step.sq_sum = sq_sum.data();
   step.partial = partial.data();
