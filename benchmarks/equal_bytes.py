@@ -208,7 +208,7 @@ def sampled(preset: Callable[[], dict], released: bool = False) -> Method:
 
     Args:
         preset: Returns further arguments of `MISA`.
-        released: Whether the gradients of one matrix at a time count, see `NOTES` of the table.
+        released: Whether each matrix is updated in backward, as soon as it has its gradient.
     """
 
     def fixed_bytes(model: Llama) -> int:
@@ -227,8 +227,8 @@ def sampled(preset: Callable[[], dict], released: bool = False) -> Method:
     def build(
         model: Llama, state: str, delta: Size, lr: float, steps: int, seed: int
     ) -> tuple[nn.Module, torch.optim.Optimizer]:
-        groups = param_groups(model)
-        return model, MISA(groups, lr=lr, delta=delta, total_steps=steps, state_dtype=state, seed=seed, **preset())
+        options = {"total_steps": steps, "state_dtype": state, "release_gradients": released, "seed": seed}
+        return model, MISA(param_groups(model), lr=lr, delta=delta, **options, **preset())
 
     return Method(tuple(MISA_STATE_BYTES), size, training_bytes, build)
 

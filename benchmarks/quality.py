@@ -88,12 +88,13 @@ def deep(method: str, state: str, power: int) -> Job:
 MISA_INT8 = small("MISA", "int8", 1)
 LORA_INT8 = small("LoRA", "int8", 1)
 SEARCHES = (
-    Search(1, MISA_INT8, (("int8", "MISA", 8, 5), ("int8", "MISA", 4, 3))),
     Search(1, small("AdamW", "fp32", 0), (("fp32", "AdamW", 8, 5),)),
-    Search(1, small("GaLore", "int8", 1), (("int8", "GaLore", 8, 5), ("int8", "GaLore", 4, 3))),
-    Search(1, LORA_INT8, (("int8", "LoRA", 8, 5), ("int8", "LoRA", 4, 3))),
-    Search(2, MISA_INT8, (("int8", "MISA, released", 4, 3), ("int8", "uniform", 8, 3), ("int8+int4", "MISA", 8, 3))),
-    Search(2, LORA_INT8, (("int8", "LoRA, released", 4, 3),)),
+    Search(1, MISA_INT8, (("int8", "MISA, released", 4, 5), ("int8", "MISA", 4, 5))),
+    Search(1, small("GaLore", "int8", 1), (("int8", "GaLore", 4, 5),)),
+    Search(1, LORA_INT8, (("int8", "LoRA, released", 4, 5), ("int8", "LoRA", 4, 5))),
+    Search(2, MISA_INT8, (("int8", "MISA", 8, 3), ("int8", "uniform", 8, 3), ("int8+int4", "MISA", 8, 3))),
+    Search(2, small("GaLore", "int8", 1), (("int8", "GaLore", 8, 3),)),
+    Search(2, LORA_INT8, (("int8", "LoRA", 8, 3),)),
     Search(2, MISA_INT8, (("fp8", "MISA", 8, 3), ("bf16", "MISA", 8, 3))),
     Search(2, small("MISA", "fp32", 1), (("fp32", "MISA", 8, 3),)),
     Search(2, small("LoRA", "fp32", 2), (("fp32", "LoRA", 8, 3),)),
