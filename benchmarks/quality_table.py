@@ -28,17 +28,26 @@ NOTES = (
     "A byte-level LLaMA pre-trained on Python source is fine-tuned on C++ headers, 600 steps, float32 weights, CPU.",
     "Training bytes are optimizer states, gradients held at once and extra weights: for MISA, BAdam and uniform",
     "those of the active set; for LoRA adapters, all their gradients and states; for GaLore projectors, states and",
-    "one matrix's gradient, since it updates each matrix within backward. The share is of AdamW's improvement (all",
-    "parameters, fp32) over the pre-trained model, on C++ text that is neither trained nor tuned on. AdamW's memory",
-    "is not limited.",
+    "one matrix's gradient, since it updates each matrix within backward. *Released* means that MISA and LoRA do so,",
+    "too. The share is of AdamW's improvement (all parameters, fp32, memory not limited) over the pre-trained model,",
+    "on C++ text that is neither trained nor tuned on.",
     "",
     "Learning rates: steps of a factor 1.5, three tried and one more while the best lies at an end, on a seed of its",
-    "own and other validation text. Budgets other than the one searched in, and formats without a search, use the",
-    "rate found for the method in the nearest one. Figures are mean ± standard deviation over seeds, which move",
+    "own and other validation text. What has no search of its own takes the rate found for the method at the nearest",
+    "δ or rank. GaLore projects anew every 50 steps. Figures are mean ± standard deviation over seeds, which move",
     "batches, draws and adapters; differences are paired by seed, ± standard error.",
 )
+RELEASED = ", released"
 # What is compared with what, pairwise, seed by seed: each with the states that did best on the tuning text.
-OURS, PEERS = "MISA", ("LoRA", "GaLore", "BAdam", "uniform")
+PAIRS = (
+    ("MISA, released", "LoRA, released"),
+    ("MISA, released", "LoRA"),
+    ("MISA, released", "GaLore"),
+    ("MISA", "LoRA"),
+    ("MISA", "GaLore"),
+    ("MISA", "BAdam"),
+    ("MISA", "uniform"),
+)
 
 
 def shares(reporting: Runs) -> list[dict[str, Any]]:
@@ -74,7 +83,7 @@ def rows(with_shares: Runs) -> list[dict[str, Any]]:
             row[name] = statistics.mean(values)
             row[name + "_sd"] = statistics.stdev(values) if len(values) > 1 else None
         table.append(row)
-    return sorted(table, key=lambda row: (row["model"] != "8 layers", row["rank"], not is_adamw(row), -row["share"]))
+    return sorted(table, key=lambda row: (row["model"] != "8 layers", row["rank"], -row["share"]))
 
 
 def best_states(tuning: Runs) -> dict[tuple[str, str], str]:
@@ -88,14 +97,14 @@ def best_states(tuning: Runs) -> dict[tuple[str, str], str]:
 
 
 def paired(with_shares: Runs, states: dict[tuple[str, str], str]) -> list[dict[str, Any]]:
-    """Return the mean difference between MISA and each peer over the seeds that both have, with standard errors."""
+    """Return the mean differences of `PAIRS` over the seeds that both have, with standard errors."""
     arms: dict[tuple[Any, ...], dict[int, dict[str, Any]]] = {}
     for run in with_shares:
         arms.setdefault(tuple(run[name] for name in KEY), {})[run["seed"]] = run
     table = []
     for model, rank, budget_state in dict.fromkeys(key[:3] for key in arms):
-        for peer in PEERS:
-            pair = [(name, states.get((model, name), "int8")) for name in (OURS, peer)]
+        for names in PAIRS:
+            pair = [(name, states.get((model, name.removesuffix(RELEASED)), "int8")) for name in names]
             ours, theirs = (arms.get((model, rank, budget_state, *arm), {}) for arm in pair)
             seeds = sorted({*ours} & {*theirs})
             if len(seeds) < 2:
@@ -111,10 +120,14 @@ def paired(with_shares: Runs, states: dict[tuple[str, str], str]) -> list[dict[s
     return table
 
 
-def summary(runs: Runs, tuning_seed: int) -> dict[str, Any]:
-    """Return rows, paired differences and tuning runs, as plain types."""
-    tuning = [run for run in runs if run["seed"] == tuning_seed]
-    with_shares = shares([run for run in runs if run["seed"] != tuning_seed])
+def summary(tuning: Runs, reporting: Runs) -> dict[str, Any]:
+    """Return rows, paired differences and the runs themselves, as plain types.
+
+    Args:
+        tuning: Runs of the searches for learning rates.
+        reporting: Runs at the learning rates found.
+    """
+    with_shares = shares(reporting)
     states = best_states(tuning)
     return {
         "rows": rows(with_shares),
@@ -134,6 +147,7 @@ def markdown(content: dict[str, Any]) -> str:
             for row in content["rows"]
             if budget(row) == (model, rank, state) or is_adamw(row) and row["model"] == model
         ]
+        chosen.sort(key=is_adamw, reverse=True)
         lines += [
             f"### {model}, the bytes of LoRA with {state} states at rank {rank}",
             "",
@@ -149,7 +163,7 @@ def markdown(content: dict[str, Any]) -> str:
             "",
         ]
     lines += [
-        "### Paired differences, MISA less the other, each with its best states",
+        "### Paired differences, the first less the second, each with its best states",
         "",
         "| model | budget | difference | points of share | nats | standard errors | seeds |",
         "|---|---|---|---|---|---|---|",

@@ -140,12 +140,12 @@ def run_of(method: str, seed: int, loss: float) -> dict:
 
 def test_summary_pairs_the_runs_of_a_seed() -> None:
     """AdamW gains 2, 1 and 2 nats; MISA is .1, .1 and .2 nats of share .05, .1 and .1 ahead of LoRA."""
-    runs = [run_of("LoRA", TUNING_SEED, 1.6), run_of("MISA", TUNING_SEED, 1.5)]
+    tuning = [run_of("LoRA", TUNING_SEED, 1.6), run_of("MISA", TUNING_SEED, 1.5)]
     losses = {"AdamW": (1.0, 2.0, 1.0), "MISA": (1.5, 2.2, 1.4), "LoRA": (1.6, 2.3, 1.6)}
-    runs += [run_of(method, seed, loss) for method, own in losses.items() for seed, loss in enumerate(own, 1)]
+    runs = [run_of(method, seed, loss) for method, own in losses.items() for seed, loss in enumerate(own, 1)]
     # Without an AdamW of the same seed there is no share.
     runs.append(run_of("MISA", 4, 0.0))
-    content = summary(runs, TUNING_SEED)
+    content = summary(tuning, runs)
     shares = {row["method"]: row["share"] for row in content["rows"]}
     assert shares == pytest.approx({"AdamW": 1.0, "MISA": (0.75 + 0.8 + 0.8) / 3, "LoRA": (0.7 + 0.7 + 0.7) / 3})
     (pair,) = content["paired"]
