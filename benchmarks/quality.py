@@ -95,14 +95,17 @@ SEARCHES = (
     Search(1, MISA_FP32, (("int8", "MISA", 4, 3),)),
     Search(1, GALORE_RANK4, (("int8", "GaLore", 4, 3),)),
     Search(1, LORA_INT8, (("int8", "LoRA, released", 4, 3), ("int8", "LoRA", 4, 3))),
-    Search(2, DEEP_MISA, (("int8", "MISA", 1, 2), ("int8", "MISA, released", 1, 2))),
-    Search(2, deep("AdamW", "fp32", 0), (("fp32", "AdamW", 1, 2),)),
-    Search(2, deep("GaLore", "int8", 0), (("int8", "GaLore", 1, 2),)),
-    Search(2, deep("LoRA", "int8", 1), (("int8", "LoRA", 1, 2),)),
-    Search(3, MISA_INT8, tuple((state, "MISA, released", 4, 3) for state in ("int8+int4", "fp8", "bf16", "fp32"))),
-    Search(3, MISA_INT8, (("int8", "MISA", 8, 3), ("int8", "uniform", 8, 3))),
-    Search(3, GALORE_INT8, (("int8", "GaLore", 8, 3),)),
-    Search(3, LORA_INT8, (("int8", "LoRA", 8, 3),)),
+    Search(2, MISA_INT8, (("int8+int4", "MISA, released", 4, 1), ("fp8", "MISA, released", 4, 1))),
+    Search(2, MISA_FP32, (("bf16", "MISA, released", 4, 1), ("fp32", "MISA, released", 4, 1))),
+    Search(3, DEEP_MISA, (("int8", "MISA", 1, 2), ("int8", "MISA, released", 1, 2))),
+    Search(3, deep("AdamW", "fp32", 0), (("fp32", "AdamW", 1, 2),)),
+    Search(3, deep("GaLore", "int8", 0), (("int8", "GaLore", 1, 2),)),
+    Search(3, deep("LoRA", "int8", 1), (("int8", "LoRA", 1, 2),)),
+    Search(4, MISA_INT8, (("int8+int4", "MISA, released", 4, 3), ("fp8", "MISA, released", 4, 3))),
+    Search(4, MISA_FP32, (("bf16", "MISA, released", 4, 3), ("fp32", "MISA, released", 4, 3))),
+    Search(4, MISA_INT8, (("int8", "MISA", 8, 3), ("int8", "uniform", 8, 3))),
+    Search(4, GALORE_INT8, (("int8", "GaLore", 8, 3),)),
+    Search(4, LORA_INT8, (("int8", "LoRA", 8, 3),)),
     Search(4, small("AdamW", "fp32", 0), (("fp32", "AdamW", 8, 5),)),
     Search(4, MISA_INT8, (("int8", "MISA, released", 4, 5),)),
     Search(4, MISA_FP32, (("int8", "MISA", 4, 5),)),
@@ -125,14 +128,15 @@ def wanted(searches: Iterable[Search], tuning_losses: dict[Job, float]) -> list[
         searches: What the table needs.
         tuning_losses: Loss on the tuning text of all finished runs.
     """
-    # In a stage tuning comes first, as seed 0, then all arms' first seed, and so on.
-    jobs: list[tuple[int, int, Job]] = []
+    # In a stage tuning comes first, as seed 0, from the middle outwards, then all arms' first seed, and so on.
+    jobs: list[tuple[int, int, int, Job]] = []
     for search in searches:
         powers, best = come_to(search.first, tuning_losses)
-        jobs += [(search.stage, 0, replace(search.first, power=power)) for power in powers]
+        tuning = [replace(search.first, power=power) for power in powers]
+        jobs += [(search.stage, 0, abs(job.power - search.first.power), job) for job in tuning]
         if best is not None:
-            jobs += [(search.stage, job.seed, job) for job in reported(search, best)]
-    jobs.sort(key=lambda entry: entry[:2])
+            jobs += [(search.stage, job.seed, 0, job) for job in reported(search, best)]
+    jobs.sort(key=lambda entry: entry[:3])
     return [job for job in dict.fromkeys(job for *_, job in jobs) if job not in tuning_losses]
 
 
