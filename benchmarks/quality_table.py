@@ -208,14 +208,17 @@ def draw(content: dict[str, Any], path: Path) -> None:
     )
     for axes, key in zip(all_axes[0], budgets, strict=True):
         chosen = [row for row in content["rows"] if budget(row) == key and not is_adamw(row)][::-1]
-        axes.barh(
-            [f"{row['method']}, {row['state']}" for row in chosen],
-            [100 * row["share"] for row in chosen],
-            xerr=[100 * (row["share_sd"] or 0) for row in chosen],
-            color=[COLOURS[row["method"].split(",")[0]] for row in chosen],
-            capsize=3,
-        )
-        axes.set_xlim(min(100 * row["share"] for row in chosen) - 5, 100)
+        for row in chosen:
+            axes.errorbar(
+                100 * row["share"],
+                f"{row['method']}, {row['state']}",
+                xerr=100 * (row["share_sd"] or 0),
+                color=COLOURS[row["method"].removesuffix(RELEASED)],
+                marker="o",
+                markersize=8,
+                capsize=4,
+            )
+        axes.margins(y=0.1)
         model, rank, state = key
         kb = max(row["training_bytes"] for row in chosen) / 1e3
         axes.set_title(f"{model}, {kb:,.0f} kB\n(LoRA's at rank {rank}, {state} states)", fontsize=10)
