@@ -99,6 +99,17 @@ def finetuning_corpus() -> Corpus:
     return read("PyTorch C++ headers", header_files())
 
 
+@cache
+def tuning_and_reporting() -> tuple[Tensor, Tensor]:
+    """Return the C++ validation text in two parts without a file in common, uint8, shape (bytes,).
+
+    Learning rates chosen on the first say nothing about the second.
+    """
+    files = split(header_files())[1]
+    tuning, reporting = (b"\n".join(path.read_bytes() for path in files[half::2]) for half in (0, 1))
+    return _tensor(tuning), _tensor(reporting)
+
+
 def random_batches(text: Tensor, batch: int, context: int, seed: int) -> Iterator[Batch]:
     """Yield training batches for ever; the same seed yields the same batches.
 

@@ -31,6 +31,7 @@ class Settings:
         evaluations: Number of times that the validation loss is measured during fine-tuning, evenly spread.
         validation_batches: Batches of 32 sequences in a measurement of the validation loss.
         timing_rounds: Rounds of the pass that measures speed.
+        layers: Layers of the model.
         seed: Seed of the weights, the batches and the draws.
     """
 
@@ -42,6 +43,7 @@ class Settings:
     evaluations: int = 10
     validation_batches: int = 8
     timing_rounds: int = 16
+    layers: int = 8
     seed: int = 0
 
 
@@ -90,7 +92,7 @@ class Run:
 def new_model(settings: Settings, device: str) -> Llama:
     """Make a model with random weights for the settings' context on the device."""
     torch.manual_seed(settings.seed)
-    return Llama(LlamaConfig(context=settings.context)).to(device)
+    return Llama(LlamaConfig(context=settings.context, layers=settings.layers)).to(device)
 
 
 def pretrain(settings: Settings, device: str, advance: Callable[[int], object]) -> dict[str, Tensor]:

@@ -37,8 +37,8 @@ def capacity(always: Sequence[int], candidates: Sequence[int], budget: int) -> i
     """
     sizes = np.sort(np.asarray(candidates, dtype=np.int64))
     most_slots = int(np.searchsorted(np.cumsum(sizes), budget, side="right"))
-    padding = (ALIGNMENT - 1) * most_slots
-    bound = min(budget + padding, sum(padded(int(size)) for size in sizes))
+    padding = np.sort(-sizes % ALIGNMENT)[::-1][:most_slots].sum()
+    bound = int(min(budget + padding, sum(padded(int(size)) for size in sizes)))
     return sum(padded(size) for size in always) + padded(bound)
 
 

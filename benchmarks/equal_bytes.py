@@ -1,0 +1,245 @@
+"""How large may each method be in so many bytes of training memory, and how is it built?
+
+Training bytes are what a method adds to the frozen model: optimizer states, gradients held at once, and extra
+weights. Activations are left out, and so is what lives within one call of `step()`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from unittest import mock
+
+import torch
+from torch import Tensor, nn
+
+from examples.methods import matrices
+from examples.model import Llama
+from misa_kernels import MISA, UniformSampler, badam, param_groups
+
+FP32_BYTES = 4
+# Elements that share a scale in MISA's formats, and in bitsandbytes.
+BLOCK, BNB_BLOCK = 128, 256
+# Two tables of 256 float32 decode the 8-bit states of a bitsandbytes optimizer.
+BNB_TABLES_BYTES = 2 * 256 * FP32_BYTES
+# Both moments of a parameter and its part of the scales.
+MISA_STATE_BYTES = {
+    "fp32": 2 * 4.0,
+    "bf16": 2 * 2.0,
+    "int8": 2 * (1 + 4 / BLOCK),
+    "fp8": 2 * (1 + 8 / BLOCK),
+    "int8+int4": (1 + 4 / BLOCK) + (1 / 2 + 4 / BLOCK),
+}
+Size = int | float
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way of fine-tuning in a given memory.
+
+    Attributes:
+        states: Formats of optimizer state that it can have.
+        size: Maps model, format and training bytes to the largest δ or rank that needs no more.
+        training_bytes: Maps model, format and δ or rank to training bytes.
+        build: Maps model, format, δ or rank, learning rate, steps of the training and seed to the model to train
+            (LoRA wraps it) and its optimizer.
+    """
+
+    states: tuple[str, ...]
+    size: Callable[[Llama, str, int], Size]
+    training_bytes: Callable[[Llama, str, Size], int]
+    build: Callable[[Llama, str, Size, float, int, int], tuple[nn.Module, torch.optim.Optimizer]]
+
+
+def parameters(model: nn.Module) -> int:
+    """Return the number of parameters of a model."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def largest_rank(training_bytes: Callable[[Llama, str, Size], int]) -> Callable[[Llama, str, int], int]:
+    """Return a function that finds the largest rank whose training bytes fit into a budget."""
+
+    def rank(model: Llama, state: str, budget_bytes: int) -> int:
+        full = min(min(matrix.weight.shape) for matrix in matrices(model).values())
+        fitting = [rank for rank in range(1, full + 1) if training_bytes(model, state, rank) <= budget_bytes]
+        if not fitting:
+            raise ValueError(
+                f"budget_bytes={budget_bytes} must be at least {training_bytes(model, state, 1)}, the bytes of rank 1"
+            )
+        return fitting[-1]
+
+    return rank
+
+
+def adamw_states_bytes(state: str, sizes: list[int]) -> int:
+    """Return the bytes of the two moments of tensors of these sizes, as torch and bitsandbytes hold them.
+
+    Args:
+        state: "fp32" for torch's AdamW, "int8" for that of bitsandbytes with all tensors in 8 bits.
+        sizes: Elements of each tensor.
+    """
+    if state == "fp32":
+        return 2 * FP32_BYTES * sum(sizes)
+    return 2 * sum(size + FP32_BYTES * math.ceil(size / BNB_BLOCK) for size in sizes) + BNB_TABLES_BYTES
+
+
+def adamw_bytes(model: Llama, state: str, size: Size) -> int:
+    """Return the training bytes of AdamW on all parameters."""
+    return FP32_BYTES * parameters(model) + adamw_states_bytes(state, [p.numel() for p in model.parameters()])
+
+
+def adamw(
+    model: Llama, state: str, size: Size, lr: float, steps: int, seed: int
+) -> tuple[nn.Module, torch.optim.Optimizer]:
+    """Train all parameters at all times, whatever the memory."""
+    return model, torch.optim.AdamW(model.parameters(), lr=lr)
+
+
+def adapted(released: bool) -> Method:
+    """Return LoRA on all matrices of all layers.
+
+    Args:
+        released: Whether each adapter is updated in backward, as soon as it has its gradient.
+    """
+
+    def training_bytes(model: Llama, state: str, rank: Size) -> int:
+        sizes = [int(rank) * features for matrix in matrices(model).values() for features in matrix.weight.shape]
+        gradients = max(sizes) if released else sum(sizes)
+        return FP32_BYTES * (sum(sizes) + gradients) + adamw_states_bytes(state, sizes)
+
+    def build(
+        model: Llama, state: str, rank: Size, lr: float, steps: int, seed: int
+    ) -> tuple[nn.Module, torch.optim.Optimizer]:
+        from peft import LoraConfig, get_peft_model
+
+        config = LoraConfig(r=int(rank), lora_alpha=2 * int(rank), target_modules=list(matrices(model)))
+        torch.manual_seed(seed)
+        wrapped = get_peft_model(model, config)
+        adapters = [parameter for parameter in wrapped.parameters() if parameter.requires_grad]
+        optimizer: torch.optim.Optimizer
+        if state == "fp32":
+            optimizer = torch.optim.AdamW(adapters, lr=lr)
+        else:
+            from bitsandbytes.optim import AdamW8bit
+
+            optimizer = AdamW8bit(adapters, lr=lr, weight_decay=1e-2, min_8bit_size=1)
+        if released:
+            update_in_backward(optimizer, adapters)
+        return wrapped, optimizer
+
+    return Method(("fp32", "int8"), largest_rank(training_bytes), training_bytes, build)
+
+
+def update_in_backward(
+    optimizer: torch.optim.Optimizer, parameters: list[Tensor], after: Callable[[Tensor], None] = lambda parameter: None
+) -> None:
+    """Update each parameter as soon as it has its gradient, and free that.
+
+    Args:
+        optimizer: An optimizer that passes over parameters without gradient.
+        parameters: Its parameters.
+        after: Called with a parameter after its update.
+    """
+
+    def update(parameter: Tensor) -> None:
+        # No other has a gradient at this moment. GaLore's 8-bit step waits for a GPU that need not be there.
+        with mock.patch("torch.cuda.synchronize"):
+            optimizer.step()
+        parameter.grad = None
+        after(parameter)
+
+    for parameter in parameters:
+        parameter.register_post_accumulate_grad_hook(update)
+
+
+def galore_bytes(model: Llama, state: str, rank: Size) -> int:
+    """Return the training bytes of GaLore: projectors, states of the projected, the largest gradient."""
+    shapes = [matrix.weight.shape for matrix in matrices(model).values()]
+    projectors = sum(int(rank) * min(shape) for shape in shapes)
+    states = adamw_states_bytes(state, [int(rank) * max(shape) for shape in shapes])
+    return FP32_BYTES * (projectors + max(shape.numel() for shape in shapes)) + states
+
+
+def galore(gap: int, model: Llama, state: str, rank: Size, lr: float) -> tuple[nn.Module, torch.optim.Optimizer]:
+    """Train all matrices of all layers through projections, each in backward, as soon as it has its gradient.
+
+    Args:
+        gap: Steps between two singular value decompositions.
+        model: As for `Method.build`, and the others, too.
+        state: See there.
+        rank: See there.
+        lr: See there.
+    """
+    from galore_torch import GaLoreAdamW, GaLoreAdamW8bit
+
+    trained = [matrix.weight for matrix in matrices(model).values()]
+    for parameter in model.parameters():
+        parameter.requires_grad_(any(parameter is weight for weight in trained))
+    group = {"params": trained, "rank": int(rank), "update_proj_gap": gap, "scale": 1.0, "proj_type": "std"}
+    if state == "fp32":
+        optimizer = GaLoreAdamW([group], lr=lr, eps=1e-8, weight_decay=1e-2, no_deprecation_warning=True)
+    else:
+        optimizer = GaLoreAdamW8bit([group], lr=lr, weight_decay=1e-2, min_8bit_size=1)
+
+    def cut(parameter: Tensor) -> None:
+        projector = optimizer.state[parameter]["projector"]
+        if projector.ortho_matrix.untyped_storage().nbytes() > projector.ortho_matrix.nbytes:
+            # A slice of the singular vectors would keep all of them in memory, more than everything else together.
+            projector.ortho_matrix = projector.ortho_matrix.clone()
+
+    update_in_backward(optimizer, trained, cut)
+    return model, optimizer
+
+
+def projected(gap: int) -> Method:
+    """Return GaLore with so many steps between two singular value decompositions."""
+
+    def build(
+        model: Llama, state: str, rank: Size, lr: float, steps: int, seed: int
+    ) -> tuple[nn.Module, torch.optim.Optimizer]:
+        return galore(gap, model, state, rank, lr)
+
+    return Method(("fp32", "int8"), largest_rank(galore_bytes), galore_bytes, build)
+
+
+def sampled(preset: Callable[[], dict], released: bool = False) -> Method:
+    """Return the method that trains an active set.
+
+    Args:
+        preset: Returns further arguments of `MISA`.
+        released: Whether each matrix is updated in backward, as soon as it has its gradient.
+    """
+
+    def fixed_bytes(model: Llama) -> int:
+        sizes = [matrix.weight.numel() for matrix in matrices(model).values()]
+        return FP32_BYTES * max(sizes) if released else 0
+
+    def parameter_bytes(state: str) -> float:
+        return MISA_STATE_BYTES[state] + (0 if released else FP32_BYTES)
+
+    def training_bytes(model: Llama, state: str, delta: Size) -> int:
+        return fixed_bytes(model) + math.ceil(int(delta * parameters(model)) * parameter_bytes(state))
+
+    def size(model: Llama, state: str, budget_bytes: int) -> float:
+        return min(1.0, (budget_bytes - fixed_bytes(model)) / parameter_bytes(state) / parameters(model))
+
+    def build(
+        model: Llama, state: str, delta: Size, lr: float, steps: int, seed: int
+    ) -> tuple[nn.Module, torch.optim.Optimizer]:
+        options = {"total_steps": steps, "state_dtype": state, "release_gradients": released, "seed": seed}
+        return model, MISA(param_groups(model), lr=lr, delta=delta, **options, **preset())
+
+    return Method(tuple(MISA_STATE_BYTES), size, training_bytes, build)
+
+
+METHODS = {
+    "AdamW": Method(("fp32",), lambda model, state, budget_bytes: 1.0, adamw_bytes, adamw),
+    "LoRA": adapted(released=False),
+    "LoRA, released": adapted(released=True),
+    "GaLore": projected(50),
+    "BAdam": sampled(badam),
+    "uniform": sampled(lambda: {"sampler": UniformSampler()}),
+    "MISA": sampled(dict),
+    "MISA, released": sampled(dict, released=True),
+}

@@ -1,0 +1,299 @@
+"""How much of AdamW's improvement does each method reach in the same bytes of training memory?
+
+From the repository's root: `python -m benchmarks.quality run [--workers N]` trains what is missing, as often as it is
+started; `python -m benchmarks.quality table` writes benchmarks/results/quality.{json,md,png}. Beside the `train` extra
+it needs `pip install bitsandbytes galore-torch`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import multiprocessing
+import time
+from collections.abc import Iterable
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from benchmarks import record
+from benchmarks.equal_bytes import METHODS
+from benchmarks.quality_table import draw, markdown, summary
+from examples.data import finetuning_corpus, random_batches, tuning_and_reporting, validation_batches
+from examples.runs import Settings, new_model, pretrain
+from examples.train import mean_loss, train
+
+OUT = Path("out/quality")
+RESULTS = Path("benchmarks/results")
+# Learning rates are this base times a power of the ratio; the power is the job's `power`.
+LR_BASE, LR_RATIO = 4e-3, 1.5
+TUNING_SEED = 100
+MODELS = {
+    "8 layers": Settings(validation_batches=16),
+    "24 layers": Settings(layers=24, pretrain_batch=8, finetune_steps=300, batch=4, validation_batches=16),
+}
+
+
+@dataclass(frozen=True)
+class Job:
+    """One training run; its fields are the key of its result.
+
+    Attributes:
+        model: Key of `MODELS`.
+        method: Key of `METHODS`.
+        state: Format of the optimizer states.
+        rank: The budget: as many training bytes as LoRA with states of `budget_state` has at this rank.
+        budget_state: Format of LoRA's states in the budget.
+        power: Says the learning rate, see `lr_of`.
+        seed: Seed of the batches, of what is drawn, and of LoRA's adapters.
+    """
+
+    model: str
+    method: str
+    state: str
+    rank: int
+    budget_state: str
+    power: int
+    seed: int
+
+
+@dataclass(frozen=True)
+class Search:
+    """The search for a method's learning rate, done in one budget with one format, and what uses it.
+
+    Attributes:
+        stage: Searches of a lower stage come first, with all their seeds.
+        first: The run in the middle of the first three.
+        arms: Formats, methods and budgets that use the learning rate found, and the number of seeds to report.
+    """
+
+    stage: int
+    first: Job
+    arms: tuple[tuple[str, str, int, int], ...]
+
+
+def small(method: str, state: str, power: int) -> Job:
+    """Return the first run of a search with the model of 8 layers in the bytes of LoRA's rank 8."""
+    return Job("8 layers", method, state, 8, "fp32", power, TUNING_SEED)
+
+
+def deep(method: str, state: str, power: int) -> Job:
+    """Return the first run of a search with the model of 24 layers in the bytes of LoRA's rank 1, 8-bit states."""
+    return Job("24 layers", method, state, 1, "int8", power, TUNING_SEED)
+
+
+MISA_INT8, GALORE_INT8, LORA_INT8 = small("MISA", "int8", 1), small("GaLore", "int8", 1), small("LoRA", "int8", 1)
+MISA_FP32, GALORE_RANK4 = small("MISA", "fp32", 1), replace(GALORE_INT8, rank=4)
+DEEP_MISA = deep("MISA", "int8", 0)
+# A search may come up in several stages; its runs are shared.
+SEARCHES = (
+    Search(1, small("AdamW", "fp32", 0), (("fp32", "AdamW", 8, 3),)),
+    Search(1, MISA_INT8, (("int8", "MISA, released", 4, 3), ("int8", "MISA", 8, 3))),
+    # The same δ as with int8 states in half the bytes.
+    Search(1, MISA_FP32, (("int8", "MISA", 4, 3),)),
+    Search(1, GALORE_RANK4, (("int8", "GaLore", 4, 3),)),
+    Search(1, LORA_INT8, (("int8", "LoRA, released", 4, 3), ("int8", "LoRA", 4, 3), ("int8", "LoRA", 8, 3))),
+    Search(1, GALORE_INT8, (("int8", "GaLore", 8, 3),)),
+    Search(3, MISA_INT8, (("int8+int4", "MISA, released", 4, 3), ("fp8", "MISA, released", 4, 3))),
+    Search(3, MISA_FP32, (("bf16", "MISA, released", 4, 3), ("fp32", "MISA, released", 4, 3))),
+    Search(2, DEEP_MISA, (("int8", "MISA", 1, 3), ("int8", "MISA, released", 1, 3))),
+    Search(2, deep("AdamW", "fp32", 0), (("fp32", "AdamW", 1, 3),)),
+    Search(2, deep("GaLore", "int8", 0), (("int8", "GaLore", 1, 3),)),
+    Search(2, deep("LoRA", "int8", 1), (("int8", "LoRA", 1, 3),)),
+    Search(4, small("AdamW", "fp32", 0), (("fp32", "AdamW", 8, 5),)),
+    Search(4, MISA_INT8, (("int8", "MISA, released", 4, 5), ("int8", "MISA", 8, 5))),
+    Search(4, MISA_FP32, (("int8", "MISA", 4, 5),)),
+    Search(4, GALORE_RANK4, (("int8", "GaLore", 4, 5),)),
+    Search(4, LORA_INT8, (("int8", "LoRA, released", 4, 5), ("int8", "LoRA", 4, 5), ("int8", "LoRA", 8, 5))),
+    Search(4, GALORE_INT8, (("int8", "GaLore", 8, 5),)),
+    Search(5, MISA_INT8, tuple((state, "MISA", 8, 3) for state in ("int8+int4", "fp8", "bf16"))),
+    Search(5, MISA_INT8, (("int8", "uniform", 8, 3),)),
+    Search(5, MISA_FP32, (("fp32", "MISA", 8, 3),)),
+    Search(5, small("LoRA", "fp32", 2), (("fp32", "LoRA", 8, 3),)),
+    Search(5, small("BAdam", "int8", 1), (("int8", "BAdam", 8, 3),)),
+)
+
+
+def wanted(searches: Iterable[Search], tuning_losses: dict[Job, float]) -> list[Job]:
+    """Return the runs that the results so far call for, those that come first in front.
+
+    Every search tries three neighbouring learning rates, and the next one beyond while the best lies at an end. Its
+    arms follow at the best.
+
+    Args:
+        searches: What the table needs.
+        tuning_losses: Loss on the tuning text of all finished runs.
+    """
+    # In a stage tuning comes first, as seed 0, from the middle outwards, then all arms' first seed, and so on.
+    jobs: list[tuple[int, int, int, Job]] = []
+    for search in searches:
+        powers, best = come_to(search.first, tuning_losses)
+        tuning = [replace(search.first, power=power) for power in powers]
+        jobs += [(search.stage, 0, abs(job.power - search.first.power), job) for job in tuning]
+        if best is not None:
+            jobs += [(search.stage, job.seed, 0, job) for job in reported(search, best)]
+    jobs.sort(key=lambda entry: entry[:3])
+    return [job for job in dict.fromkeys(job for *_, job in jobs) if job not in tuning_losses]
+
+
+def come_to(first: Job, tuning_losses: dict[Job, float]) -> tuple[list[int], int | None]:
+    """Return the powers that a search has come to, and the best one if the search is over."""
+    low, high = first.power - 1, first.power + 1
+    while True:
+        powers = list(range(low, high + 1))
+        jobs = {power: replace(first, power=power) for power in powers}
+        if not all(job in tuning_losses for job in jobs.values()):
+            return powers, None
+        best = min(powers, key=lambda power: tuning_losses[jobs[power]])
+        if low < best < high:
+            return powers, best
+        low, high = low - (best == low), high + (best == high)
+
+
+def reported(search: Search, power: int) -> list[Job]:
+    """Return the runs that a search's arms consist of."""
+    return [
+        replace(search.first, method=method, state=state, rank=rank, power=power, seed=seed)
+        for state, method, rank, seeds in search.arms
+        for seed in range(1, seeds + 1)
+    ]
+
+
+def lr_of(power: int) -> float:
+    """Return the learning rate of a power."""
+    return LR_BASE * LR_RATIO**power
+
+
+def budget_bytes(job: Job) -> int:
+    """Return the training bytes that a run may have."""
+    return METHODS["LoRA"].training_bytes(new_model(MODELS[job.model], "cpu"), job.budget_state, job.rank)
+
+
+def pretrained(model: str) -> Path:
+    """Return the file with a model's pre-trained weights and its losses before fine-tuning, made if it is not there."""
+    path = OUT / f"{model.replace(' ', '-')}.pt"
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.set_num_threads(1)
+        weights = pretrain(MODELS[model], "cpu", lambda steps: None)
+        base = new_model(MODELS[model], "cpu")
+        base.load_state_dict(weights)
+        torch.save({"weights": weights, "losses": held_out_losses(base, MODELS[model])}, path)
+    return path
+
+
+def held_out_losses(model: nn.Module, settings: Settings) -> list[float]:
+    """Return a model's loss on the tuning text and on the reporting text, in nats a byte."""
+    return [
+        mean_loss(model, validation_batches(text, 32, settings.context, settings.validation_batches))
+        for text in tuning_and_reporting()
+    ]
+
+
+def execute(job: Job) -> dict:
+    """Fine-tune once and return key and result of the run as plain types."""
+    torch.set_num_threads(1)
+    settings, method = MODELS[job.model], METHODS[job.method]
+    base = new_model(settings, "cpu")
+    start = torch.load(pretrained(job.model))
+    base.load_state_dict(start["weights"])
+    size = method.size(base, job.state, budget_bytes(job))
+    training_bytes = method.training_bytes(base, job.state, size)
+    steps = settings.finetune_steps
+    model, optimizer = method.build(base, job.state, size, lr_of(job.power), steps, job.seed)
+    batches = random_batches(finetuning_corpus().train, settings.batch, settings.context, job.seed)
+    began, cpu_began = time.perf_counter(), time.process_time()
+    for _ in train(model, optimizer, batches, steps):
+        pass
+    seconds, cpu_seconds = time.perf_counter() - began, time.process_time() - cpu_began
+    tuning_loss, loss = held_out_losses(model, settings)
+    return asdict(job) | {
+        "lr": lr_of(job.power),
+        "size": size,
+        "training_bytes": training_bytes,
+        "seconds": round(seconds, 1),
+        "cpu_seconds": round(cpu_seconds, 1),
+        "tuning_loss_before": start["losses"][0],
+        "loss_before": start["losses"][1],
+        "tuning_loss": tuning_loss,
+        "loss": loss,
+    }
+
+
+def read(path: Path) -> dict[Job, dict]:
+    """Return the finished runs by their keys."""
+    lines = path.read_text().splitlines() if path.exists() else []
+    return {Job(**{name: run[name] for name in Job.__dataclass_fields__}): run for run in map(json.loads, lines)}
+
+
+def run_all(workers: int) -> None:
+    """Run what is wanted until nothing is, appending each result to OUT/runs.jsonl as it ends."""
+    path = OUT / "runs.jsonl"
+    results = read(path)
+    running: dict[Future, Job] = {}
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+        while True:
+            # A loss that is not finite loses against all others, but JSON and min() must be able to hold it.
+            losses = {job: run["tuning_loss"] for job, run in results.items()}
+            ready = [job for job in wanted(SEARCHES, losses) if job not in running.values()]
+            for job in ready[: workers - len(running)]:
+                pretrained(job.model)
+                running[pool.submit(execute, job)] = job
+            if not running:
+                return
+            done, _ = wait(running, return_when=FIRST_COMPLETED)
+            for future in done:
+                job, run = running.pop(future), future.result()
+                for name in ("tuning_loss", "loss"):
+                    run[name] = run[name] if math.isfinite(run[name]) else 1e9
+                results[job] = run
+                with path.open("a") as file:
+                    file.write(json.dumps(run) + "\n")
+                print(
+                    f"{time.strftime('%H:%M:%S')} {job.model} {job.method} {job.state} budget r{job.rank} "
+                    f"size {run['size']:.4g} lr {run['lr']:.4f} seed {job.seed}: {run['tuning_loss']:.4f} "
+                    f"{run['loss']:.4f} nats, {run['seconds']} s",
+                    flush=True,
+                )
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run or tabulate with the command-line arguments given, those of the process if None."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.quality", description=__doc__.splitlines()[0])
+    parser.add_argument("command", choices=["run", "table"])
+    parser.add_argument("--workers", type=int, default=1, help="processes of one thread each (%(default)s)")
+    options = parser.parse_args(arguments)
+    if options.command == "run":
+        run_all(options.workers)
+    else:
+        write_table(RESULTS)
+
+
+def write_table(folder: Path) -> None:
+    """Write quality.json, quality.md and quality.png from the runs of the searches.
+
+    Args:
+        folder: Where to write to.
+    """
+    results = read(OUT / "runs.jsonl")
+    losses = {job: run["tuning_loss"] for job, run in results.items()}
+    found = [(search, come_to(search.first, losses)[1]) for search in SEARCHES]
+    reporting = dict.fromkeys(job for search, best in found if best is not None for job in reported(search, best))
+    content = summary(
+        [run for job, run in results.items() if job.seed == TUNING_SEED],
+        [results[job] for job in reporting if job in results],
+    )
+    missing = wanted(SEARCHES, losses)
+    record.write(folder, "quality", record.environment(torch.device("cpu")) | {"missing": len(missing)} | content)
+    (folder / "quality.md").write_text(markdown(content), encoding="utf-8")
+    draw(content, folder / "quality.png")
+    print(markdown(content))
+    print(f"{len(results)} runs, {len(missing)} more wanted; written: {folder}/quality.json, .md, .png")
+
+
+if __name__ == "__main__":
+    main()
