@@ -55,7 +55,7 @@ def different(**options):
         (torch.float32, different(weight_decay=0.0), None, "weights"),
         (torch.float32, different(lr=1.01 * cpu.LR), None, "weights"),
         (torch.float32, different(betas=(0.9, 0.9989)), None, "second moments"),
-        (torch.float32, different(), cpu.clip, "weights"),
+        (torch.float32, different(), cpu.clip, "second moments"),
         (torch.bfloat16, different(betas=(0.9, 0.99)), None, "second moments"),
     ],
 )
