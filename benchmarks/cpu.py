@@ -33,8 +33,8 @@ REPEATS = 9
 HOST_CASE = Case(300 * 16, 300, columns=16)
 HOST_REPEATS = 400
 # Relative and absolute, of weights and second moments after the warm-up: without weight decay they would be 3e-6 of
-# themselves elsewhere. bfloat16 weights are rounded thrice at worst; torch's moments of them are bfloat16 too.
-TOLERANCES = {FP32: ((1e-6, 3e-7), (1e-4, 0.0)), BF16: ((2**-5, 1e-3), (3e-2, 0.0))}
+# themselves elsewhere. torch sums the squares that it clips by in float32, 16M in a row. bfloat16 weights are rounded thrice at worst; torch's moments of them are bfloat16 too.
+TOLERANCES = {FP32: ((1e-6, 3e-7), (1e-3, 0.0)), BF16: ((2**-5, 1e-3), (3e-2, 0.0))}
 
 
 def deepspeed(weights: list[Tensor]) -> torch.optim.Optimizer:
