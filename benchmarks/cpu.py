@@ -33,8 +33,9 @@ REPEATS = 9
 HOST_CASE = Case(300 * 16, 300, columns=16)
 HOST_REPEATS = 400
 # Relative and absolute, of weights and second moments after the warm-up: without weight decay they would be 3e-6 of
-# themselves elsewhere. torch sums the squares that it clips by in float32, 16M in a row. bfloat16 weights are rounded thrice at worst; torch's moments of them are bfloat16 too.
-TOLERANCES = {FP32: ((1e-6, 3e-7), (1e-3, 0.0)), BF16: ((2**-5, 1e-3), (3e-2, 0.0))}
+# themselves elsewhere. The norm that torch clips 64M elements by is 6.5e-4 too small, since it adds up in float32.
+# bfloat16 weights are rounded thrice at worst; torch's moments of them are bfloat16 too.
+TOLERANCES = {FP32: ((1e-6, 3e-7), (3e-3, 0.0)), BF16: ((2**-5, 1e-3), (3e-2, 0.0))}
 
 
 def deepspeed(weights: list[Tensor]) -> torch.optim.Optimizer:
