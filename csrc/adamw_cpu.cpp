@@ -83,8 +83,23 @@ double norm_chunk(const ChunkFunctions& functions, const MisaRow& row, std::int6
   return functions.sq_norm[row.grad_dtype](gradient_of(row, begin, unscale));
 }
 
+// The scalars of the chunk before: they are those of many small tensors in a row, and take longer than 16
+// elements.
+struct LastScalars {
+  std::int64_t group = -1;
+  std::int32_t age = -1;
+  Scalars value{};
+
+  const Scalars& of(const MisaStep& step, std::int64_t wanted, std::int32_t at) {
+    if (wanted != group || at != age) value = scalars(step.hyper[wanted], at);
+    group = wanted;
+    age = at;
+    return value;
+  }
+};
+
 void update_chunk(const ChunkFunctions& functions, const MisaStep& step, const MisaRow& row,
-                  std::int64_t index, float unscale, bool controlled) {
+                  std::int64_t index, float unscale, bool controlled, LastScalars& last) {
   if (row.grad == nullptr) return;
   const std::int64_t begin = (index - row.first_chunk) * CHUNK;
   const MisaState& state = step.state[row.weight_dtype];
@@ -101,7 +116,7 @@ void update_chunk(const ChunkFunctions& functions, const MisaStep& step, const M
   chunk.key = static_cast<std::uint32_t>(row.key);
   chunk.coefficient = controlled ? step.control[0] : 1.0f;
   chunk.fresh = step.age[index] == 0;
-  chunk.scalars = scalars(step.hyper[row.group], step.age[index]);
+  chunk.scalars = last.of(step, row.group, step.age[index]);
   const auto update = functions.update[step.format][kind_of(row, state)][row.grad_dtype];
   const double sq_norm = update(chunk);
   step.sq_sum[index] += controlled ? step.partial[index] : sq_norm;
@@ -135,9 +150,10 @@ int run(const MisaStep& step, [[maybe_unused]] int threads) {
     }
     if (!skip) {
       Cursor cursor{step, 0};
+      LastScalars last;
 #pragma omp for schedule(static)
       for (std::int64_t i = 0; i < step.chunk_count; ++i) {
-        update_chunk(functions, step, cursor.to(i), i, unscale, controlled);
+        update_chunk(functions, step, cursor.to(i), i, unscale, controlled, last);
       }
     }
   }

@@ -39,7 +39,8 @@ void run(MisaStep& step, int threads, bool race) {
     misa::write_control(step.control, sq_norm, step);
   }
   hand_out(step, threads, race, [&](const MisaRow& row, std::int64_t i) {
-    misa::update_chunk(functions, step, row, i, 1.0f, controlled);
+    thread_local misa::LastScalars last;
+    misa::update_chunk(functions, step, row, i, 1.0f, controlled, last);
   });
 }
 
