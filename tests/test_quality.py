@@ -20,7 +20,11 @@ from examples.train import batch_loss
 from misa_kernels import MISA
 
 BUDGET_BYTES = 700_000
-REQUIRED = {"LoRA": ["peft", "bitsandbytes"], "GaLore": ["galore_torch", "bitsandbytes"]}
+REQUIRED = {
+    "LoRA": ["peft", "bitsandbytes"],
+    "LoRA, released": ["peft", "bitsandbytes"],
+    "GaLore": ["galore_torch", "bitsandbytes"],
+}
 # MISA's active set leaves less than its smallest module, a thirteenth of this budget, unused.
 UNUSED = {"MISA": 0.08, "MISA, released": 0.08, "uniform": 0.08, "BAdam": 0.3}
 LIMITED = [(name, state) for name, method in METHODS.items() for state in method.states if name != "AdamW"]
