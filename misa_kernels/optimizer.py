@@ -78,8 +78,9 @@ class MISA(torch.optim.Optimizer):
             the hidden size and by 67 % at as many; without, the activations are the peak, and it stays.
         seed: Seed of the draws and of stochastic rounding.
         process_group: Must be None in this version.
-        backend: "triton", one launch a step on CUDA devices; "reference", plain PyTorch on any device; or "auto",
-            the former where it can run.
+        backend: "triton", one launch a step on CUDA devices; "cuda", the compiled library for them; "cpu", that for
+            CPUs; "reference", plain PyTorch on any device; or "auto", the first of these that can run, which warns
+            before it takes the last for want of a library.
         **adamw_only: `amsgrad`, `maximize`, `foreach`, `capturable`, `differentiable` and `fused` of AdamW,
             accepted at their defaults so that existing calls keep working.
 
