@@ -115,6 +115,10 @@ SEARCHES = (
     Search(5, MISA_FP32, (("fp32", "MISA", 8, 3),)),
     Search(5, small("LoRA", "fp32", 2), (("fp32", "LoRA", 8, 3),)),
     Search(5, small("BAdam", "int8", 1), (("int8", "BAdam", 8, 3),)),
+    # The other ranks at which people use LoRA, 4 and 16.
+    Search(6, small("LoRA", "fp32", 2), (("fp32", "LoRA", 4, 3), ("fp32", "LoRA", 16, 3))),
+    Search(6, LORA_INT8, (("int8", "LoRA", 16, 3),)),
+    Search(6, MISA_INT8, (("int8", "MISA", 16, 3),)),
 )
 
 
