@@ -133,9 +133,9 @@ def check_constructor(
     if delta == 0:
         raise ValueError(f"delta={delta!r} must be {fraction}")
     if inner_steps != "auto":
-        _check_count("inner_steps", inner_steps, 1, "'auto' or a whole number >= 1: optimizer steps in a round")
+        check_count("inner_steps", inner_steps, 1, "'auto' or a whole number >= 1: optimizer steps in a round")
     if total_steps is not None:
-        _check_count("total_steps", total_steps, 1, "None or a whole number >= 1: optimizer steps of the run")
+        check_count("total_steps", total_steps, 1, "None or a whole number >= 1: optimizer steps of the run")
     if sampler is not None and not isinstance(sampler, Sampler):
         raise TypeError(f"sampler={sampler!r} must be None or a sampler object, such as ImportanceSampler()")
     for name, value in (
@@ -156,7 +156,7 @@ def check_constructor(
             f"release_gradients=True with max_grad_norm={max_grad_norm!r}, skip_nonfinite={skip_nonfinite!r} must be "
             "without both: they need all gradients at once, and it frees each before the next; leave it out, or them"
         )
-    _check_count("seed", seed, 0, "a whole number >= 0 below 2**63")
+    check_count("seed", seed, 0, "a whole number >= 0 below 2**63")
     if seed >= 2**63:
         raise ValueError(f"seed={seed!r} must be a whole number >= 0 below 2**63")
     if process_group is not None:
@@ -268,7 +268,8 @@ def notify(groups: list[dict[str, Any]], partition: Partition, delta: float) -> 
         )
 
 
-def _check_count(name: str, value: Any, low: int, rule: str) -> None:
+def check_count(name: str, value: Any, low: int, rule: str) -> None:
+    """Raise unless `value` is a whole number, `low` or more; `rule` is what the sentence says after "must be"."""
     if isinstance(value, bool) or not isinstance(value, Integral):
         raise TypeError(f"{name}={value!r} must be {rule}")
     if value < low:

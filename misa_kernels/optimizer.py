@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 import weakref
 from collections.abc import Callable, Iterable
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from misa_kernels import arguments, checkpoint, kernels
 from misa_kernels.active import ActiveSet
+from misa_kernels.coverage import LONGEST_ROUND, Coverage, round_length
 from misa_kernels.monitor import Monitor
 from misa_kernels.partition import Module, partition
 from misa_kernels.sampler import (
@@ -55,7 +57,8 @@ class MISA(torch.optim.Optimizer):
             user had frozen do not count.
         inner_steps: Optimizer steps T in a round; "auto" is 50, or with `total_steps` 5 to 50, such that a
             module is visited three times on average.
-        total_steps: Planned length of the run in optimizer steps; used by `inner_steps="auto"` alone.
+        total_steps: Planned length of the run in optimizer steps, for `inner_steps="auto"` and for a warning where the
+            run is too short to visit each module three times; see `coverage`.
         sampler: How modules are drawn; `ImportanceSampler()` if None.
         keep_states: "staying": a module drawn again in the next round keeps its moments, age and master;
             "none": all are dropped at every switch, as in the paper.
@@ -175,10 +178,12 @@ class MISA(torch.optim.Optimizer):
         self.inner_steps = self._resolve_inner_steps(inner_steps, total_steps)
         self.monitor = Monitor(self._partition)
         self._round = self._round_step = self._skipped_steps = 0
-        self._released = False
+        self._released = self._idle_before = False
         draw = self._draw()
 
         arguments.notify(self.param_groups, self._partition, delta)
+        if total_steps is not None and (advice := self.coverage(total_steps).advice) is not None:
+            warnings.warn(advice, stacklevel=2)
         self.register_state_dict_post_hook(_complete)
         arguments.claim(self.param_groups)
         # While they still require gradients, without which torch takes no hook.
@@ -201,11 +206,28 @@ class MISA(torch.optim.Optimizer):
         if not isinstance(inner_steps, str):
             return int(inner_steps)
         if total_steps is None:
-            return 50
-        count = len(self.modules)
-        fitting = min(max(self._partition.budget / self._candidates.numel.mean(), 1.0), count)
-        # Three visits a module: rounds * fitting / count = 3.
-        return int(min(max(total_steps * fitting / (3 * count), 5), 50))
+            return LONGEST_ROUND
+        return round_length(total_steps, len(self.modules), self._modules_a_round())
+
+    def _modules_a_round(self) -> float:
+        numel = self._candidates.numel
+        fitting = self._partition.budget / float(numel.mean())
+        # Where all are of one size, as layers mostly are, a part of one does not fit.
+        return min(max(fitting if numel.min() < numel.max() else math.floor(fitting), 1.0), len(self.modules))
+
+    def coverage(self, total_steps: int) -> Coverage:
+        """Return how often a run visits each module on average, and advice where that is less than three times.
+
+        Args:
+            total_steps: Optimizer steps of the whole run.
+
+        Raises:
+            TypeError: If it is not a whole number.
+            ValueError: If it is below 1.
+        """
+        arguments.check_count("total_steps", total_steps, 1, "a whole number >= 1: optimizer steps of the run")
+        delta = self._partition.budget / self._partition.total_numel
+        return Coverage(total_steps, self.inner_steps, len(self.modules), self._modules_a_round(), delta)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group; during construction only, since the modules and the budget are fixed by it.
@@ -297,12 +319,25 @@ class MISA(torch.optim.Optimizer):
         ended = self.monitor.current
         ended.skipped_steps = skipped
         ended.unscored = fold(self._candidates, self._active, mean, counts > 0, self.sampler.importance_beta)
+        if not counts.any() and not skipped:
+            self._warn_of_idle_round()
         self._skipped_steps += skipped
         self._round += 1
         self._round_step = 0
         draw = self._draw()
         self._activate(draw.active)
         self._record(draw)
+
+    def _warn_of_idle_round(self) -> None:
+        if not self._idle_before:
+            self._idle_before = True
+            warnings.warn(
+                f"round {self._round} ended without a gradient for any of its {len(self._active)} active modules "
+                f"({self.modules[self._active[0]].name}, ...), so none was trained: mostly the model is another than the "
+                "one whose parameters MISA was given, or checkpointing is re-entrant; watch_backward(model, optimizer) "
+                "tells",
+                stacklevel=3,
+            )
 
     def _draw(self) -> Draw:
         return self.sampler.draw(self._candidates, self._partition.budget, self._round, self._trained.seed)

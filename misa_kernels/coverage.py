@@ -1,0 +1,70 @@
+"""How often does a run of so many steps visit each module, and what would make it often enough?"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+# Measured in the specification's runs: what matters is that modules are visited; below three visits most of a model
+# has hardly been trained.
+ENOUGH_VISITS = 3
+# The shortest and the longest round that "auto" takes.
+SHORTEST_ROUND, LONGEST_ROUND = 5, 50
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """What a run of a given length reaches.
+
+    Attributes:
+        total_steps: Optimizer steps of the run.
+        inner_steps: Steps T in a round.
+        modules: Number B of the modules (or layers) that are sampled.
+        modules_a_round: How many of them a round trains on average.
+        delta: Budget δ, as a fraction of the parameters.
+    """
+
+    total_steps: int
+    inner_steps: int
+    modules: int
+    modules_a_round: float
+    delta: float
+
+    @property
+    def rounds(self) -> int:
+        """Rounds that begin in the run."""
+        return math.ceil(self.total_steps / self.inner_steps)
+
+    @property
+    def visits(self) -> float:
+        """Rounds in which a module is trained, on average over the modules."""
+        return self.rounds * self.modules_a_round / self.modules
+
+    @property
+    def advice(self) -> str | None:
+        """A sentence with what would make it three visits, or None where they are three or more."""
+        if self.visits >= ENOUGH_VISITS:
+            return None
+        rounds = math.ceil(ENOUGH_VISITS * self.modules / self.modules_a_round)
+        remedies = []
+        # Whole rounds short enough for that many to begin.
+        shorter = math.ceil(self.total_steps / (rounds - 1)) - 1 if rounds > 1 else self.total_steps
+        if shorter >= SHORTEST_ROUND:
+            remedies.append(f"set inner_steps={shorter}")
+        # A round trains modules in proportion to its budget.
+        larger = math.ceil(self.delta * ENOUGH_VISITS / self.visits * 1000) / 1000
+        if larger <= 1:
+            remedies.append(f"raise delta to {larger:g}")
+        remedies.append(f"train for {rounds * self.inner_steps:,} steps")
+        return (
+            f"total_steps={self.total_steps} in rounds of {self.inner_steps} visits each of the {self.modules} modules "
+            f"{self.visits:.1f} times on average, and should at least {ENOUGH_VISITS} times, or most of the model is "
+            f"hardly trained: {', or '.join(remedies)}"
+        )
+
+
+def round_length(total_steps: int, modules: int, modules_a_round: float) -> int:
+    """Return the steps of a round with which a run visits each module three times on average, from 5 to 50."""
+    # rounds * modules_a_round / modules = 3.
+    length = total_steps * modules_a_round / (ENOUGH_VISITS * modules)
+    return int(min(max(length, SHORTEST_ROUND), LONGEST_ROUND))
