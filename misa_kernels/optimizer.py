@@ -333,8 +333,8 @@ class MISA(torch.optim.Optimizer):
             self._idle_before = True
             warnings.warn(
                 f"round {self._round} ended without a gradient for any of its {len(self._active)} active modules "
-                f"({self.modules[self._active[0]].name}, ...), so none was trained: mostly the model is another than the "
-                "one whose parameters MISA was given, or checkpointing is re-entrant; watch_backward(model, optimizer) "
+                f"({self.modules[self._active[0]].name}, ...), so none was trained: mostly the model is another than the"
+                " one whose parameters MISA was given, or checkpointing is re-entrant; watch_backward(model, optimizer) "
                 "tells",
                 stacklevel=3,
             )
