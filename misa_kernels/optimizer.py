@@ -331,11 +331,11 @@ class MISA(torch.optim.Optimizer):
     def _warn_of_idle_round(self) -> None:
         if not self._idle_before:
             self._idle_before = True
+            first = self.modules[self._active[0]].name
             warnings.warn(
                 f"round {self._round} ended without a gradient for any of its {len(self._active)} active modules "
-                f"({self.modules[self._active[0]].name}, ...), so none was trained: mostly the model is another than the"
-                " one whose parameters MISA was given, or checkpointing is re-entrant; watch_backward(model, optimizer) "
-                "tells",
+                f"({first}, ...), so none was trained: mostly the model is another than the one whose parameters MISA "
+                "was given, or checkpointing is re-entrant; watch_backward(model, optimizer) tells",
                 stacklevel=3,
             )
 
