@@ -159,11 +159,8 @@ def check_constructor(
     check_count("seed", seed, 0, "a whole number >= 0 below 2**63")
     if seed >= 2**63:
         raise ValueError(f"seed={seed!r} must be a whole number >= 0 below 2**63")
-    if process_group is not None:
-        raise ValueError(
-            f"process_group={process_group!r} must be None: this version trains in one process; "
-            "average the gradients of the active parameters yourself before step()"
-        )
+    if process_group is not None and not isinstance(process_group, torch.distributed.ProcessGroup):
+        raise TypeError(f"process_group={process_group!r} must be None or a process group of torch.distributed")
     if v_floor and backend != "reference":
         raise ValueError(f"v_floor=True needs backend='reference', got {backend!r}: it is a device of the proof")
 

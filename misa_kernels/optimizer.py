@@ -6,7 +6,7 @@ import math
 import warnings
 import weakref
 from collections.abc import Callable, Iterable
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -16,6 +16,7 @@ from torch import Tensor
 from misa_kernels import arguments, checkpoint, kernels
 from misa_kernels.active import ActiveSet
 from misa_kernels.coverage import LONGEST_ROUND, Coverage, round_length
+from misa_kernels.distributed import Agreement, group_of, refuse_engines
 from misa_kernels.monitor import Monitor
 from misa_kernels.partition import Module, partition
 from misa_kernels.sampler import (
@@ -29,6 +30,9 @@ from misa_kernels.sampler import (
 )
 from misa_kernels.slots import SCORES, Slots
 from misa_kernels.storage import Storage
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 Params = Iterable[Tensor] | Iterable[tuple[str, Tensor]] | Iterable[dict[str, Any]]
 
@@ -80,7 +84,9 @@ class MISA(torch.optim.Optimizer):
             and `delta=.25` the peak of a step falls by 87 % of the gradients' bytes at a quarter as many tokens as
             the hidden size and by 67 % at as many; without, the activations are the peak, and it stays.
         seed: Seed of the draws and of stochastic rounding.
-        process_group: Must be None in this version.
+        process_group: The ranks of torch.distributed that train this model together, each with its own copy; all
+            there are if None. Their draws and gradients are compared at the beginning and the end of every round.
+            `misa_kernels.distributed.replicate` averages the gradients.
         backend: "triton", one launch a step on CUDA devices; "cuda", the compiled library for them; "cpu", that for
             CPUs; "reference", plain PyTorch on any device; or "auto", the first of these that can run, which warns
             before it takes the last for want of a library.
@@ -114,7 +120,7 @@ class MISA(torch.optim.Optimizer):
         skip_nonfinite: bool = False,
         release_gradients: bool = False,
         seed: int = 0,
-        process_group: None = None,
+        process_group: ProcessGroup | None = None,
         backend: str = "auto",
         **adamw_only: bool | None,
     ) -> None:
@@ -146,6 +152,7 @@ class MISA(torch.optim.Optimizer):
         self._keep_states = keep_states
 
         arguments.check_unclaimed(self.param_groups)
+        refuse_engines([param for group in self.param_groups for param in group["params"]])
         self._partition = partition(self.param_groups, delta, self.sampler.granularity, self.sampler.oversized)
         self._storage = Storage(state_dtype, param_precision)
         arguments.check_trainable(self._partition, self._storage)
@@ -180,6 +187,11 @@ class MISA(torch.optim.Optimizer):
         self._round = self._round_step = self._skipped_steps = 0
         self._released = self._idle_before = False
         draw = self._draw()
+        training_group = group_of(process_group)
+        self._agreement = None if training_group is None else Agreement(training_group)
+        self._compared = False
+        if self._agreement is not None:
+            self._compare_construction(self._agreement, draw)
 
         arguments.notify(self.param_groups, self._partition, delta)
         if total_steps is not None and (advice := self.coverage(total_steps).advice) is not None:
@@ -254,6 +266,11 @@ class MISA(torch.optim.Optimizer):
         return self._trained.backend
 
     @property
+    def releases_gradients(self) -> bool:
+        """Whether `release_gradients` is on."""
+        return bool(self._hooks)
+
+    @property
     def state_bytes(self) -> int:
         """Bytes of moments and masters; 0 before the first step."""
         return 0 if self._trained.arena is None else self._trained.arena.nbytes
@@ -293,6 +310,8 @@ class MISA(torch.optim.Optimizer):
         if self._hooks:
             self.zero_grad()
         self._round_step += 1
+        if self._agreement is not None and not self._compared:
+            self._compare_gradients(self._agreement)
         if self._round_step >= self.inner_steps:
             self._end_round()
         return loss
@@ -325,8 +344,44 @@ class MISA(torch.optim.Optimizer):
         self._round += 1
         self._round_step = 0
         draw = self._draw()
+        if self._agreement is not None:
+            self._agreement.check(
+                f"the active set of round {self._round}",
+                [(self.modules[number].name, number) for number in draw.active.tolist()],
+                "load the same state dict on all of them, or begin anew",
+            )
         self._activate(draw.active)
         self._record(draw)
+
+    def _compare_construction(self, agreement: Agreement, draw: Draw) -> None:
+        params = [param for group in self.param_groups for param in group["params"]]
+        tensors = [
+            (name, (*param.shape, param.dtype)) for name, param in zip(self._partition.names, params, strict=True)
+        ]
+        run = {"seed": self._trained.seed, "inner_steps": self.inner_steps, "sampler": self.sampler}
+        budget = {"the budget": self._partition.budget, "the first active set": draw.active.tolist()}
+        agreement.check(
+            "what MISA is constructed with",
+            [*tensors, *run.items(), *budget.items()],
+            "give every rank the same model, groups and arguments",
+        )
+
+    def _compare_gradients(self, agreement: Agreement) -> None:
+        """Compare what the first step of a round, or after a resume, saw; waits for the device."""
+        self._compared = True
+        assert self._trained.arena is not None
+        self._trained.collect()
+        sq_norm, updates, skipped = self._trained.arena.read_round()
+        seen = [
+            (self._partition.names[row.index], (sq_norm[slot], int(updates[slot]), skipped))
+            for slot, row in self._trained.rows.items()
+        ]
+        agreement.check(
+            f"the gradients' squared norms in the first step of round {self._round}",
+            seen,
+            "average gradients before step() with misa_kernels.distributed.replicate(model, optimizer), or wrap the "
+            "model in DistributedDataParallel(find_unused_parameters=True) before MISA freezes any of it",
+        )
 
     def _warn_of_idle_round(self) -> None:
         if not self._idle_before:
@@ -347,6 +402,7 @@ class MISA(torch.optim.Optimizer):
 
     def _activate(self, active: npt.NDArray[np.int64]) -> None:
         """Make `active` the active set: retire what leaves, toggle `requires_grad`, lend the arena anew."""
+        self._compared = False
         before, after = self._active.tolist(), active.tolist()
         keep = set(before) & set(after) if self._keep_states == "staying" else set()
         self._trained.switch(
