@@ -127,14 +127,17 @@ int run(const MisaStep& step, [[maybe_unused]] int threads) {
   const ChunkFunctions& functions = *in_use.load(std::memory_order_relaxed)->functions;
   const bool controlled = (step.flags & (MISA_CLIP | MISA_SKIP_NONFINITE)) != 0;
   const float unscale = step.grad_scale == nullptr ? 1.0f : divide_nearest(1.0f, *step.grad_scale);
+  const bool takes_norms = controlled && (step.flags & MISA_UPDATE) == 0;
+  const bool updates = (step.flags & MISA_NORMS) == 0;
   bool skip = step.found_inf != nullptr && *step.found_inf != 0.0f;
   if (skip && !controlled) return MISA_OK;
+  if (controlled && !takes_norms) skip = step.control[2] != 0.0f;
   std::int64_t elements = 0;
   for (std::int64_t i = 0; i < step.row_count; ++i) elements += step.rows[i].numel;
   if (elements < ALONE) threads = 1;
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
-    if (controlled) {
+    if (takes_norms) {
       Cursor cursor{step, 0};
 #pragma omp for schedule(static)
       for (std::int64_t i = 0; i < step.chunk_count; ++i) {
@@ -148,7 +151,7 @@ int run(const MisaStep& step, [[maybe_unused]] int threads) {
         skip = step.control[2] != 0.0f;
       }
     }
-    if (!skip) {
+    if (updates && !skip) {
       Cursor cursor{step, 0};
       LastScalars last;
 #pragma omp for schedule(static)

@@ -356,10 +356,12 @@ cudaError_t launch_rows(Kernel kernel, const MisaStep& step, cudaStream_t stream
 
 cudaError_t run(const MisaStep& step, cudaStream_t stream) {
   cudaError_t error = cudaSuccess;
-  for (int grad = 0; grad < MISA_DTYPES && error == cudaSuccess && controlled(step); ++grad) {
+  const bool takes_norms = controlled(step) && (step.flags & MISA_UPDATE) == 0;
+  const bool updates = (step.flags & MISA_NORMS) == 0;
+  for (int grad = 0; grad < MISA_DTYPES && error == cudaSuccess && takes_norms; ++grad) {
     error = launch_rows(NORM[grad], step, stream, [=](const MisaRow& row) { return row.grad_dtype == grad; });
   }
-  for (int variant = 0; variant < MISA_DTYPES * MISA_DTYPES && error == cudaSuccess; ++variant) {
+  for (int variant = 0; variant < MISA_DTYPES * MISA_DTYPES && error == cudaSuccess && updates; ++variant) {
     const int weight = variant / MISA_DTYPES, grad = variant % MISA_DTYPES;
     const Kernel kernel = UPDATE[weight][grad][step.state[weight].master != nullptr];
     error = launch_rows(kernel, step, stream, [=](const MisaRow& row) {

@@ -152,7 +152,10 @@ static inline int check_tables(const MisaStep* step, std::int64_t chunk) {
 static inline int check_step(const MisaStep* step, std::int64_t chunk) {
   int status = check_tables(step, chunk);
   if (status != MISA_OK) return status;
-  if (step->flags & ~static_cast<std::int64_t>(MISA_CLIP | MISA_SKIP_NONFINITE)) return MISA_BAD_FLAG;
+  constexpr std::int64_t controls = MISA_CLIP | MISA_SKIP_NONFINITE, halves = MISA_NORMS | MISA_UPDATE;
+  if (step->flags & ~(controls | halves)) return MISA_BAD_FLAG;
+  if ((step->flags & halves) == halves) return MISA_BAD_FLAG;
+  if ((step->flags & halves) != 0 && (step->flags & controls) == 0) return MISA_BAD_FLAG;
   // Written so that NaN is refused.
   if ((step->flags & MISA_CLIP) && !(step->max_grad_norm > 0.0 && step->max_grad_norm < HUGE_VAL))
     return MISA_BAD_NORM;
@@ -190,7 +193,7 @@ static inline const char* message(int status) {
     case MISA_BAD_GROUP:
       return "a row names a group that is not there";
     case MISA_BAD_FLAG:
-      return "an unknown flag is set";
+      return "an unknown flag is set, or a half of a step that has one half only";
     case MISA_BAD_ALIGNMENT:
       return "an address is not a multiple of the element's size";
     case MISA_BAD_INSTRUCTIONS:

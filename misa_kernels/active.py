@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from misa_kernels.arena import Arena
 from misa_kernels.kernels import Backend, Row, Settings, Step, StepInput, select
 from misa_kernels.reference import Hyper, momentum_flush, noise_key, store_weight
+from misa_kernels.shards import is_sharded, like, local, local_like
 from misa_kernels.slots import Slots
 from misa_kernels.storage import KEYS, split, state_noise
 
@@ -95,12 +98,19 @@ class ActiveSet:
         """
         self._adopt()
         grads = [param.grad for param in self._params]
+        if self._settings.ranks is not None:
+            grads = [None if g is None else self._part_of_grad(g, p) for g, p in zip(grads, self._params, strict=True)]
         if self._updated:
             grads = [None if slot in self._updated else grad for slot, grad in zip(self.rows, grads, strict=True)]
         self._run(grads, grad_scale, found_inf)
         self.steps += 1
         self._received.clear()
         self._updated.clear()
+
+    def _part_of_grad(self, grad: Tensor, param: Tensor) -> Tensor:
+        part = local(grad) if is_sharded(grad) and grad.placements == param.placements else local_like(grad, param)  # type: ignore[attr-defined]
+        # A part without elements has no address, by which the kernels know that there is a gradient.
+        return part if part.numel() else part.new_zeros(4)
 
     def receive(self, param: Tensor) -> None:
         """Update what waited only for this gradient, and free the gradients that nothing waits for any longer.
@@ -147,7 +157,7 @@ class ActiveSet:
             # one has neither an address nor a flat view, so nothing has been launched.
             self._refuse_sparse(grads)
             raise
-        self._versions = [row.param._version for row in self._refined]
+        self._versions = [local(row.param)._version for row in self._refined]
 
     def allocate(self, enter: Iterable[int]) -> None:
         """Allocate the arena where the weights are now, lend it, and move loaded state into it.
@@ -166,16 +176,18 @@ class ActiveSet:
                 "holds data"
             )
         dtypes = [block.param.dtype for block in blocks]
-        device = devices.pop()
+        device, ranks = devices.pop(), self._settings.ranks
         self._backend = select(self._backend_name, device, set(dtypes), self._storage)
         self.arena = Arena(
-            [block.stop - block.start for block in blocks],
+            [part.numel for part in self._slots.parts],
             dtypes,
             range(self._slots.dense),
             self._budget,
             device,
             storage=self._storage,
             v_floor=self._v_floor,
+            whole=None if ranks is None else [block.stop - block.start for block in blocks],
+            counted=None if ranks is None else [part.is_first for part in self._slots.parts],
         )
         loaded = {param: dict(own) for param, own in self._state.items()}
         for param, span in self._slots.spans.items():
@@ -185,6 +197,9 @@ class ActiveSet:
             for name, vector in self.arena.vectors.items():
                 if name in own:
                     vector[self._slots.spans[param]].copy_(own[name].reshape(-1))
+        if ranks is not None and not (ranks.is_first or self._settings.root):
+            # What was saved is the sum over ranks, and would be added up again.
+            self.arena.score_sum.zero_()
         for slot, row in self.rows.items():
             self._restore(slot, row, loaded.get(row.param, {}))
         self.storage_in_state = self._storage
@@ -194,9 +209,11 @@ class ActiveSet:
     def _restore(self, slot: int, row: Row, own: dict[str, Any]) -> None:
         """Put what was loaded of one slot into the arena, converted if it was stored otherwise."""
         assert self.arena is not None
-        saved = {name: own[key].to(self.arena.device) for name in KEYS if (key := self._slots.key(name, slot)) in own}
+        keys = {name: self._slots.key(name, slot) for name in KEYS}
+        saved = {
+            name: local_like(own[key], row.param).to(self.arena.device) for name, key in keys.items() if key in own
+        }
         views, weight = self.arena.views(slot), row.weight()
-        saved = {name: value.reshape(-1) for name, value in saved.items()}
         if self.storage_in_state == self._storage:
             for name, value in saved.items():
                 views[name].copy_(value)
@@ -229,12 +246,12 @@ class ActiveSet:
         entering = {slot: self._slots.row(slot) for slot in enter}
         self.rows |= entering
         for slot, row in self.rows.items():
-            whole = row.stop - row.start == row.param.numel()
-            shape = row.param.shape if whole else (-1, *row.param.shape[1:])
+            held = local(row.param)
+            shape = held.shape if row.stop - row.start == held.numel() else (-1, *held.shape[1:])
             views = self.arena.views(slot)
             for name, view in views.items():
                 shaped = view.view(shape) if len(view) == row.stop - row.start else view
-                self._state[row.param][self._slots.key(name, slot)] = shaped
+                self._state[row.param][self._slots.key(name, slot)] = like(shaped, row.param)
             if fill and slot in entering and "master" in views:
                 views["master"].copy_(row.weight())
         self._prepare()
@@ -242,17 +259,43 @@ class ActiveSet:
     def _prepare(self) -> None:
         assert self.arena is not None and self._backend is not None
         self._params = [row.param for row in self.rows.values()]
-        self._pointers = [param.data_ptr() for param in self._params]
+        self._pointers = [local(param).data_ptr() for param in self._params]
         self._refined = [
             row for slot, row in self.rows.items() if not {"master", "residual"}.isdisjoint(self.arena.views(slot))
         ]
-        self._versions = [row.param._version for row in self._refined]
+        self._versions = [local(row.param)._version for row in self._refined]
         self._step = self._backend(list(self.rows.values()), self.arena, self._settings)
+
+    def read_round(self) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.int64], int]:
+        """Return the scores and updates of this round by slot, over all ranks, and the steps skipped; waits."""
+        assert self.arena is not None
+        self.collect()
+        return self.arena.read_round(self.score_sum)
+
+    @property
+    def score_sum(self) -> Tensor:
+        """Scores of this round by slot, over all ranks, as of the last `collect`; all of them must ask for it."""
+        assert self.arena is not None
+        ranks = self._settings.ranks
+        return self.arena.score_sum if ranks is None or self._settings.root else self.arena.scores_over(ranks)
 
     def collect(self) -> None:
         """Bring what `state` shows of ages and scores up to date."""
         if self._step is not None:
             self._step.collect()
+
+    def put_scores(self, saved: dict[Any, dict[str, Any]]) -> None:
+        """Make the scores in a copy of the state those over all ranks.
+
+        Args:
+            saved: The state by position of the parameter.
+        """
+        if self.arena is None or self._settings.ranks is None:
+            return
+        score_sum = self.score_sum
+        for span in self._slots.spans.values():
+            index = self._slots.blocks[span.start].index
+            saved[index]["score_sum"].copy_(score_sum[span])
 
     def fresh(self) -> list[tuple[int, str]]:
         """Return parameter and state key of moments and masters without an update, whose contents mean nothing.
@@ -309,8 +352,9 @@ class ActiveSet:
     def _adopt(self) -> None:
         """Take over into the masters what somebody else wrote to the weights; refuse weights that moved."""
         assert self.arena is not None
-        pointers = list(map(Tensor.data_ptr, self._params))
-        versions = [row.param._version for row in self._refined]
+        held = self._params if self._settings.ranks is None else list(map(local, self._params))
+        pointers = list(map(Tensor.data_ptr, held))
+        versions = [local(row.param)._version for row in self._refined]
         if pointers == self._pointers and versions == self._versions:
             return
         moved = set()
@@ -321,7 +365,7 @@ class ActiveSet:
                     f"{self._names[row.index]} is {param.dtype} on {param.device} but was {dtype} on "
                     f"{self.arena.device} in the first step: move and cast the model before training"
                 )
-            if not param.is_contiguous():
+            if not local(param).is_contiguous():
                 raise RuntimeError(
                     f"{self._names[row.index]} has strides {param.stride()} for shape {tuple(param.shape)} and must be "
                     "contiguous: set param.data = param.data.contiguous()"

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from misa_kernels.codec import GROUP
+from misa_kernels.shards import Ranks
 from misa_kernels.storage import Buffer, Storage
 
 # Offsets are multiples of this many elements, so that groups with a scale of their own begin with the slot.
@@ -27,18 +28,24 @@ def padded(numel: int) -> int:
     return -(-numel // ALIGNMENT) * ALIGNMENT
 
 
-def capacity(always: Sequence[int], candidates: Sequence[int], budget: int) -> int:
+def capacity(always: Sequence[int], candidates: Sequence[int], budget: int, whole: Sequence[int] | None = None) -> int:
     """Return the elements a pool must hold for any admissible active set, padding included.
 
     Args:
         always: Sizes of the always-on slots, in elements.
-        candidates: Sizes of the slots of which at most `budget` elements are active at once.
+        candidates: Sizes of the slots of which only some are active at once.
         budget: δN, in elements.
+        whole: What each candidate takes of the budget, where that is more than its size, its tensor being sharded.
     """
-    sizes = np.sort(np.asarray(candidates, dtype=np.int64))
-    most_slots = int(np.searchsorted(np.cumsum(sizes), budget, side="right"))
+    sizes = np.asarray(candidates, dtype=np.int64)
+    costs = sizes if whole is None else np.asarray(whole, dtype=np.int64)
+    most_slots = int(np.searchsorted(np.cumsum(np.sort(costs)), budget, side="right"))
     padding = np.sort(-sizes % ALIGNMENT)[::-1][:most_slots].sum()
-    bound = int(min(budget + padding, sum(padded(int(size)) for size in sizes)))
+    # What is sharded unevenly: the part of the budget that goes into the candidates with the most of it here.
+    order = np.argsort(-sizes / costs, kind="stable")
+    left = np.clip(budget - (np.cumsum(costs[order]) - costs[order]), 0, costs[order])
+    most = int(np.ceil((left * (sizes[order] / costs[order])).sum()))
+    bound = int(min(most + padding, sum(padded(int(size)) for size in sizes)))
     return sum(padded(size) for size in always) + padded(bound)
 
 
@@ -103,13 +110,15 @@ class Arena:
     """All device memory of the optimizer.
 
     Args:
-        numel: Elements of each slot.
+        numel: Elements of each slot on this rank.
         dtypes: Weight dtype of each slot.
         always: Numbers of the slots that are never given back.
         budget: δN, in elements.
         device: Where the weights are.
         storage: What the state of a slot is made of.
         v_floor: Whether to hold the proof's floor c per slot.
+        whole: What each slot takes of the budget, where parameters are sharded; None: its elements.
+        counted: Whether the norm of each slot counts in sums over ranks; None where there are none.
 
     Attributes:
         age: int32, updates since activation, per slot.
@@ -130,6 +139,8 @@ class Arena:
         *,
         storage: Storage,
         v_floor: bool,
+        whole: Sequence[int] | None = None,
+        counted: Sequence[bool] | None = None,
     ) -> None:
         self.device = device
         self.numel = list(numel)
@@ -142,6 +153,7 @@ class Arena:
                 [self.numel[slot] for slot in slots if slot in dense],
                 [self.numel[slot] for slot in slots if slot not in dense],
                 budget,
+                None if whole is None else [whole[slot] for slot in slots if slot not in dense],
             )
             self.pools[dtype] = Pool(elements, storage.buffers(dtype), device)
         count = len(self.numel)
@@ -151,6 +163,7 @@ class Arena:
         self.sq_norm = torch.zeros(count, dtype=torch.float64, device=device)
         self.v_floor = torch.zeros(count, dtype=torch.float64, device=device) if v_floor else None
         self.skipped = torch.zeros((), dtype=torch.int32, device=device)
+        self._counted = torch.tensor([] if counted is None else counted, dtype=torch.float64).to(device)
         self._active = torch.zeros(count, dtype=torch.int32, device=device)
         self._scratch = torch.zeros(count, dtype=torch.int32, device=device)
         self._active_index = torch.zeros(0, dtype=torch.int64, device=device)
@@ -232,18 +245,29 @@ class Arena:
                 self.sq_norm[slot].zero_()
         self.sq_norm.sqrt_()
 
-    def read_round(self) -> tuple[np.ndarray, np.ndarray, int]:
-        """Return this round's `score_sum` and `updates` per slot and `skipped`, in one transfer to the host.
+    def sum_sq_norm(self, ranks: Ranks) -> None:
+        """Sum ‖g‖² of the step over the ranks."""
+        self.sq_norm.copy_(ranks.sum(self.sq_norm * self._counted))
+
+    def scores_over(self, ranks: Ranks) -> Tensor:
+        """Return `score_sum` summed over the ranks."""
+        return ranks.sum(self.score_sum * self._counted)
+
+    def read_round(self, score_sum: Tensor) -> tuple[np.ndarray, np.ndarray, int]:
+        """Return this round's scores and `updates` per slot and `skipped`, in one transfer to the host.
 
         Entries of inactive slots are 0.
+
+        Args:
+            score_sum: The attribute, or what `scores_over` returns.
         """
         index = self._active_index
         packed = torch.cat(
-            [index.double(), self.score_sum[index], self.updates[index].double(), self.skipped.double().view(1)]
+            [index.double(), score_sum[index], self.updates[index].double(), self.skipped.double().view(1)]
         )
         host = packed.cpu().numpy()
         slots, sums, counts = host[:-1].reshape(3, -1)
-        score_sum, updates = np.zeros(len(self.numel)), np.zeros(len(self.numel), dtype=np.int64)
-        score_sum[slots.astype(np.int64)] = sums
+        scores, updates = np.zeros(len(self.numel)), np.zeros(len(self.numel), dtype=np.int64)
+        scores[slots.astype(np.int64)] = sums
         updates[slots.astype(np.int64)] = counts
-        return score_sum, updates, int(host[-1])
+        return scores, updates, int(host[-1])

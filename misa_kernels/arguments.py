@@ -15,6 +15,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from misa_kernels.codec import FORMATS
 from misa_kernels.partition import Partition
 from misa_kernels.sampler import Sampler
+from misa_kernels.shards import is_sharded
 from misa_kernels.storage import PRECISIONS, Storage
 
 # What torch.optim.AdamW has and MISA does not; only these values mean the same in both.
@@ -245,6 +246,26 @@ def check_trainable(partition: Partition, storage: Storage) -> None:
             raise ValueError(
                 f"state_dtype={storage.state_dtype!r} is for weights up to float32, but {name} is float64: use 'fp32'"
             )
+
+
+def check_sharded(partition: Partition, storage: Storage, release_gradients: bool, v_floor: bool) -> None:
+    """Refuse what sharded parameters do not have in this version."""
+    blocks = [*partition.dense, *(block for module in partition.modules for block in module.blocks)]
+    sharded = [partition.names[block.index] for block in blocks if is_sharded(block.param)]
+    if not sharded:
+        return
+    if storage.state_dtype not in ("fp32", "bf16"):
+        raise ValueError(
+            f"state_dtype={storage.state_dtype!r} has scales for groups that shards would cut, and {sharded[0]} is "
+            "sharded: use 'bf16' or 'fp32'"
+        )
+    if release_gradients:
+        raise ValueError(
+            f"release_gradients=True needs gradients within backward, and that of {sharded[0]}, which is sharded, comes "
+            "after it: leave it out"
+        )
+    if v_floor:
+        raise ValueError(f"v_floor=True is for whole tensors, and {sharded[0]} is sharded: leave it out")
 
 
 def notify(groups: list[dict[str, Any]], partition: Partition, delta: float) -> None:

@@ -28,6 +28,7 @@ from misa_kernels.sampler import (
     fold,
     scores,
 )
+from misa_kernels.shards import is_sharded, ranks_of
 from misa_kernels.slots import SCORES, Slots
 from misa_kernels.storage import Storage
 
@@ -156,8 +157,11 @@ class MISA(torch.optim.Optimizer):
         self._partition = partition(self.param_groups, delta, self.sampler.granularity, self.sampler.oversized)
         self._storage = Storage(state_dtype, param_precision)
         arguments.check_trainable(self._partition, self._storage)
+        arguments.check_sharded(self._partition, self._storage, release_gradients, v_floor)
         self.modules: list[Module] = self._partition.modules
-        self._slots = Slots(self._partition, self.param_groups)
+        training_group = group_of(process_group)
+        ranks = ranks_of([param for group in self.param_groups for param in group["params"]], training_group)
+        self._slots = Slots(self._partition, self.param_groups, ranks)
         self._candidates = Candidates(
             numel=np.array([module.numel for module in self.modules]),
             layer=np.array([module.layer for module in self.modules]),
@@ -179,6 +183,7 @@ class MISA(torch.optim.Optimizer):
                 skip_nonfinite=skip_nonfinite,
                 storage=self._storage,
                 root=self.sampler.importance_norm == "norm",
+                ranks=ranks,
             ),
             seed=int(seed),
         )
@@ -187,7 +192,6 @@ class MISA(torch.optim.Optimizer):
         self._round = self._round_step = self._skipped_steps = 0
         self._released = self._idle_before = False
         draw = self._draw()
-        training_group = group_of(process_group)
         self._agreement = None if training_group is None else Agreement(training_group)
         self._compared = False
         if self._agreement is not None:
@@ -328,9 +332,7 @@ class MISA(torch.optim.Optimizer):
 
     def _end_round(self) -> None:
         """Fold the scores, draw the next active set and make it active."""
-        assert self._trained.arena is not None
-        self._trained.collect()
-        score_sum, updates, skipped = self._trained.arena.read_round()
+        score_sum, updates, skipped = self._trained.read_round()
         sums, counts = self._slots.sum(score_sum)[self._active], self._slots.max(updates)[self._active]
         mean = sums / np.maximum(counts, 1)
         if self.sampler.importance_norm == "mean":
@@ -369,13 +371,13 @@ class MISA(torch.optim.Optimizer):
     def _compare_gradients(self, agreement: Agreement) -> None:
         """Compare what the first step of a round, or after a resume, saw; waits for the device."""
         self._compared = True
-        assert self._trained.arena is not None
+        arena = self._trained.arena
+        assert arena is not None
         self._trained.collect()
-        sq_norm, updates, skipped = self._trained.arena.read_round()
-        seen = [
-            (self._partition.names[row.index], (sq_norm[slot], int(updates[slot]), skipped))
-            for slot, row in self._trained.rows.items()
-        ]
+        sq_norm, updates, skipped = arena.read_round(arena.score_sum)
+        # Of a sharded parameter every rank has another part.
+        rows = [(slot, row) for slot, row in self._trained.rows.items() if not is_sharded(row.param)]
+        seen = [(self._partition.names[row.index], (sq_norm[slot], int(updates[slot]), skipped)) for slot, row in rows]
         agreement.check(
             f"the gradients' squared norms in the first step of round {self._round}",
             seen,
@@ -571,6 +573,7 @@ def _complete(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> N
     assert isinstance(optimizer, MISA)
     optimizer._trained.collect()
     state_dict["state"] = checkpoint.detach(state_dict["state"])
+    optimizer._trained.put_scores(state_dict["state"])
     for param, name in optimizer._trained.fresh():
         state_dict["state"][param].pop(name, None)
     position = (

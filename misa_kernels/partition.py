@@ -10,6 +10,8 @@ from typing import Any, Literal
 
 from torch import nn
 
+from misa_kernels.shards import is_sharded, local
+
 
 @dataclass(frozen=True, slots=True)
 class Block:
@@ -198,6 +200,11 @@ def _tensors(groups: Sequence[Mapping[str, Any]], delta: float) -> Iterator[_Ten
                     f"{names[index]} has {_rows(param)} rows and {len(modules)} names in 'modules', which "
                     "must divide the rows equally: give it one name, or one for each of its row blocks"
                 )
+            if own_role == "sampled" and len(modules) > 1 and is_sharded(param):
+                raise ValueError(
+                    f"{names[index]} is sharded and holds {len(modules)} modules, and must be one to be sharded: make "
+                    "the groups with param_groups(model, experts='whole')"
+                )
             layer = group["layers"][i] if "layers" in group else None
             is_behind = "layers" in group and layer is None
             if is_behind and own_role == "sampled":
@@ -226,13 +233,12 @@ def _role(param: nn.Parameter, name: str, role: str | None, delta: float) -> str
         return role
     if param.is_complex():
         raise TypeError(f"{name} is {param.dtype} and must be real to be {role}: freeze it")
-    # DTensor, and other tensors made of inner ones. Plain subclasses, such as bitsandbytes', pass.
-    if hasattr(param, "__tensor_flatten__"):
+    # Tensors made of inner ones, such as torchao's. Plain subclasses, such as bitsandbytes', pass.
+    if hasattr(param, "__tensor_flatten__") and not is_sharded(param):
         raise TypeError(
-            f"{name} is a {type(param).__name__} and must be a plain tensor to be {role}, in this version: "
-            "freeze it, or leave it whole"
+            f"{name} is a {type(param).__name__} and must be a plain tensor or a DTensor to be {role}: freeze it"
         )
-    if not param.is_contiguous():
+    if not local(param).is_contiguous():
         raise ValueError(
             f"{name} has strides {param.stride()} for shape {tuple(param.shape)} and must be contiguous to "
             f"be {role}: set param.data = param.data.contiguous()"
@@ -295,7 +301,8 @@ def _split(module: Module, budget: int) -> list[Module]:
     block = module.blocks[0]
     rows = _rows(block.param)
     row_numel = block.param.numel() // rows
-    if len(module.blocks) > 1 or module.numel < block.param.numel() or row_numel > budget:
+    is_whole = len(module.blocks) == 1 and module.numel == block.param.numel()
+    if not is_whole or row_numel > budget or is_sharded(block.param):
         return []
     pieces = math.ceil(rows / (budget // row_numel))
     cuts = pairwise(rows * piece // pieces for piece in range(pieces + 1))
@@ -325,7 +332,7 @@ def _too_large(modules: Sequence[Module], delta: float, total: int, granularity:
     elif oversized == "error":
         remedies.append("cut it into row blocks with oversized='split'")
     else:
-        limit = ", and oversized='split' cuts only single whole tensors whose rows fit"
+        limit = ", and oversized='split' cuts only single whole tensors whose rows fit, and none that is sharded"
     others = f" (the largest of {len(modules)} such modules)" if len(modules) > 1 else ""
     return (
         f"{module.name}{others} has {module.numel:,} parameters and must not exceed the budget of "

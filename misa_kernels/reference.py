@@ -6,7 +6,7 @@ waits for the device.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar
 
@@ -110,6 +110,7 @@ def adamw_step(
     skip_nonfinite: bool = False,
     grad_scale: Tensor | None = None,
     found_inf: Tensor | None = None,
+    total: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor | None:
     """Update every row in place and write the squared norm of its gradient.
 
@@ -121,6 +122,7 @@ def adamw_step(
         skip_nonfinite: Leave everything but `sq_norm` as it was when ‖g‖² is NaN or infinite.
         grad_scale: Divide all gradients by it first, 0-dim; norms are of the quotients.
         found_inf: Leave everything but `sq_norm` as it was where it is nonzero, 0-dim.
+        total: Makes ‖g‖² over all rows of those of the rows, a 0-dim tensor of a 1-D one; None: their sum.
 
     Returns:
         Where the step may be skipped a 0-dim bool on the device, whether it was applied; else None.
@@ -131,11 +133,11 @@ def adamw_step(
         row.sq_norm.copy_((norm if unscale is None else norm * unscale).square())
     coefficient, finite = unscale, None
     if rows and (max_grad_norm is not None or skip_nonfinite):
-        total = torch.stack([row.sq_norm for row in rows]).sum()
+        sq_norm = (total or Tensor.sum)(torch.stack([row.sq_norm for row in rows]))
         if skip_nonfinite:
-            finite = total.isfinite()
+            finite = sq_norm.isfinite()
         if max_grad_norm is not None:
-            clip = (max_grad_norm / (total.sqrt() + 1e-6)).clamp(max=1.0)
+            clip = (max_grad_norm / (sq_norm.sqrt() + 1e-6)).clamp(max=1.0)
             coefficient = clip if unscale is None else clip * unscale
     if found_inf is not None:
         found = found_inf == 0

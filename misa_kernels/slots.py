@@ -15,6 +15,7 @@ from torch import Tensor
 
 from misa_kernels.kernels import Row
 from misa_kernels.partition import Block, Partition
+from misa_kernels.shards import Part, Ranks, is_sharded, part_of
 from misa_kernels.storage import Storage
 
 # One number a sampled block, on the host, from construction on: what the sampler knows and what is active.
@@ -36,10 +37,11 @@ class Slots:
         candidate: int64[slots], the candidate of each slot, -1 for dense ones.
         group: The param group of each slot.
         spans: The range of slots of each parameter.
+        parts: What of each slot lies on this rank.
         scores: One vector a name of `SCORES`, over all slots.
     """
 
-    def __init__(self, partition: Partition, groups: list[dict[str, Any]]) -> None:
+    def __init__(self, partition: Partition, groups: list[dict[str, Any]], ranks: Ranks | None) -> None:
         owned = [(block, number) for number, module in enumerate(partition.modules) for block in module.blocks]
         owned.sort(key=lambda pair: (pair[0].index, pair[0].number))
         self.blocks: list[Block] = [*partition.dense, *(block for block, _ in owned)]
@@ -57,6 +59,12 @@ class Slots:
             self.spans[block.param] = slice(start, slot + 1)
         alone = [self.spans[block.param].stop - self.spans[block.param].start == 1 for block in self.blocks]
         self._suffixes = ["" if a else f".{block.number}" for a, block in zip(alone, self.blocks, strict=True)]
+        # Whole tensors count once, on the first rank.
+        counts = ranks is None or ranks.is_first
+        self.parts = [
+            part_of(block.param) if is_sharded(block.param) else Part(block.start, block.stop - block.start, counts)
+            for block in self.blocks
+        ]
         self.scores = {name: torch.zeros(len(self.blocks), dtype=dtype) for name, dtype in SCORES.items()}
 
     def sizes(self, storage: Storage) -> dict[Tensor, dict[str, int]]:
@@ -76,10 +84,22 @@ class Slots:
 
     def row(self, slot: int) -> Row:
         """Return what the kernels need to know of a slot."""
-        block = self.blocks[slot]
+        block, part = self.blocks[slot], self.parts[slot]
         module = int(self.candidate[slot]) if slot >= self.dense else None
         fellows = [slot] if module is None else self.of[module]
-        return Row(slot, block.param, block.index, block.start, block.stop, self.group[slot], fellows, module)
+        return Row(
+            slot=slot,
+            param=block.param,
+            index=block.index,
+            start=part.start,
+            stop=part.start + part.numel,
+            # A sharded tensor is one slot, so that its part is all that there is here.
+            offset=0 if is_sharded(block.param) else block.start,
+            is_counted=part.is_first,
+            group=self.group[slot],
+            fellows=fellows,
+            module=module,
+        )
 
     def first(self, values: Tensor) -> npt.NDArray[Any]:
         """Return one number a candidate, that of its first slot, from one a slot."""

@@ -207,7 +207,7 @@ def test_without_a_driver_every_call_is_an_error(library, rows):
         ("row_count", -1, "a size is negative"),
         ("chunk_count", 5, "chunks do not add up"),
         ("group_count", 2, "a group that is not there"),
-        ("flags", 8, "unknown flag"),
+        ("flags", 16, "unknown flag"),
         ("format", 1, "a format of the state"),
         ("format", 2, "a pointer is NULL"),
         ("format", 3, "a format of the state"),

@@ -249,7 +249,7 @@ REFUSED = [
     ("step.chunk_count", but(), "BAD_SIZE"),
     ("step.group_count", lambda old: st.integers(LEAST, -1), "BAD_SIZE"),
     ("step.group_count", lambda old: st.integers(0, old - 1), "BAD_GROUP"),
-    ("step.flags", lambda old: st.integers(LEAST, LARGEST).filter(lambda flags: flags & ~3), "BAD_FLAG"),
+    ("step.flags", lambda old: st.integers(LEAST, LARGEST).filter(lambda flags: flags & ~15), "BAD_FLAG"),
     ("step.max_grad_norm", lambda old: st.floats(max_value=0.0) | st.sampled_from([math.nan, math.inf]), "BAD_NORM"),
     *[(f"step.{name}", null, "BAD_POINTER") for name in ("rows", "hyper", "age", "sq_sum", "partial", "control")],
     *[(f"step.{name}", off(8), "BAD_ALIGNMENT") for name in ("rows", "hyper", "sq_sum", "partial")],

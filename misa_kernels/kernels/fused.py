@@ -14,6 +14,7 @@ from misa_kernels.arena import Arena
 from misa_kernels.kernels.rows import Row, Settings, StepInput
 from misa_kernels.kernels.table import SKIP, RowTable
 from misa_kernels.reference import noise_keys
+from misa_kernels.shards import local
 
 DTYPE = attrgetter("dtype")
 
@@ -38,15 +39,16 @@ class FusedStep:
         self._rows = rows
         self._arena = arena
         self._settings = settings
-        self._params = [row.param for row in rows]
+        self._params = [local(row.param) for row in rows]
         self._groups = max((row.group for row in rows), default=-1) + 1
         self._index = np.array([row.index for row in rows], dtype=np.int64)
         start = np.array([row.start for row in rows], dtype=np.int64)
         itemsize = np.array([param.element_size() for param in self._params], dtype=np.int64)
-        self._weight_offset = start * itemsize
+        offset = np.array([row.offset for row in rows], dtype=np.int64)
+        self._weight_offset = offset * itemsize
         self._weight_pointers: Sequence[int] | None = None
-        self._grad_dtypes = [getattr(param, "grad_dtype", None) or param.dtype for param in self._params]
-        self._grad_offset = start * np.array([dtype.itemsize for dtype in self._grad_dtypes], dtype=np.int64)
+        self._grad_dtypes = [getattr(row.param, "grad_dtype", None) or row.param.dtype for row in rows]
+        self._grad_offset = offset * np.array([dtype.itemsize for dtype in self._grad_dtypes], dtype=np.int64)
         self._launch = self.table(
             numel=np.array([row.stop - row.start for row in rows], dtype=np.int64),
             offset=np.array([arena.offset(row.slot) for row in rows], dtype=np.int64),
@@ -57,6 +59,7 @@ class FusedStep:
             state={dtype: pool.buffers for dtype, pool in arena.pools.items()},
             device=arena.device,
         )
+        self._counted: Tensor | None = None
         self._slots = torch.tensor([row.slot for row in rows], dtype=torch.int64).to(arena.device)
         age = arena.age[self._slots]
         self._launch.set_ages(age)
@@ -90,6 +93,7 @@ class FusedStep:
             skip_nonfinite=settings.skip_nonfinite,
             grad_scale=step.grad_scale,
             found_inf=step.found_inf,
+            total=None if settings.ranks is None else self._total,
         )
         # Autograd must notice that saved weights are no longer what they were.
         present = bool(grads.all())
@@ -112,6 +116,15 @@ class FusedStep:
         if not self._settings.root:
             self._arena.score_sum.index_copy_(0, self._slots, self._score_before + collected[:, 1])
 
+    def _total(self, partials: Tensor) -> Tensor:
+        """Return ‖g‖² over all ranks, from the sums of squares of the chunks on this one."""
+        ranks = self._settings.ranks
+        assert ranks is not None
+        if self._counted is None:
+            counted = torch.tensor([row.is_counted for row in self._rows], dtype=torch.float64)
+            self._counted = torch.repeat_interleave(counted, self._launch.chunks).to(self._arena.device)
+        return ranks.sum((partials * self._counted).sum())
+
     def _skipped(self, found_inf: Tensor | None) -> Tensor | None:
         """Return 1 or 0 on the device, whether the step was skipped; None if it cannot have been."""
         if self._settings.skip_nonfinite:
@@ -128,6 +141,8 @@ class FusedStep:
         """Add ‖g‖ of the step, of the whole module where it has several tensors, to the scores."""
         self._arena.sq_norm.index_copy_(0, self._slots, self._launch.collect()[:, 1])
         self._launch.clear_sums()
+        if (ranks := self._settings.ranks) is not None:
+            self._arena.sum_sq_norm(ranks)
         self._arena.root_of_squares(row.fellows for row in self._rows if row.slot == row.fellows[0])
         self._arena.score_sum.add_(self._arena.sq_norm)
 

@@ -16,7 +16,17 @@ from torch import Tensor
 from misa_kernels.codec import E4M3, FORMATS
 from misa_kernels.kernels import triton as kernels
 from misa_kernels.kernels.fused import FusedStep
-from misa_kernels.kernels.table import DTYPES, GRAD, GRAD_DTYPE, WEIGHT, WEIGHT_DTYPE, Integers, RowTable
+from misa_kernels.kernels.table import (
+    DTYPES,
+    GRAD,
+    GRAD_DTYPE,
+    NORMS,
+    UPDATE,
+    WEIGHT,
+    WEIGHT_DTYPE,
+    Integers,
+    RowTable,
+)
 from misa_kernels.kernels.triton_codec import CODECS, INTERPRETED
 from misa_kernels.storage import KEYS
 
@@ -164,6 +174,7 @@ class Launch(RowTable):
         skip_nonfinite: bool,
         grad_scale: Tensor | None,
         found_inf: Tensor | None,
+        half: int,
     ) -> None:
         aligned = self._divisible & ((self._rows[:, WEIGHT] | self._rows[:, GRAD]) & 15 == 0)
         regroup = not np.array_equal(aligned, self._aligned)
@@ -175,11 +186,11 @@ class Launch(RowTable):
             self._program_upload.put(self._programs, regroup)
             self._table_upload.put(self._tables, not np.array_equal(self._tables, self._sent))
             np.copyto(self._sent, self._tables)
-            if control:
+            if control and half != UPDATE:
                 # The coefficient needs the norms of all buckets.
                 for bucket in self._buckets:
                     self._launch(bucket, grad_scale, found_inf, *scalars, UPDATE=False, CONTROLLED=False)
-            for bucket in self._buckets:
+            for bucket in self._buckets if half != NORMS else ():
                 self._launch(bucket, grad_scale, found_inf, *scalars, UPDATE=True, CONTROLLED=control)
 
     def _collect(self) -> None:

@@ -173,9 +173,10 @@ class NativeTable(RowTable):
         skip_nonfinite: bool,
         grad_scale: Tensor | None,
         found_inf: Tensor | None,
+        half: int,
     ) -> None:
         struct = self._struct
-        struct.flags = (max_grad_norm is not None) * CLIP | skip_nonfinite * SKIP_NONFINITE
+        struct.flags = (max_grad_norm is not None) * CLIP | skip_nonfinite * SKIP_NONFINITE | half
         struct.max_grad_norm = 0.0 if max_grad_norm is None else max_grad_norm
         struct.grad_scale = None if grad_scale is None else grad_scale.data_ptr()
         struct.found_inf = None if found_inf is None else found_inf.data_ptr()

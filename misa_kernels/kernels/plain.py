@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
+import torch
 from torch import Tensor
 
 from misa_kernels import reference
 from misa_kernels.arena import Arena
 from misa_kernels.kernels.rows import Row, Settings, StepInput
+from misa_kernels.shards import Ranks
 from misa_kernels.storage import split, state_noise
 
 
@@ -34,7 +36,7 @@ class PlainStep:
     def run(self, step: StepInput) -> None:
         """Update everything that has a gradient, and count it in the arena."""
         arena, settings, storage = self._arena, self._settings, self._settings.storage
-        present, stores = [], []
+        present, stores, counted = [], [], []
         for row, views, grad in zip(self._rows, self._views, step.grads, strict=True):
             if grad is None:
                 arena.sq_norm[row.slot].zero_()
@@ -51,26 +53,35 @@ class PlainStep:
                     v_floor=None if arena.v_floor is None or row.module is None else arena.v_floor[row.fellows[0]],
                     start=row.start,
                     theta=whole,
-                    grad=grad.reshape(-1)[row.start : row.stop],
+                    grad=grad.reshape(-1)[row.offset : row.offset + len(weight)],
                     hyper=step.hyper[row.group],
                     noise_key=step.noise_key(row) if storage.param_precision == "stochastic" else None,
                 )
             )
             stores.append((row, views, moments, whole))
+            counted.append(row.is_counted)
         finite = reference.adamw_step(
             present,
             max_grad_norm=settings.max_grad_norm,
             skip_nonfinite=settings.skip_nonfinite,
             grad_scale=step.grad_scale,
             found_inf=step.found_inf,
+            total=None if settings.ranks is None else self._total(counted, settings.ranks),
         )
         for row, views, moments, whole in stores:
             self._store(step, row, views, moments, whole, None if finite is None else ~finite)
         if settings.root:
+            if settings.ranks is not None:
+                arena.sum_sq_norm(settings.ranks)
             arena.root_of_squares(row.fellows for row in self._rows if row.slot == row.fellows[0])
         missing = {row.slot for row, grad in zip(self._rows, step.grads, strict=True) if grad is None}
         idle = [row.slot for row in self._rows if missing.issuperset(row.fellows)]
         arena.advance(missing, idle, finite)
+
+    def _total(self, counted: list[bool], ranks: Ranks) -> Callable[[Tensor], Tensor]:
+        """Return what sums the squared norms of rows over all ranks."""
+        share = torch.tensor(counted, dtype=torch.float64, device=self._arena.device)
+        return lambda sq_norms: ranks.sum((sq_norms * share).sum())
 
     def _store(
         self,

@@ -8,19 +8,22 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from misa_kernels.reference import Hyper, noise_key
+from misa_kernels.shards import Ranks, local
 from misa_kernels.storage import Storage
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One tensor, or row block of one, that is trained in this round.
+    """One tensor, or row block of one, or the part of it on this rank, that is trained in this round.
 
     Attributes:
         slot: Its number in the arena.
         param: The parameter.
         index: Position of the parameter in the optimizer; keys the rounding noise.
-        start: First element of `param.view(-1)`.
+        start: Index of its first element within the whole parameter, flattened.
         stop: One past the last.
+        offset: Position of the first element in what this rank holds of the parameter, flattened.
+        is_counted: Whether its ‖g‖² counts in sums over ranks: no other rank before this one has the same elements.
         group: Number of its param group.
         fellows: Slots of all tensors of its module, this one among them.
         module: Number of the module, None for an always-on tensor.
@@ -31,13 +34,15 @@ class Row:
     index: int
     start: int
     stop: int
+    offset: int
+    is_counted: bool
     group: int
     fellows: Sequence[int]
     module: int | None
 
     def weight(self) -> Tensor:
         """Return the weight as it is now, of shape (stop - start,)."""
-        return self.param.detach().view(-1)[self.start : self.stop]
+        return local(self.param).detach().view(-1)[self.offset : self.offset + self.stop - self.start]
 
 
 @dataclass(frozen=True)
@@ -49,12 +54,14 @@ class Settings:
         skip_nonfinite: Whether a step with nonfinite gradients leaves everything as it is.
         storage: How moments and the lower bits of 16-bit weights are stored.
         root: Whether scores add up ‖g‖ instead of ‖g‖².
+        ranks: Where parameters are sharded, what sums over the ranks; else None.
     """
 
     max_grad_norm: float | None
     skip_nonfinite: bool
     storage: Storage
     root: bool
+    ranks: Ranks | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,8 +69,8 @@ class StepInput:
     """What is new in a step.
 
     Attributes:
-        grads: The gradient of each row's whole parameter, or None.
-        weight_pointers: Address of each row's whole parameter.
+        grads: The gradient of what this rank holds of each row's parameter, or None.
+        weight_pointers: Address of what it holds of the parameter.
         hyper: Hyperparameters of each param group.
         seed: Seed of the noise.
         number: Number of the step; even and odd ones key different noise, see `noise_key`.

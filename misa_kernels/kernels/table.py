@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +19,8 @@ WEIGHT, GRAD, NUMEL, OFFSET, GROUP, START, KEY, FIRST_CHUNK, WEIGHT_DTYPE, GRAD_
 LR, BETA1, BETA2, EPS, WEIGHT_DECAY, HYPER_COLUMNS = range(6)
 # Columns of `control`, float32.
 COEFFICIENT, NORM, SKIP, CONTROL_COLUMNS = range(4)
+# Which half of a step with clipping or skipping to take: MisaFlag.
+BOTH, NORMS, UPDATE = 0, 4, 8
 # By the number that stands for them in the row table.
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -45,6 +47,7 @@ class RowTable:
         chunk: Elements of a chunk.
         dtypes: What the kernel can read and write.
         collected: float64[rows, 2] on the device, what `collect` returns.
+        chunks: int64[rows], the chunks of each row, on the host.
         control: float32[3] on the device: clip coefficient, ‖g‖ and 1 if the step was skipped, of the last
             step with `max_grad_norm` or `skip_nonfinite`.
 
@@ -75,6 +78,7 @@ class RowTable:
         self._state = state
         # An empty row has a chunk too, which holds its age.
         self._chunks = np.maximum(-(-numel // self.chunk), 1)
+        self.chunks = torch.from_numpy(self._chunks)
         first_chunk = np.cumsum(self._chunks) - self._chunks
 
         # One array for rows and hyperparameters, so that one copy uploads both; the latter are float64.
@@ -110,6 +114,7 @@ class RowTable:
         skip_nonfinite: bool = False,
         grad_scale: Tensor | None = None,
         found_inf: Tensor | None = None,
+        total: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         """Update all rows that have a gradient, on the current stream; nothing waits for the device.
 
@@ -122,6 +127,8 @@ class RowTable:
             skip_nonfinite: Change nothing, ages and sums included, when ‖g‖² is NaN or infinite.
             grad_scale: What `GradScaler` multiplied the loss by, one float32 on the device, or None.
             found_inf: Change nothing where this is not 0, one float32 on the device, or None.
+            total: Makes ‖g‖² of the sums of squares of the chunks, float64[chunks], a 0-dim float64 on the device: that
+                of all processes which train together. None: their sum.
         """
         if not len(self._rows):
             return
@@ -130,7 +137,19 @@ class RowTable:
         self._hyper[:] = hyper
         if noise_keys is not None:
             self._rows[:, KEY] = noise_keys
-        self._run(max_grad_norm, skip_nonfinite, grad_scale, found_inf)
+        if total is None or (max_grad_norm is None and not skip_nonfinite):
+            self._run(max_grad_norm, skip_nonfinite, grad_scale, found_inf, BOTH)
+            return
+        self._run(max_grad_norm, skip_nonfinite, grad_scale, found_inf, NORMS)
+        # What `write_control` of the kernels does, with another sum.
+        sq_norm = total(self._partials)
+        norm = sq_norm.sqrt()
+        self.control[NORM] = norm
+        if max_grad_norm is not None:
+            self.control[COEFFICIENT] = (max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
+        if skip_nonfinite:
+            self.control[SKIP] = torch.maximum(self.control[SKIP], (~sq_norm.isfinite()).float())
+        self._run(max_grad_norm, skip_nonfinite, grad_scale, found_inf, UPDATE)
 
     def collect(self) -> Tensor:
         """Return age and Σ‖g‖² since `clear_sums` of each row: float64 of shape (rows, 2), on the device.
@@ -147,7 +166,7 @@ class RowTable:
 
     def set_ages(self, ages: Tensor) -> None:
         """Set how many updates each row has had; integers of shape (rows,), on any device."""
-        chunks = torch.from_numpy(self._chunks).to(self._device)
+        chunks = self.chunks.to(self._device)
         ages = ages.to(self._device, torch.int32)
         self._ages.copy_(torch.repeat_interleave(ages, chunks, output_size=len(self._ages)))
 
@@ -157,6 +176,7 @@ class RowTable:
         skip_nonfinite: bool,
         grad_scale: Tensor | None,
         found_inf: Tensor | None,
+        half: int,
     ) -> None:
         raise NotImplementedError
 

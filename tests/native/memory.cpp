@@ -143,7 +143,7 @@ void wrong_numbers() {
     refuse(MISA_BAD_GROUP, [n](Table& t) { t.rows[1].group = n; });
     refuse(MISA_BAD_DTYPE, [n](Table& t) { t.rows[1].weight_dtype = n; });
     refuse(MISA_BAD_DTYPE, [n](Table& t) { t.rows[1].grad_dtype = n; });
-    refuse(MISA_BAD_FLAG, [n](Table& t) { t.step.flags = n == 2 ? 4 : n - (n == LARGEST ? 3 : 0); });
+    refuse(MISA_BAD_FLAG, [n](Table& t) { t.step.flags = n == 2 ? 16 : n - (n == LARGEST ? 3 : 0); });
   }
   refuse(MISA_BAD_GROUP, [](Table& t) { t.step.group_count = 1; });
   for (double norm : {0.0, -1.0, HUGE_VAL, -HUGE_VAL, std::nan("")}) {
@@ -229,7 +229,7 @@ void wrong_arguments() {
   MisaStep nothing{};
   nothing.bytes = sizeof(MisaStep);
   EXPECT(misa_cpu_step(&nothing, 1) == MISA_OK && misa_cpu_collect(&nothing, nullptr) == MISA_OK);
-  nothing.flags = 4;
+  nothing.flags = 16;
   EXPECT(misa_cpu_step(&nothing, 1) == MISA_BAD_FLAG);
   nothing.row_count = -1;
   EXPECT(misa_cpu_step(&nothing, 1) == MISA_BAD_SIZE && misa_cpu_collect(&nothing, nullptr) == MISA_BAD_SIZE);

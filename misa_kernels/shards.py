@@ -1,0 +1,141 @@
+"""Which part of a parameter lies on this rank, and sums over the ranks that hold the parts.
+
+A sharded parameter is a DTensor, as FSDP2's `fully_shard` and tensor parallelism make them. The step works on what
+lies here; sizes, budgets and norms are those of the whole.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch.distributed as dist
+from torch import Tensor
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether a tensor is a DTensor."""
+    # Where nobody has imported them there are none.
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
+
+
+def local(tensor: Tensor) -> Tensor:
+    """Return what lies on this rank of a tensor: all of it, unless it is sharded."""
+    return cast(Any, tensor)._local_tensor if is_sharded(tensor) else tensor
+
+
+def local_like(tensor: Tensor, param: Tensor) -> Tensor:
+    """Return the part of `tensor` that belongs to the part of `param` on this rank, 1-D.
+
+    Args:
+        tensor: Of the shape of `param`, sharded in any way or whole.
+        param: A parameter.
+    """
+    if not is_sharded(param):
+        return tensor.reshape(-1)
+    mesh, placements = cast(Any, param).device_mesh, cast(Any, param).placements
+    if is_sharded(tensor):
+        if cast(Any, tensor).placements != placements:
+            tensor = cast(Any, tensor).redistribute(mesh, placements)
+        return local(tensor).reshape(-1)
+    from torch.distributed.tensor import distribute_tensor
+
+    # Every rank has the whole, so nothing needs to travel.
+    whole = tensor.to(mesh.device_type).view(param.shape)
+    return local(distribute_tensor(whole, mesh, placements, src_data_rank=None)).reshape(-1)
+
+
+def like(part: Tensor, param: Tensor) -> Tensor:
+    """Return the DTensor whose part on this rank is `part`, sharded as `param` is; `part` itself if that is not."""
+    if not is_sharded(param):
+        return part
+    from torch.distributed.tensor import DTensor
+
+    mesh, placements = cast(Any, param).device_mesh, cast(Any, param).placements
+    shaped = part.view(local(param).shape)
+    return DTensor.from_local(shaped, mesh, placements, run_check=False, shape=param.shape, stride=param.stride())
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """The part of a parameter on this rank.
+
+    Args:
+        start: Index of its first element within the whole parameter, flattened. Where the part is no range of it, a
+            number that leaves the indices of different parts disjoint.
+        numel: Its elements.
+        is_first: Whether no rank before this one holds the same part.
+    """
+
+    start: int
+    numel: int
+    is_first: bool
+
+
+def part_of(param: Tensor) -> Part:
+    """Return which part of a sharded parameter lies here.
+
+    Raises:
+        TypeError: If what the ranks hold is to be summed, or the mesh does not contain this rank.
+    """
+    from torch.distributed.tensor import Replicate, Shard
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    mesh, placements = cast(Any, param).device_mesh, cast(Any, param).placements
+    where = mesh.get_coordinate()
+    if where is None or any(placement.is_partial() for placement in placements):
+        raise TypeError(
+            f"a DTensor of shape {tuple(param.shape)} has placements {placements} on {mesh}, and must be sharded or "
+            "replicated there, on this rank, too: build MISA on the ranks of its mesh, after fully_shard()"
+        )
+    is_first = all(at == 0 for at, placement in zip(where, placements, strict=True) if isinstance(placement, Replicate))
+    numel = local(param).numel()
+    if all(
+        isinstance(placement, Replicate) or type(placement) is Shard and placement.dim == 0 for placement in placements
+    ):
+        _, offset = compute_local_shape_and_global_offset(param.shape, mesh, placements)
+        row = param.numel() // max(len(param), 1) if param.ndim else 1
+        return Part(offset[0] * row if param.ndim else 0, numel, is_first)
+    number = 0
+    for size, at, placement in zip(mesh.shape, where, placements, strict=True):
+        number = number if isinstance(placement, Replicate) else number * size + at
+    return Part(number * param.numel(), numel, is_first)
+
+
+class Ranks:
+    """Sums of what the ranks hold of sharded parameters.
+
+    Args:
+        group: All ranks that train together.
+    """
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        self._group = group
+        self.is_first = dist.get_rank(group) == 0
+
+    def sum(self, x: Tensor) -> Tensor:
+        """Sum a tensor over the ranks, in place and in the order of the stream; every rank gets the same bits."""
+        dist.all_reduce(x, group=self._group)
+        return x
+
+
+def ranks_of(params: Sequence[Tensor], group: dist.ProcessGroup | None) -> Ranks | None:
+    """Return the ranks that sharded parameters lie on, None if none is sharded.
+
+    Raises:
+        ValueError: If a parameter lies on other ranks than those that train together.
+    """
+    sharded = [param for param in params if is_sharded(param)]
+    if not sharded:
+        return None
+    size = 1 if group is None else dist.get_world_size(group)
+    for param in sharded:
+        if (found := cast(Any, param).device_mesh.size()) != size:
+            raise ValueError(
+                f"a DTensor of shape {tuple(param.shape)} lies on {found} ranks and must lie on all {size} that train "
+                "together: shard every parameter on one mesh, or give MISA its process_group"
+            )
+    return None if group is None else Ranks(group)
