@@ -127,8 +127,9 @@ class Slots:
             for name, vector in vectors.items():
                 if name not in own[param]:
                     raise ValueError(
-                        f"state dict has no scores ({name!r}) for a tensor of shape {shape}: it is incomplete or "
-                        "belongs to another model"
+                        f"state dict has no scores ({name!r}) for a tensor of shape {shape}: it belongs to another "
+                        "model, or went through torch's set_optimizer_state_dict, which drops what is frozen now; "
+                        "optimizer.load_state_dict takes what get_optimizer_state_dict gave"
                     )
                 if own[param][name].numel() != count:
                     raise ValueError(

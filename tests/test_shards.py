@@ -127,8 +127,11 @@ def test_fsdp2_trains_as_one_process_with_the_whole_batch(tmp_path, case):
         for (active, importance), (expected_active, expected_importance) in zip(drawn, rounds, strict=True):
             assert active == expected_active
             torch.testing.assert_close(
-                torch.from_numpy(importance), torch.from_numpy(expected_importance),
-                rtol=0.1 if low else 1e-3, atol=0, equal_nan=True,
+                torch.from_numpy(importance),
+                torch.from_numpy(expected_importance),
+                rtol=0.1 if low else 1e-3,
+                atol=0,
+                equal_nan=True,
             )
         for name, weight in expected.items():
             torch.testing.assert_close(found[name], weight, rtol=0, atol=atol)
