@@ -261,8 +261,8 @@ def check_sharded(partition: Partition, storage: Storage, release_gradients: boo
         )
     if release_gradients:
         raise ValueError(
-            f"release_gradients=True needs gradients within backward, and {sharded[0]}, being sharded, gets its own after "
-            "it: leave it out"
+            f"release_gradients=True needs gradients within backward, and {sharded[0]}, being sharded, gets it "
+            "afterwards: leave it out"
         )
     if v_floor:
         raise ValueError(f"v_floor=True is for whole tensors, and {sharded[0]} is sharded: leave it out")
