@@ -334,6 +334,6 @@ def refuse_engines(params: Sequence[Tensor]) -> None:
             continue
         raise TypeError(
             f"a parameter of shape {tuple(param.shape)} is not the model's own, {engine}, and modules cannot be told "
-            "apart in it: give MISA the unwrapped model's parameters and average the gradients with "
-            "misa_kernels.distributed.replicate(model, optimizer)"
+            "apart in it: use FSDP2, torch's fully_shard or accelerate's `fsdp_version: 2`, or, if the model fits on "
+            "one GPU, misa_kernels.distributed.replicate(model, optimizer)"
         )

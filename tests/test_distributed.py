@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import ranks
@@ -15,6 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from misa_kernels import MISA, UniformSampler, param_groups
 from misa_kernels.distributed import BUCKET_BYTES, _buckets, replicate
 
+ROOT = Path(__file__).parents[1]
 OPTIONS = {"lr": 1e-2, "delta": 0.2, "inner_steps": 5}
 
 
@@ -300,31 +305,18 @@ def test_small_gradients_travel_together_and_large_ones_alone():
     assert cut == [[100] * 5, [large.numel()], [100] * 5, [10]]
 
 
-def sharded(rank, engine):
-    model = tiny.build()
-    if engine == "FSDP2":
-        from torch.distributed.fsdp import fully_shard
+def flattened(rank, views):
+    from torch.distributed.fsdp import FullyShardedDataParallel
 
-        fully_shard(model, mesh=dist.init_device_mesh("cpu", (2,)))
-    else:
-        from torch.distributed.fsdp import FullyShardedDataParallel
-
-        model = FullyShardedDataParallel(model, use_orig_params=engine == "FSDP1, views", device_id=torch.device("cpu"))
+    model = FullyShardedDataParallel(tiny.build(), use_orig_params=views, device_id=torch.device("cpu"))
     MISA(param_groups(model), **OPTIONS)
     return "accepted"
 
 
-@pytest.mark.parametrize(
-    ("engine", "sentence"),
-    [
-        ("FSDP1", "TypeError: .*FSDP1.* has flattened it.*replicate"),
-        ("FSDP1, views", "TypeError: .*FSDP1.* has flattened it.*replicate"),
-        ("FSDP2", "TypeError: .* is a DTensor and must be a plain tensor"),
-    ],
-)
-def test_shards_are_refused(tmp_path, engine, sentence):
-    for answer in ranks.run(2, tmp_path, sharded, engine):
-        assert re.search(sentence, answer), answer
+@pytest.mark.parametrize("views", [False, True])
+def test_fsdp1_is_refused(tmp_path, views):
+    for answer in ranks.run(2, tmp_path, flattened, views):
+        assert re.search("TypeError: .*FSDP1.* has flattened it.*fully_shard", answer), answer
 
 
 def test_what_deepspeed_partitions_is_refused():
@@ -333,3 +325,26 @@ def test_what_deepspeed_partitions_is_refused():
     model.blocks[1].q.weight.ds_id = 7
     with pytest.raises(TypeError, match=r"DeepSpeed ZeRO has partitioned it.*replicate\(model"):
         MISA(param_groups(model), **OPTIONS)
+
+
+def elastic(folder, kill_at):
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--max-restarts", "1"]
+    # A port of its own, so that several tests may run at once.
+    command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", str(ROOT / "tests" / "elastic.py")]
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*command, str(folder), str(kill_at)], env=environment, capture_output=True, text=True, timeout=240
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads((folder / "losses.json").read_text())
+
+
+@pytest.mark.slow
+def test_torchrun_restarts_from_the_last_checkpoint_after_a_rank_was_killed(tmp_path):
+    (tmp_path / "whole").mkdir()
+    (tmp_path / "killed").mkdir()
+    whole = elastic(tmp_path / "whole", -1)
+    # In the middle of the third round, two steps after the second checkpoint.
+    killed = elastic(tmp_path / "killed", 10 + 1)
+    assert (whole["restarts"], whole["start"], killed["restarts"], killed["start"]) == (0, 0, 1, 8)
+    assert killed["losses"] == whole["losses"] and len(whole["losses"]) == 17

@@ -168,6 +168,32 @@ def test_clipping_writes_coefficient_and_norm(kernel, max_grad_norm):
     step.check()
 
 
+@pytest.mark.parametrize("poison", [1.0, math.inf])
+@pytest.mark.parametrize("storage", SOME_STORAGES, ids=str)
+def test_two_halves_of_a_step_are_the_whole(kernel, storage, poison):
+    """What several processes do, with a sum over all of them in between; here there is one."""
+    whole, halves = (
+        Step(kernel, mixed_rows(9, kernel.table.dtypes), groups=(HYPER, OTHER), storage=storage) for _ in "ab"
+    )
+    for factor in (1.0, poison, 1.0):
+        grads = whole.draw()
+        grads[4] *= factor
+        whole.run(grads, max_grad_norm=0.5, skip_nonfinite=True)
+        halves.run(grads, max_grad_norm=0.5, skip_nonfinite=True, total=torch.sum)
+    assert same_bits(whole.bits(), halves.bits())
+    assert torch.equal(whole.table.control, halves.table.control)
+
+
+def test_the_norm_may_come_from_several_processes(kernel):
+    step = Step(kernel, [Row(300)])
+    grads = step.draw()
+    step.run(grads, max_grad_norm=1e-3, total=lambda partials: 4 * partials.sum())
+    norm = grads[0].double().norm().item()
+    np.testing.assert_allclose(step.table.control.cpu(), [1e-3 / (2 * norm + 1e-6), 2 * norm, 0.0], rtol=1e-6)
+    # What is summed here remains that of this process, before clipping.
+    assert step.table.collect()[0, 1].item() == pytest.approx(norm**2, rel=1e-6)
+
+
 @pytest.mark.filterwarnings("ignore:invalid value encountered in divide")
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("where", [0, 4])
