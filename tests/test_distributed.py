@@ -328,10 +328,12 @@ def test_what_deepspeed_partitions_is_refused():
 
 
 def elastic(folder, kill_at):
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--max-restarts", "1"]
-    # A port of its own, so that several tests may run at once.
-    command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", str(ROOT / "tests" / "elastic.py")]
+    # Standalone takes a port of its own, so that several tests may run at once.
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += ["--max-restarts", "1", str(ROOT / "tests" / "elastic.py")]
     environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
+    # Without it gloo of torch 2.13 connects to the addresses of the processes before the restart.
+    environment["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     done = subprocess.run(
         [*command, str(folder), str(kill_at)], env=environment, capture_output=True, text=True, timeout=240
     )
