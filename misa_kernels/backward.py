@@ -63,7 +63,7 @@ class BackwardWatch:
         layers = _find(model, self._names)
         self._optimizer = weakref.ref(optimizer)
         self._layers = {number: weakref.ref(layer) for number, layer in layers.items()}
-        self._inner = [(number, weakref.ref(part)) for number, part in _parts(layers)]
+        self._inner = {number: weakref.ref(part) for number, part in _inner_parts(layers).items()}
         held = {id(layer) for layer in layers.values()}
         self._outer = [
             weakref.ref(module)
@@ -98,7 +98,7 @@ class BackwardWatch:
             if (layer := reference()) is not None:
                 hook = _Hook(self._after_layer, number)
                 self._handles.append(layer.register_forward_hook(hook, with_kwargs=True))
-        for number, reference in self._inner:
+        for number, reference in self._inner.items():
             if (part := reference()) is not None:
                 self._handles.append(part.register_forward_pre_hook(_Hook(self._before_inner, number)))
         for number, reference in enumerate(self._outer):
@@ -156,10 +156,8 @@ class BackwardWatch:
     def _enter(self, number: int, *_: object) -> None:
         if _in_backward():
             return
-        running = [outer for outer, _ in self._running]
         # An interrupt leaves entries that no hook removed.
-        if number in running:
-            del self._running[running.index(number) :]
+        self._cut(number)
         if not self._running:
             self._forget_forward()
             if not self._refresh():
@@ -203,14 +201,19 @@ class BackwardWatch:
                 cast(Any, source).register_hook(lambda grad: driven.add(number))
 
     def _leave(self, number: int, *_: object) -> None:
-        running = [outer for outer, _ in self._running]
-        if _in_backward() or number not in running:
+        if _in_backward():
             return
-        del self._running[running.index(number) :]
+        self._cut(number)
         if not self._running and self._blind and "reentrant" in self._unsaid:
             layer = self._layers[min(self._blind)]()
             if layer is not None and layer.training:
                 self._say("reentrant", self._reentrant(min(self._blind)))
+
+    def _cut(self, number: int) -> None:
+        """Take a module, and what it called, from those that are running."""
+        running = [outer for outer, _ in self._running]
+        if number in running:
+            del self._running[running.index(number) :]
 
     def _judge(self, *_: object) -> None:
         """After a step: say what was seen in it, and look again when the next round begins."""
@@ -338,11 +341,16 @@ def _renamings(model: nn.Module, names: list[str]) -> Iterator[tuple[int, str]]:
             yield len(names[0]) - len(path), ""
 
 
-def _parts(layers: dict[int, nn.Module]) -> list[tuple[int, nn.Module]]:
-    """Return what the layers call first of all: a checkpoint may lie around a layer, or inside of its call."""
-    parts = [(number, part) for number, layer in layers.items() for part in _called(layer)]
-    owners = Counter(id(part) for _, part in parts)
-    return [(number, part) for number, part in parts if owners[id(part)] == 1]
+def _inner_parts(layers: dict[int, nn.Module]) -> dict[int, nn.Module]:
+    """Return the largest module that each layer calls: what is checkpointed may be the layer or lie inside of it."""
+    parts = {number: _called(layer) for number, layer in layers.items()}
+    owners = Counter(id(part) for found in parts.values() for part in found)
+    own = {number: [part for part in found if owners[id(part)] == 1] for number, found in parts.items()}
+    return {number: max(found, key=_numel) for number, found in own.items() if found}
+
+
+def _numel(module: nn.Module) -> int:
+    return sum(param.numel() for param in module.parameters())
 
 
 def _called(module: nn.Module) -> list[nn.Module]:
