@@ -202,8 +202,14 @@ def measure_peers(
     for number in range(repeats):
         for name in list(ready)[:: -1 if number % 2 else 1]:
             step, taken = ready[name][0], samples[name]
-            device_us, late = timer.device_us(step)
-            host_us, wall_us = timer.wall_us(step)
+            try:
+                device_us, late = timer.device_us(step)
+                host_us, wall_us = timer.wall_us(step)
+            except torch.OutOfMemoryError as error:
+                # What a step needs for itself, the peers built after its warm-up may have taken.
+                results[name] = failure(error)
+                del ready[name]
+                continue
             taken.device_us.append(device_us)
             taken.host_us.append(host_us)
             taken.wall_us.append(wall_us)
@@ -251,7 +257,7 @@ def prepare(
             ready[name] = step, weights, optimizer
         # Whatever one peer fails at, the numbers of the others are kept; the record shows the failure.
         except Exception as error:
-            errors[name] = {"error": f"{type(error).__name__}: {error}".splitlines()[0]}
+            errors[name] = failure(error)
         weights = optimizer = step = None
         if name in errors:
             # Here, where no traceback holds on to the tensors any more.
@@ -261,6 +267,11 @@ def prepare(
             if timer.cuda:
                 torch.cuda.empty_cache()
     return ready, errors
+
+
+def failure(error: Exception) -> dict[str, Any]:
+    """Return what the record says of a peer that failed."""
+    return {"error": f"{type(error).__name__}: {error}".splitlines()[0]}
 
 
 def random(case: Case, dtype: torch.dtype, generator: torch.Generator) -> list[Tensor]:

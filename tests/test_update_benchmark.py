@@ -12,7 +12,7 @@ import time
 import pytest
 import torch
 
-from benchmarks import goals, gpu, nvidia, update
+from benchmarks import goals, gpu, nvidia, steps, update
 from benchmarks.peers import BF16, FORMATS, PEERS, check_compressible
 
 MEMCHECK = "...\n6 passed in 40.1s\n========= ERROR SUMMARY: {} errors\n"
@@ -169,6 +169,21 @@ def test_a_peer_without_memory_is_left_out_and_the_others_stay():
     assert case["peers"]["fp32 fused+clip"]["device_us"]["median"] > 0
 
 
+def test_a_step_that_finds_no_memory_once_all_peers_are_there_is_left_out_alone():
+    class Late(torch.optim.SGD):
+        steps = 0
+
+        def step(self):
+            self.steps += 1
+            if self.steps > update.WARM_UP:
+                raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate")
+
+    peers = {"late": update.Peer(torch.float32, 8, Late), "fp32 fused": PEERS["fp32 fused"]}
+    (case,) = update.measure([update.Case(600, 2)], torch.device("cpu"), math.inf, 2, peers)
+    assert case["peers"]["late"] == {"error": "OutOfMemoryError: CUDA out of memory."}
+    assert case["peers"]["fp32 fused"]["device_us"]["median"] > 0
+
+
 def test_every_gpu_case_has_about_its_elements():
     for case in update.CASES["cuda"]:
         assert 0.99 * case.elements < case.numel() <= case.elements
@@ -263,6 +278,12 @@ def test_sanitizer_output(code, output, ok, found):
 def test_a_sanitizer_that_cannot_look_is_absent(code, output):
     result = nvidia.judge(code, output)
     assert result["ok"] is True and "compute-sanitizer" in result["absent"]
+
+
+@pytest.mark.parametrize("peer, counted", [("bf16 misa", 28), ("bf16 misa int8", 10.125), ("bf16 fused", 14)])
+def test_the_profiled_run_counts_the_bytes_of_its_peer(peer, counted, capsys):
+    assert steps.main(["profile", "--device", "cpu", "--peer", peer]) == 0
+    assert json.loads(capsys.readouterr().out) == {"counted_bytes": counted * 60 * 64}
 
 
 def test_missing_tools_are_said_in_a_sentence(monkeypatch):
