@@ -17,9 +17,10 @@ import torch
 
 from examples import resumable
 
-# Importing torch takes seconds on a busy machine: one process does it, and its forks are killed.
+# Importing torch, and the part of it that the first optimizer imports, takes five seconds of computing: one process does
+# it, and its forks are killed.
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["__main__", "examples.resumable"])
+CONTEXT.set_forkserver_preload(["torch._dynamo", "examples.resumable"])
 
 
 class Life(NamedTuple):
