@@ -18,11 +18,13 @@ from misa_kernels.active import ActiveSet
 from misa_kernels.coverage import LONGEST_ROUND, Coverage, round_length
 from misa_kernels.monitor import Monitor
 from misa_kernels.partition import Module, partition
+from misa_kernels.recompiles import Recompiles
 from misa_kernels.sampler import (
     Candidates,
     Draw,
     ImportanceSampler,
     Sampler,
+    admissible,
     costliest,
     fold,
     scores,
@@ -177,6 +179,7 @@ class MISA(torch.optim.Optimizer):
         )
         self.inner_steps = self._resolve_inner_steps(inner_steps, total_steps)
         self.monitor = Monitor(self._partition)
+        self._recompiles = Recompiles(self._candidates.layer, getattr(self.sampler, "max_per_layer", None))
         self._round = self._round_step = self._skipped_steps = 0
         self._released = self._idle_before = False
         draw = self._draw()
@@ -212,8 +215,9 @@ class MISA(torch.optim.Optimizer):
     def _modules_a_round(self) -> float:
         numel = self._candidates.numel
         fitting = self._partition.budget / float(numel.mean())
+        most = admissible(self._candidates.layer, getattr(self.sampler, "max_per_layer", None))
         # Where all are of one size, as layers mostly are, a part of one does not fit.
-        return min(max(fitting if numel.min() < numel.max() else math.floor(fitting), 1.0), len(self.modules))
+        return min(max(fitting if numel.min() < numel.max() else math.floor(fitting), 1.0), most)
 
     def coverage(self, total_steps: int) -> Coverage:
         """Return how often a run visits each module on average, and advice where that is less than three times.
@@ -323,6 +327,7 @@ class MISA(torch.optim.Optimizer):
             self._warn_of_idle_round()
         self._skipped_steps += skipped
         self._round += 1
+        self._recompiles.check(self._round)
         self._round_step = 0
         draw = self._draw()
         self._activate(draw.active)
@@ -401,9 +406,9 @@ class MISA(torch.optim.Optimizer):
         if self._trained.steps or self._released:
             raise RuntimeError("rehearse() came after the first step(): call it right after construction")
         width = np.array([module.width for module in self.modules])
-        window = getattr(self.sampler, "depth_window", None)
+        window, quota = (getattr(self.sampler, name, None) for name in ("depth_window", "max_per_layer"))
         self._candidates.last_round[:] = -1
-        self._activate(costliest(self._candidates, width, self._partition.budget, window))
+        self._activate(costliest(self._candidates, width, self._partition.budget, window, quota))
         self.monitor.rounds.clear()
         self._record(self._draw())
 

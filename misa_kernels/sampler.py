@@ -146,8 +146,9 @@ class ImportanceSampler:
         score[unscored] = 0.0 if unscored.all() else score[~unscored].mean()
         score = score[eligible]
         if self.eta == "auto":
-            fitting = capacity(candidates.numel[eligible], candidates.layer[eligible], budget, self.max_per_layer)
-            return _log_probability_at(self.perplexity * fitting, score)
+            fitting = budget / float(candidates.numel[eligible].mean())
+            most = admissible(candidates.layer[eligible], self.max_per_layer)
+            return _log_probability_at(self.perplexity * min(max(fitting, 1.0), most), score)
         clip = math.inf if self.exponent_clip is None else self.exponent_clip
         return _log_softmax(np.minimum(self.eta * score, clip)), float(self.eta)
 
@@ -223,19 +224,11 @@ def scores(candidates: Candidates, beta: float, norm: str) -> Floats:
     return s * s if norm == "norm" else s
 
 
-def capacity(numel: Ints, layer: Ints, budget: int, max_per_layer: int | None) -> float:
-    """Return K, how many of these candidates a round has room for on average: at least 1, at most what is admissible.
-
-    Args:
-        numel: int64[E], parameters of each candidate.
-        layer: int64[E], the layer it lies in.
-        budget: Upper bound on the parameters of the active set.
-        max_per_layer: The sampler's.
-    """
-    most = numel.size
-    if max_per_layer is not None:
-        most = int(np.minimum(np.unique(layer, return_counts=True)[1], max_per_layer).sum())
-    return min(max(budget / float(numel.mean()), 1.0), most)
+def admissible(layer: Ints, max_per_layer: int | None) -> int:
+    """Return how many of the candidates in these layers, int64[E], the quota lets in at a time."""
+    if max_per_layer is None:
+        return layer.size
+    return int(np.minimum(np.unique(layer, return_counts=True)[1], max_per_layer).sum())
 
 
 def fold(candidates: Candidates, which: Ints, mean_score: Floats, applied: Bools, beta: float) -> int:
@@ -474,6 +467,6 @@ def _check_options(sampler: Sampler) -> None:
     quota = getattr(sampler, "max_per_layer", None)
     if quota is not None and sampler.granularity == "layer":
         raise ValueError(
-            f"max_per_layer={quota!r} must be None with granularity='layer', whose candidates are whole layers: leave it "
-            "out, or draw modules with granularity='module'"
+            f"max_per_layer={quota!r} must be None with granularity='layer', whose candidates are whole layers: leave "
+            "it out, or draw modules with granularity='module'"
         )
