@@ -128,10 +128,16 @@ def test_torchao_updates_in_the_bits_it_is_named_for():
     assert all(peer["device_us"]["median"] > 0 for peer in measured(TORCHAO).values())
 
 
-@pytest.mark.parametrize("name", ["bf16 bnb 8bit", "bf16 torchao 8bit"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param("bf16 bnb 8bit", marks=needs("bitsandbytes")),
+        # Its import takes seconds.
+        pytest.param("bf16 torchao 8bit", marks=[needs("torchao"), pytest.mark.slow]),
+    ],
+)
 def test_tensors_that_a_package_would_not_compress_are_an_error(name):
     """And no time of what it does instead."""
-    pytest.importorskip({"bnb": "bitsandbytes"}.get(name.split()[1], name.split()[1]))
     (case,) = update.measure([update.Case(6000, 7)], torch.device("cpu"), math.inf, 1, {name: FORMATS[name]})
     assert case["peers"][name]["error"].startswith("ValueError: a tensor has 832 elements, which must be 4096 or more")
 
