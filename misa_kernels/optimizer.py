@@ -520,6 +520,9 @@ def _complete(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> N
     assert isinstance(optimizer, MISA)
     optimizer._trained.collect()
     state_dict["state"] = checkpoint.detach(state_dict["state"])
+    for group in state_dict["param_groups"]:
+        # A scheduler writes to an lr that is a tensor.
+        group.update({name: value.detach().clone() for name, value in group.items() if isinstance(value, Tensor)})
     for param, name in optimizer._trained.fresh():
         state_dict["state"][param].pop(name, None)
     position = (
