@@ -17,8 +17,8 @@ import torch
 
 from examples import resumable
 
-# Importing torch, and the part of it that the first optimizer imports, takes five seconds of computing: one process does
-# it, and its forks are killed.
+# Importing torch, and the part of it that the first optimizer imports, takes five seconds of computing: one process
+# does it, and its forks are killed.
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["torch._dynamo", "examples.resumable"])
 
