@@ -115,6 +115,20 @@ def test_bitsandbytes_updates_in_the_bits_it_is_named_for():
 
 
 @pytest.mark.slow
+@needs("bitsandbytes")
+@needs("torchao")
+def test_formats_stage_measures_every_format(tmp_path):
+    assert gpu.main(["--stage", "formats", "--device", "cpu", "--out", str(tmp_path)]) == 0
+    content = json.loads((tmp_path / "formats.json").read_text())
+    (case,) = content["cases"]
+    assert content["stage"] == "formats" and list(case["peers"]) == list(FORMATS)
+    # FlashOptim needs a GPU, and optimi is not among what is installed for development.
+    failed = {name for name, peer in case["peers"].items() if "error" in peer}
+    assert {name.split()[1] for name in failed} <= {"flashoptim", "optimi"}
+    assert set(content["launches"]) == set(FORMATS) - failed
+
+
+@pytest.mark.slow
 @needs("torchao")
 def test_torchao_updates_in_the_bits_it_is_named_for():
     (case,) = update.FORMAT_CASES["cpu"]
@@ -295,16 +309,16 @@ def test_the_profiled_run_counts_the_bytes_of_its_peer(peer, counted, capsys):
 def test_missing_tools_are_said_in_a_sentence(monkeypatch):
     monkeypatch.setattr(nvidia, "find", lambda tool: None)
     assert nvidia.sanitize("memcheck", math.inf)["absent"].startswith("compute-sanitizer is neither")
-    assert nvidia.dram_bytes(math.inf)["absent"].startswith("ncu is neither")
+    assert nvidia.dram_bytes(math.inf, "bf16 misa")["absent"].startswith("ncu is neither")
 
 
 def test_ncu_output(monkeypatch):
     monkeypatch.setattr(nvidia, "find", lambda tool: "/usr/bin/ncu")
     monkeypatch.setattr(nvidia, "run", lambda command, deadline: (0, NCU))
-    expected = {"read_bytes": 1.0738e9, "written_bytes": 8.2e8, "counted_bytes": 1879067392}
-    assert nvidia.dram_bytes(math.inf) == expected
+    expected = {"peer": "bf16 misa", "read_bytes": 1.0738e9, "written_bytes": 8.2e8, "counted_bytes": 1879067392}
+    assert nvidia.dram_bytes(math.inf, "bf16 misa") == expected
     monkeypatch.setattr(nvidia, "run", lambda command, deadline: (9, "==ERROR== LibraryNotLoaded"))
-    assert "LibraryNotLoaded" in nvidia.dram_bytes(math.inf)["absent"]
+    assert "LibraryNotLoaded" in nvidia.dram_bytes(math.inf, "bf16 misa")["absent"]
 
 
 def test_a_tool_is_stopped_with_what_it_started():
