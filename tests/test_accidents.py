@@ -14,14 +14,15 @@ from lives import Life
 
 from examples import resumable
 
-STEPS, EVERY = 12, 2
+# A round and a half, with the switch in between.
+STEPS = 8
 KILLED = -signal.SIGKILL
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[int, str], Path]:
     """The losses and the folder of the uninterrupted run."""
-    return uninterrupted(tmp_path_factory.mktemp("whole"), STEPS, EVERY)
+    return uninterrupted(tmp_path_factory.mktemp("whole"), STEPS, STEPS)
 
 
 def uninterrupted(folder: Path, steps: int, every: int) -> tuple[dict[int, str], Path]:
@@ -58,42 +59,42 @@ def assert_same_end(whole: Path, killed: Path) -> None:
 
 
 def test_random_kills(whole: tuple[dict[int, str], Path], tmp_path: Path) -> None:
-    hit, _ = lives.random_kills(tmp_path, STEPS, EVERY, 3, 0, checker(whole[0], tmp_path, EVERY))
+    hit, _ = lives.random_kills(tmp_path, STEPS, 2, 3, 0, checker(whole[0], tmp_path, 2))
     assert hit == 3
     assert_same_end(whole[1], tmp_path)
 
 
 def test_each_moment_of_the_write(whole: tuple[dict[int, str], Path], tmp_path: Path) -> None:
-    check = checker(whole[0], tmp_path, EVERY)
+    check = checker(whole[0], tmp_path, 1)
     begun = []
     for moment in lives.MOMENTS:
         # The second write of a life, so that there is an older checkpoint to lose.
-        life = lives.run(tmp_path, STEPS, EVERY, moment=moment, write=1)
+        life = lives.run(tmp_path, STEPS, 1, moment=moment, write=1)
         check(life)
         assert life.exitcode == KILLED
         begun.append(life.begun_after)
         assert (tmp_path / "checkpoint.pt.partial").exists() == (moment != "after the replacement")
     # Three lives wrote one checkpoint and died in the next; the last one died after its second was in place.
-    assert begun == [0, 2, 4, 6]
-    end = lives.run(tmp_path, STEPS, EVERY)
+    assert begun == [0, 1, 2, 3]
+    end = lives.run(tmp_path, STEPS, 1)
     check(end)
-    assert end.begun_after == 10 and end.exitcode == 0
+    assert end.begun_after == 5 and end.exitcode == 0
     assert_same_end(whole[1], tmp_path)
 
 
 def test_kill_between_checkpoint_and_weights(whole: tuple[dict[int, str], Path], tmp_path: Path) -> None:
-    check = checker(whole[0], tmp_path, EVERY)
-    check(lives.run(tmp_path, STEPS, EVERY, moment="half of it written", write=STEPS // EVERY))
-    end = lives.run(tmp_path, STEPS, EVERY)
+    check = checker(whole[0], tmp_path, STEPS)
+    check(lives.run(tmp_path, STEPS, STEPS, moment="half of it written", write=1))
+    end = lives.run(tmp_path, STEPS, STEPS)
     check(end)
     assert end.losses == [] and end.begun_after == STEPS
     assert_same_end(whole[1], tmp_path)
 
 
 def test_a_checkpoint_written_in_place_is_caught(whole: tuple[dict[int, str], Path], tmp_path: Path) -> None:
-    check = checker(whole[0], tmp_path, EVERY)
+    check = checker(whole[0], tmp_path, 1)
     with pytest.raises((AssertionError, RuntimeError, EOFError)):
-        check(lives.run(tmp_path, STEPS, EVERY, moment="half of it written", write=1, in_place=True))
+        check(lives.run(tmp_path, STEPS, 1, moment="half of it written", write=1, in_place=True))
 
 
 def test_what_reaches_the_disk_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
