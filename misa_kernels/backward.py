@@ -241,7 +241,7 @@ class BackwardWatch:
             self._once_recomputed.clear()
             self._once_kept.clear()
             return set()
-        kept = self._kept - self._recomputed - self._trainable
+        kept = self._kept - self._trainable
         seen_both_ways = (kept & self._once_recomputed) | (self._recomputed & self._once_kept)
         self._once_recomputed |= self._recomputed
         self._once_kept |= kept
