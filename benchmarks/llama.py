@@ -36,8 +36,8 @@ class Shape:
 
 SHAPES = {
     "tiny": Shape(vocab=256, hidden=32, intermediate=88, layers=4, heads=4, kv_heads=2),
-    # A sixteenth of Llama 3 8B in every width, so that every matrix, and every activation of a sixteenth as many tokens,
-    # takes a 256th of the bytes.
+    # A sixteenth of Llama 3 8B in every width: every matrix, and every activation of a sixteenth as many tokens, takes
+    # a 256th of the bytes.
     "8b/256": Shape(vocab=8016, hidden=256, intermediate=896, layers=32, heads=8, kv_heads=2, rope_base=500_000.0),
     # The model of the pre-training experiments.
     "130m": Shape(vocab=32_000, hidden=768, intermediate=2048, layers=12, heads=12, kv_heads=12),
