@@ -19,7 +19,7 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c c
 SOURCES := misa_kernels benchmarks examples tests setup.py
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test slow lint format bench native gpu clean
+.PHONY: help demo test slow lint format bench native gpu wheels clean
 
 help:  ## print this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' Makefile
@@ -56,8 +56,11 @@ native:  ## build the native libraries into misa_kernels/, without .venv, networ
 	cmake --build build/native --parallel
 
 # No environment, no network: the machine's own Python and torch, this checkout on the path.
-gpu:  ## STAGE=smoke: GPU tests; test: with sanitizers; bench: the step; e2e: whole iterations; all; OUT=folder for JSON
+gpu:  ## STAGE=smoke: GPU tests; test: sanitizers; bench, formats: the step; e2e: iterations; all; OUT=folder for JSON
 	PYTHONPATH=. $(PYTHON) -m benchmarks.gpu --stage $(STAGE) --out $(OUT) $(ARGS)
+
+wheels:  ## what STAGE=formats compares with, into out/peers, for a GPU machine without network
+	$(PYTHON) -m benchmarks.wheels
 
 clean:  ## remove the environment, builds and caches
 	rm -rf $(VENV) build dist out *.egg-info .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache

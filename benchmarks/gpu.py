@@ -3,20 +3,23 @@
 python -m benchmarks.gpu --stage smoke --out DIR    the tests marked gpu
 python -m benchmarks.gpu --stage test --out DIR     those tests, then a few of them under compute-sanitizer
 python -m benchmarks.gpu --stage bench --out DIR    the tests of the step, then its time beside torch's AdamW
+python -m benchmarks.gpu --stage formats --out DIR  the same of compressed moments, beside other packages' AdamWs
 python -m benchmarks.gpu --stage e2e --out DIR      the tests marked gpu, then tokens per second of training
-python -m benchmarks.gpu --stage all --out DIR      test, bench and e2e, each within its own time limit
+python -m benchmarks.gpu --stage all --out DIR      test, bench, formats and e2e, each within its own time limit
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import importlib.util
+import os
 import subprocess
 import sys
 import tempfile
 import time
 import xml.etree.ElementTree as ElementTree
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +96,10 @@ def run_gpu_tests(deadline: float, paths: Sequence[str] = ()) -> dict[str, Any]:
         command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", *paths, f"--junitxml={report}"]
         # Neither a plugin's benchmarks nor a cache in the checkout belongs here; both options do without it.
         command += ["-p", "no:benchmark", "-p", "no:cacheprovider"]
+        workers = min((os.cpu_count() or 1) // 2, 8)
+        if workers > 1 and importlib.util.find_spec("xdist"):
+            # Triton compiles some 200 variants, each on one core for a second and more.
+            command += ["-n", str(workers)]
         try:
             code = subprocess.run(command, cwd=record.ROOT, timeout=deadline - started).returncode
         except subprocess.TimeoutExpired:
@@ -139,27 +146,54 @@ def bench(args: argparse.Namespace, device: torch.device, deadline: float) -> in
     On a GPU the step's tests must pass first: no number is reported of an optimizer that is wrong there.
     """
     # Not at the top, for the same reason as in `e2e`.
-    from benchmarks import goals, steps
-    from benchmarks.update import CASES, REPEATS, launches, measure
+    from benchmarks import peers, update
 
-    content = record.environment(device) | {"stage": "bench", "cases": []}
+    return time_steps("bench", args, device, deadline, update.CASES[device.type], peers.PEERS, "bf16 misa")
+
+
+def formats(args: argparse.Namespace, device: torch.device, deadline: float) -> int:
+    """Time the step with compressed moments beside the optimizers of other packages and write formats.json.
+
+    What `make wheels` has put into out/peers is found there; packages that the machine has itself go first.
+    """
+    from benchmarks import peers, update, wheels
+
+    sys.path.append(str(wheels.FOLDER))
+    cases = update.FORMAT_CASES[device.type]
+    return time_steps("formats", args, device, deadline, cases, peers.FORMATS, "bf16 misa int8")
+
+
+def time_steps(
+    stage: str,
+    args: argparse.Namespace,
+    device: torch.device,
+    deadline: float,
+    cases: Sequence[Any],
+    peers: Mapping[str, Any],
+    profiled: str,
+) -> int:
+    """Time the peers in the cases after the step's tests, count the bytes of the profiled one, write STAGE.json."""
+    from benchmarks import goals, steps
+    from benchmarks.update import REPEATS, launches, measure
+
+    content = record.environment(device) | {"stage": stage, "cases": []}
     if device.type == "cuda":
         content["tests"] = run_gpu_tests(deadline, STEP_TESTS)
         if not content["tests"]["ok"]:
-            print(f"no timings: the step's tests must pass first; {record.write(args.out, 'bench', content)}")
+            print(f"no timings: the step's tests must pass first; {record.write(args.out, stage, content)}")
             return 1
     content["cold"] = steps.cold(device, deadline)
-    for case in measure(CASES[device.type], device, deadline, REPEATS[device.type]):
+    for case in measure(cases, device, deadline, REPEATS[device.type], peers):
         content["cases"].append(case)
-        path = record.write(args.out, "bench", content)
-    content["launches"] = launches(CASES[device.type][0], device) if time.monotonic() < deadline else {}
+        path = record.write(args.out, stage, content)
+    content["launches"] = launches(cases[0], device, peers) if time.monotonic() < deadline else {}
     # On a CPU there is no device memory to count.
-    content["dram"] = {"absent": "no CUDA device"} if device.type == "cpu" else nvidia.dram_bytes(deadline)
+    content["dram"] = {"absent": "no CUDA device"} if device.type == "cpu" else nvidia.dram_bytes(deadline, profiled)
     content["goals"] = goals.goals(content)
-    path = record.write(args.out, "bench", content)
+    path = record.write(args.out, stage, content)
     print(goals.table(content["cases"]))
-    counts = ", ".join(f"{name} {counts['kernel']}" for name, counts in content["launches"].items())
-    print(f"kernel launches of a step, {CASES[device.type][0]}: {counts or 'left out at the time limit'}")
+    counts = goals.launched(content["launches"])
+    print(f"kernel launches of a step, {cases[0]}: {counts or 'left out at the time limit'}")
     print(goals.verdict(content["goals"]))
     for name in ("cold", "dram"):
         if "absent" in content[name]:
@@ -178,8 +212,8 @@ def bench(args: argparse.Namespace, device: torch.device, deadline: float) -> in
 
 
 def everything(args: argparse.Namespace, device: torch.device, deadline: float) -> int:
-    """Run test, bench and e2e in turn, each with the whole time limit."""
-    return max(stage(args, device, time.monotonic() + args.time_limit) for stage in (test, bench, e2e))
+    """Run test, bench, formats and e2e in turn, each with the whole time limit."""
+    return max(stage(args, device, time.monotonic() + args.time_limit) for stage in (test, bench, formats, e2e))
 
 
 def e2e(args: argparse.Namespace, device: torch.device, deadline: float) -> int:
@@ -214,7 +248,7 @@ def e2e(args: argparse.Namespace, device: torch.device, deadline: float) -> int:
     return 1 if any("error" in peer for peer in ours) else 0
 
 
-STAGES = {"smoke": smoke, "test": test, "bench": bench, "e2e": e2e, "all": everything}
+STAGES = {"smoke": smoke, "test": test, "bench": bench, "formats": formats, "e2e": e2e, "all": everything}
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -13,9 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from examples.chunked_loss import chunked_cross_entropy
+
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-# Rows of the vocabulary's logits held at a time: 4096 tokens of the 8B model would need 2.1 GB in float32.
-LOSS_CHUNK = 1024
+# Tokens whose logits are held at a time: of the 8B model 4096 would need 2.1 GB in float32, and twice that in backward.
+LOSS_CHUNK = 256
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,9 @@ class Shape:
 
 SHAPES = {
     "tiny": Shape(vocab=256, hidden=32, intermediate=88, layers=4, heads=4, kv_heads=2),
+    # A sixteenth of Llama 3 8B in every width: every matrix, and every activation of a sixteenth as many tokens, takes
+    # a 256th of the bytes.
+    "8b/256": Shape(vocab=8016, hidden=256, intermediate=896, layers=32, heads=8, kv_heads=2, rope_base=500_000.0),
     # The model of the pre-training experiments.
     "130m": Shape(vocab=32_000, hidden=768, intermediate=2048, layers=12, heads=12, kv_heads=12),
     # Llama 3.2 1B.
@@ -48,6 +53,7 @@ class Llama(nn.Module):
 
     Attributes:
         backward_depth: Number of layers that the backward pass of the last forward runs through.
+        loss_chunk: Tokens whose logits are held at a time.
     """
 
     def __init__(self, shape: Shape, checkpointing: bool = False) -> None:
@@ -55,6 +61,7 @@ class Llama(nn.Module):
         self.shape = shape
         self.checkpointing = checkpointing
         self.backward_depth = 0
+        self.loss_chunk = LOSS_CHUNK
         self.embed_tokens = nn.Embedding(shape.vocab, shape.hidden)
         self.layers = nn.ModuleList(Layer(shape) for _ in range(shape.layers))
         self.norm = nn.RMSNorm(shape.hidden, eps=1e-5)
@@ -80,15 +87,7 @@ class Llama(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         """Return the mean loss, 0-dim float32, of predicting tokens[:, 1:] of shape (batch, sequence)."""
         hidden = self.hidden_states(tokens)[:, :-1].flatten(0, 1)
-        targets = tokens[:, 1:].flatten()
-        total = hidden.new_zeros((), dtype=torch.float32)
-        for part, target in zip(hidden.split(LOSS_CHUNK), targets.split(LOSS_CHUNK), strict=True):
-            total = total + call(self.summed_loss, part, target, checkpointed=True)
-        return total / targets.numel()
-
-    def summed_loss(self, hidden: Tensor, targets: Tensor) -> Tensor:
-        """Return the summed cross-entropy of (n, hidden) states against n targets, in float32."""
-        return F.cross_entropy(self.lm_head(hidden).float(), targets, reduction="sum")
+        return chunked_cross_entropy(hidden, self.lm_head.weight, tokens[:, 1:].flatten(), self.loss_chunk)
 
 
 class Layer(nn.Module):
@@ -146,8 +145,9 @@ class MLP(nn.Module):
 def call(function: Callable[..., Tensor], *inputs: Tensor, checkpointed: bool) -> Tensor:
     """Call, and when `checkpointed` keep the inputs alone for the backward pass, not the activations."""
     if checkpointed:
-        # The re-entrant kind yields no gradients when the inputs ask for none, as below the active set.
-        return checkpoint(function, *inputs, use_reentrant=False)
+        # The re-entrant kind yields no gradients when the inputs ask for none, as below the active set. Nothing here is
+        # random, so that no generator state need be kept for each call.
+        return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
     return function(*inputs)
 
 

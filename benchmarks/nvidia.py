@@ -93,8 +93,8 @@ def judge(code: int | None, output: str) -> dict[str, Any]:
     return result if result["ok"] else result | {"exit_code": code, "tail": tail}
 
 
-def dram_bytes(deadline: float) -> dict[str, Any]:
-    """Return the bytes that one step of 64M elements read and wrote in device memory, and those counted."""
+def dram_bytes(deadline: float, peer: str) -> dict[str, Any]:
+    """Return the bytes that one step of 64M elements by `peer` read and wrote in device memory, and those counted."""
     program = find("ncu")
     if program is None:
         return {"absent": "ncu is neither on PATH nor in the CUDA folder"}
@@ -102,7 +102,7 @@ def dram_bytes(deadline: float) -> dict[str, Any]:
     command = [program, "--clock-control", "none", "--csv", "--print-units", "base"]
     command += ["--metrics", ",".join(DRAM_METRICS)]
     command += ["--kernel-name", "step_kernel", "--launch-skip", "2", "--launch-count", "1"]
-    command += [sys.executable, "-m", "benchmarks.steps", "profile"]
+    command += [sys.executable, "-m", "benchmarks.steps", "profile", "--peer", peer]
     code, output = run(command, deadline)
     if code is None:
         return {"absent": "ncu did not end within the time limit"}
@@ -111,7 +111,7 @@ def dram_bytes(deadline: float) -> dict[str, Any]:
     if code or not counted or set(DRAM_METRICS) - metrics.keys():
         return {"absent": f"ncu gave no counters (exit code {code}): {output[-500:]}"}
     read, written = (metrics[name] for name in DRAM_METRICS)
-    return {"read_bytes": read, "written_bytes": written, "counted_bytes": int(counted[1])}
+    return {"peer": peer, "read_bytes": read, "written_bytes": written, "counted_bytes": int(counted[1])}
 
 
 def read_metrics(output: str) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""What is compared in the update benchmark: MISA's step and torch's AdamW, each with and without norm and clipping."""
+"""What is compared in the update benchmarks: MISA's step, torch's AdamW, and other packages' compressed AdamWs."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ from misa_kernels import MISA
 FP32, BF16 = torch.float32, torch.bfloat16
 LR = 1e-4
 MAX_NORM = 1.0
+# Bitsandbytes and torchao keep the moments of smaller tensors as they are.
+SMALLEST_COMPRESSED = 4096
 
 
 def misa(weights: list[Tensor], backend: str = "triton", **options: Any) -> MISA:
@@ -61,6 +63,73 @@ def foreach(weights: list[Tensor]) -> torch.optim.Optimizer:
     return torch.optim.AdamW(weights, lr=LR, foreach=True)
 
 
+def misa_stored(state_dtype: str, param_precision: str = "stochastic") -> Callable[[list[Tensor]], MISA]:
+    """MISA with moments stored so; on a CPU in the C++ library where that knows the format."""
+
+    def make(weights: list[Tensor]) -> MISA:
+        backend = "triton" if weights[0].is_cuda else "auto"
+        return misa(weights, backend, state_dtype=state_dtype, param_precision=param_precision)
+
+    return make
+
+
+def bitsandbytes(bits: int) -> Callable[[list[Tensor]], torch.optim.Optimizer]:
+    """Bitsandbytes' AdamW, a launch and a wait for the device a tensor."""
+
+    def make(weights: list[Tensor]) -> torch.optim.Optimizer:
+        from bitsandbytes.optim import AdamW8bit, AdamW32bit
+
+        if bits == 8:
+            check_compressible(weights, 1)
+        return (AdamW8bit if bits == 8 else AdamW32bit)(weights, lr=LR)
+
+    return make
+
+
+def torchao(name: str, block: int) -> Callable[[list[Tensor]], torch.optim.Optimizer]:
+    """One of torchao's AdamWs, a function that it compiles at the first step for each shape of tensors."""
+
+    def make(weights: list[Tensor]) -> torch.optim.Optimizer:
+        import torchao.optim
+
+        check_compressible(weights, block)
+        return getattr(torchao.optim, name)(weights, lr=LR, block_size=block)
+
+    return make
+
+
+def check_compressible(weights: list[Tensor], block: int) -> None:
+    """Raise where a package would keep moments as they are, and the times would be those of another format.
+
+    Raises:
+        ValueError: For a tensor that is too small, or not a whole number of blocks.
+    """
+    for weight in weights:
+        if weight.numel() < SMALLEST_COMPRESSED or weight.numel() % block:
+            raise ValueError(
+                f"a tensor has {weight.numel()} elements, which must be {SMALLEST_COMPRESSED} or more and a multiple "
+                f"of {block}: the moments of others stay uncompressed"
+            )
+
+
+def flashoptim(master_weight_bits: int | None) -> Callable[[list[Tensor]], torch.optim.Optimizer]:
+    """FlashOptim's AdamW of 8-bit moments; 24 bits are a bfloat16 weight and 8 bits of correction."""
+
+    def make(weights: list[Tensor]) -> torch.optim.Optimizer:
+        from flashoptim import FlashAdamW
+
+        return FlashAdamW(weights, lr=LR, master_weight_bits=master_weight_bits)
+
+    return make
+
+
+def optimi(weights: list[Tensor]) -> torch.optim.Optimizer:
+    """Optimi's AdamW on Triton: moments and Kahan's correction in the weights' bfloat16."""
+    from optimi import AdamW
+
+    return AdamW(weights, lr=LR, betas=(0.9, 0.999), eps=1e-8, triton=weights[0].is_cuda)
+
+
 class Masters:
     """Mixed precision as it is done without a kernel of one's own: fp32 copies, fused AdamW, and back."""
 
@@ -102,7 +171,7 @@ class Peer:
     """
 
     dtype: torch.dtype
-    moved_bytes: int
+    moved_bytes: float
     make: Callable[[list[Tensor]], Any]
     before: Callable[[list[Tensor]], None] | None = None
 
@@ -131,4 +200,29 @@ PEERS = {
     "bf16 round end": Peer(BF16, 0, misa_round_end),
     "fp32 foreach": Peer(FP32, 80, foreach),
     "bf16 foreach": Peer(BF16, 40, foreach),
+}
+
+
+# bfloat16 weights with moments below float32, in the order of their worth. MISA takes ‖g‖² in the same pass and rounds
+# weights stochastically; the others round to nearest and have no norms. Of the bytes, weight and gradient are 6, and
+# the rest is the state twice: codes, and float32 scales for 128 elements (two in fp8; for 256 in bitsandbytes and
+# torchao's 8 bits), float16 ones for 32 in flashoptim. Those of packages are the fewest that any kernels could move.
+FORMATS = {
+    "bf16 misa int8": Peer(BF16, 10.125, misa_stored("int8")),
+    "bf16 bnb 8bit": Peer(BF16, 10.0625, bitsandbytes(8)),
+    "bf16 torchao 8bit": Peer(BF16, 10.0625, torchao("AdamW8bit", 256)),
+    "bf16 misa fp8": Peer(BF16, 10.25, misa_stored("fp8")),
+    "bf16 misa int8+int4": Peer(BF16, 9.125, misa_stored("int8+int4")),
+    "bf16 misa bf16": Peer(BF16, 14, misa_stored("bf16")),
+    "bf16 misa stochastic": Peer(BF16, 22, misa_stored("fp32")),
+    # A copy is read and written and the weight written alone, or the 16 missing bits read and written.
+    "bf16 misa int8 split": Peer(BF16, 14.125, misa_stored("int8", "split")),
+    "bf16 misa int8 master": Peer(BF16, 16.125, misa_stored("int8", "master")),
+    "bf16 flashoptim": Peer(BF16, 12.25, flashoptim(24)),
+    "bf16 flashoptim 16bit": Peer(BF16, 10.25, flashoptim(None)),
+    "bf16 fused": PEERS["bf16 fused"],
+    "bf16 optimi": Peer(BF16, 18, optimi),
+    "bf16 bnb 32bit": Peer(BF16, 22, bitsandbytes(32)),
+    "bf16 torchao fp8": Peer(BF16, 10.0625, torchao("AdamWFp8", 256)),
+    "bf16 torchao 4bit": Peer(BF16, 8.125, torchao("AdamW4bit", 128)),
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import os
 import platform
 import shlex
 import subprocess
@@ -16,6 +17,7 @@ import torch
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("torch", "triton", "numpy", "transformers", "peft", "deepspeed")
+PACKAGES += ("bitsandbytes", "torchao", "flashoptim", "torch-optimi")
 
 
 def environment(device: torch.device) -> dict[str, Any]:
@@ -54,10 +56,11 @@ def version(package: str) -> str | None:
 
 
 def commit() -> str:
-    """Return the commit, followed by "+" where tracked files differ from it, or "unknown" without git."""
+    """Return the commit, followed by "+" where tracked files differ from it; without git what MISA_COMMIT says."""
     head = output_of("git", "-C", str(ROOT), "rev-parse", "HEAD")
     if head is None:
-        return "unknown"
+        # A copy of a checkout on another machine comes without its history.
+        return os.environ.get("MISA_COMMIT", "unknown")
     return head + ("+" if output_of("git", "-C", str(ROOT), "status", "--porcelain", "-uno") else "")
 
 

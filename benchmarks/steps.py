@@ -15,11 +15,11 @@ from typing import Any
 import torch
 
 from benchmarks import record
-from benchmarks.peers import BF16, misa
+from benchmarks.peers import BF16, FORMATS, PEERS
 from misa_kernels import MISA
 
 # What ncu looks at: 64M elements in 60 tensors.
-SHAPE, TENSORS = (17476, 64), 60
+SHAPE, TENSORS = (4369, 256), 60
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -27,9 +27,10 @@ def main(argv: list[str] | None = None) -> int:
     made = argparse.ArgumentParser(prog="python -m benchmarks.steps", description=__doc__.splitlines()[0])
     made.add_argument("what", choices=("cold", "profile"))
     made.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    made.add_argument("--peer", choices=(PEERS | FORMATS).keys(), default="bf16 misa", help="who is profiled")
     args = made.parse_args(argv)
     device = torch.device(args.device)
-    print(json.dumps(ordinary_run(device) if args.what == "cold" else profiled_run(device)))
+    print(json.dumps(ordinary_run(device) if args.what == "cold" else profiled_run(device, args.peer)))
     return 0
 
 
@@ -54,17 +55,18 @@ def ordinary_run(device: torch.device) -> dict[str, Any]:
     return {"first_step_s": seconds[0], "slowest_later_step_s": max(seconds[1:]), "steps": len(seconds)}
 
 
-def profiled_run(device: torch.device) -> dict[str, Any]:
-    """Take three steps of bf16 weights with masters."""
+def profiled_run(device: torch.device, name: str) -> dict[str, Any]:
+    """Take three steps of a peer of `PEERS` or `FORMATS`; return the bytes that one must move."""
+    peer = (PEERS | FORMATS)[name]
     shape = SHAPE if device.type == "cuda" else (8, 8)
-    weights = [torch.randn(shape, device=device, dtype=BF16).requires_grad_() for _ in range(TENSORS)]
+    weights = [torch.randn(shape, device=device, dtype=peer.dtype).requires_grad_() for _ in range(TENSORS)]
     for weight in weights:
         weight.grad = torch.randn_like(weight)
-    optimizer = misa(weights)
+    optimizer = peer.make(weights)
     for _ in range(3):
         optimizer.step()
     wait(device)
-    return {"counted_bytes": 28 * sum(weight.numel() for weight in weights)}
+    return {"counted_bytes": int(peer.moved_bytes * sum(weight.numel() for weight in weights))}
 
 
 def wait(device: torch.device) -> None:

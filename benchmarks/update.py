@@ -1,4 +1,4 @@
-"""How fast is MISA's step on its own, beside torch's AdamW, and how far from what the memory allows?
+"""How fast is MISA's step on its own, beside other AdamWs, and how far from what the memory allows?
 
 Every peer updates the same number of elements with the same gradients, interleaved in one process. Two times
 are taken: the device's, from an L2 without their data and with the host far ahead; and the host's, from an idle
@@ -12,7 +12,7 @@ import json
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,14 +22,15 @@ import torch
 from torch import Tensor
 
 from benchmarks.memory import PeakMemory
-from benchmarks.peers import BF16, FP32, PEERS, Peer
+from benchmarks.peers import PEERS, Peer
+from misa_kernels import MISA
 
 # The first update of a state does not read it.
 WARM_UP = 3
 REPEATS = {"cuda": 20, "cpu": 3}
 COPY_BYTES = {"cuda": 2**30, "cpu": 2**22}
-# What is timed, and the weights that it updates.
-Ready = tuple[Callable[[], object], list[Tensor]]
+# What is timed, the weights that it updates, and what knows its state.
+Ready = tuple[Callable[[], object], list[Tensor], Any]
 # How long the device is kept from the step, for the host to get ahead: 2 ms at 2 GHz, and longer if that failed.
 DELAY_CYCLES = (4_000_000, 16_000_000, 64_000_000)
 
@@ -63,6 +64,14 @@ CASES = {
         Case(1024 * M, 300),
     ],
     "cpu": [Case(6000, 7)],
+}
+# For `FORMATS`: of whole blocks, and three cases of one shape, since torchao compiles for each again.
+FORMAT_CASES = {
+    "cuda": [
+        Case(64 * M, 60, columns=256),
+        *(Case(elements * M, tensors, columns=256) for elements, tensors in ((240, 60), (64, 16), (16, 4))),
+    ],
+    "cpu": [Case(3 * 5376, 3, columns=256)],
 }
 
 
@@ -146,7 +155,13 @@ def quantiles(values: Sequence[float]) -> dict[str, float]:
     return {"median": median, "p10": p10, "p90": p90}
 
 
-def measure(cases: Sequence[Case], device: torch.device, deadline: float, repeats: int) -> Iterator[dict]:
+def measure(
+    cases: Sequence[Case],
+    device: torch.device,
+    deadline: float,
+    repeats: int,
+    peers: Mapping[str, Peer] = PEERS,
+) -> Iterator[dict]:
     """Measure all peers in each case, and yield a record of each case.
 
     Args:
@@ -154,6 +169,7 @@ def measure(cases: Sequence[Case], device: torch.device, deadline: float, repeat
         device: Where.
         deadline: Reading of `time.monotonic` after which no case starts that is not expected to end by then.
         repeats: Repetitions of each kind of time.
+        peers: Who updates it.
 
     Yields:
         "elements", "tensors", "copy_gb_per_s", "peers" (see `measure_peers`), or "left_out" with the reason.
@@ -168,7 +184,7 @@ def measure(cases: Sequence[Case], device: torch.device, deadline: float, repeat
         timer = Timer(device)
         try:
             bandwidth = timer.copy_bandwidth(repeats)
-            yield head | {"copy_gb_per_s": bandwidth, "peers": measure_peers(case, timer, device, repeats)}
+            yield head | {"copy_gb_per_s": bandwidth, "peers": measure_peers(case, timer, device, repeats, peers)}
         except torch.OutOfMemoryError as error:
             yield head | {"left_out": f"memory: {error}".splitlines()[0]}
         gc.collect()
@@ -177,43 +193,55 @@ def measure(cases: Sequence[Case], device: torch.device, deadline: float, repeat
         longest = max(longest, time.monotonic() - started)
 
 
-def measure_peers(case: Case, timer: Timer, device: torch.device, repeats: int) -> dict[str, dict[str, Any]]:
+def measure_peers(
+    case: Case, timer: Timer, device: torch.device, repeats: int, peers: Mapping[str, Peer]
+) -> dict[str, dict[str, Any]]:
     """Return of each peer its times, bytes moved, and the most memory that a step takes beyond the state."""
-    ready, results = prepare(case, timer, device)
+    ready, results = prepare(case, timer, device, peers)
     samples = {name: Samples() for name in ready}
     for number in range(repeats):
         for name in list(ready)[:: -1 if number % 2 else 1]:
             step, taken = ready[name][0], samples[name]
-            device_us, late = timer.device_us(step)
-            host_us, wall_us = timer.wall_us(step)
+            try:
+                device_us, late = timer.device_us(step)
+                host_us, wall_us = timer.wall_us(step)
+            except torch.OutOfMemoryError as error:
+                # What a step needs for itself, the peers built after its warm-up may have taken.
+                results[name] = failure(error)
+                del ready[name]
+                continue
             taken.device_us.append(device_us)
             taken.host_us.append(host_us)
             taken.wall_us.append(wall_us)
             taken.host_bound += late
-    for name, (step, weights) in ready.items():
+    for name, (step, weights, optimizer) in ready.items():
         with PeakMemory(device) as memory:
             step()
-        taken, moved = samples[name], PEERS[name].moved_bytes * case.numel()
+        taken, moved = samples[name], peers[name].moved_bytes * case.numel()
         results[name] = {
             **{key: quantiles(getattr(taken, key)) for key in ("device_us", "host_us", "wall_us")},
             "host_bound": taken.host_bound,
             "moved_bytes": moved,
             "gb_per_s": moved / float(np.median(taken.device_us)) / 1e3,
             "extra_bytes": memory.peak_bytes,
+            **({"backend": optimizer.backend} if isinstance(optimizer, MISA) else {}),
         }
         if not all(bool(weight.isfinite().all()) for weight in weights):
             results[name] = {"error": "ArithmeticError: the weights are not finite, and such times mean nothing"}
-    return {name: results[name] for name in PEERS}
+    return {name: results[name] for name in peers}
 
 
-def prepare(case: Case, timer: Timer, device: torch.device) -> tuple[dict[str, Ready], dict[str, dict[str, Any]]]:
+def prepare(
+    case: Case, timer: Timer, device: torch.device, peers: Mapping[str, Peer]
+) -> tuple[dict[str, Ready], dict[str, dict[str, Any]]]:
     """Build and warm up all peers; return what is to be timed of each with its weights, and errors of the others."""
     generator = torch.Generator(device).manual_seed(0)
-    gradients = {dtype: random(case, dtype, generator) for dtype in (FP32, BF16)}
+    dtypes = {peer.dtype: None for peer in peers.values()}
+    gradients = {dtype: random(case, dtype, generator) for dtype in dtypes}
     optimizers: dict[tuple[torch.dtype, Any], tuple[list[Tensor], Any]] = {}
     ready: dict[str, Ready] = {}
     errors: dict[str, dict[str, Any]] = {}
-    for name, peer in PEERS.items():
+    for name, peer in peers.items():
         key = peer.dtype, peer.make
         try:
             if key not in optimizers:
@@ -226,19 +254,24 @@ def prepare(case: Case, timer: Timer, device: torch.device) -> tuple[dict[str, R
             for _ in range(WARM_UP):
                 step()
             timer.wait()
-            ready[name] = step, weights
+            ready[name] = step, weights, optimizer
         # Whatever one peer fails at, the numbers of the others are kept; the record shows the failure.
         except Exception as error:
-            errors[name] = {"error": f"{type(error).__name__}: {error}".splitlines()[0]}
+            errors[name] = failure(error)
         weights = optimizer = step = None
         if name in errors:
             # Here, where no traceback holds on to the tensors any more.
-            if key not in {(PEERS[other].dtype, PEERS[other].make) for other in ready}:
+            if key not in {(peers[other].dtype, peers[other].make) for other in ready}:
                 optimizers.pop(key, None)
             gc.collect()
             if timer.cuda:
                 torch.cuda.empty_cache()
     return ready, errors
+
+
+def failure(error: Exception) -> dict[str, Any]:
+    """Return what the record says of a peer that failed."""
+    return {"error": f"{type(error).__name__}: {error}".splitlines()[0]}
 
 
 def random(case: Case, dtype: torch.dtype, generator: torch.Generator) -> list[Tensor]:
@@ -257,14 +290,14 @@ def whole_step(peer: Peer, weights: list[Tensor], optimizer: Any) -> Callable[[]
     return lambda: (before(weights), optimizer.step())
 
 
-def launches(case: Case, device: torch.device) -> dict[str, dict[str, Any]]:
+def launches(case: Case, device: torch.device, peers: Mapping[str, Peer] = PEERS) -> dict[str, dict[str, Any]]:
     """Return how many kernels, copies and fills a step of each peer puts on the device, and the kernels by name.
 
     After all timing: the profiler's hooks stay, and would slow down every launch that comes later.
     """
     timer = Timer(device)
     counts = {}
-    for name, (step, _) in prepare(case, timer, device)[0].items():
+    for name, (step, *_) in prepare(case, timer, device, peers)[0].items():
         with torch.profiler.profile() as profiler:
             step()
             timer.wait()
@@ -276,7 +309,11 @@ def launches(case: Case, device: torch.device) -> dict[str, dict[str, Any]]:
 
 
 def count_launches(events: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Count what ran on the device in a trace of torch's profiler."""
+    """Count what ran on the device in a trace of torch's profiler, and add up the microseconds of its kernels."""
     counts = Counter(event.get("cat") for event in events if event.get("ph") == "X")
-    names = Counter(event["name"][:80] for event in events if event.get("cat") == "kernel")
-    return {kind: counts[kind] for kind in ("kernel", "gpu_memcpy", "gpu_memset")} | {"names": dict(names)}
+    kernels = [event for event in events if event.get("cat") == "kernel"]
+    return {
+        **{kind: counts[kind] for kind in ("kernel", "gpu_memcpy", "gpu_memset")},
+        "kernel_us": sum(event["dur"] for event in kernels),
+        "names": dict(Counter(event["name"][:80] for event in kernels)),
+    }

@@ -3,6 +3,7 @@
 `from misa_kernels import MISA, param_groups` is all that most programs need.
 """
 
+from misa_kernels.backward import watch_backward
 from misa_kernels.modules import param_groups
 from misa_kernels.optimizer import MISA
 from misa_kernels.presets import authors, badam, lisa, paper
@@ -21,4 +22,5 @@ __all__ = [
     "lisa",
     "paper",
     "param_groups",
+    "watch_backward",
 ]

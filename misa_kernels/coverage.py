@@ -21,6 +21,7 @@ class Coverage:
         inner_steps: Steps T in a round.
         modules: Number B of the modules (or layers) that are sampled.
         modules_a_round: How many of them a round trains on average.
+        most_a_round: How many it could train, however large the budget: the sampler may allow few a layer.
         delta: Budget δ, as a fraction of the parameters.
     """
 
@@ -28,6 +29,7 @@ class Coverage:
     inner_steps: int
     modules: int
     modules_a_round: float
+    most_a_round: float
     delta: float
 
     @property
@@ -51,14 +53,15 @@ class Coverage:
         shorter = math.ceil(self.total_steps / (rounds - 1)) - 1 if rounds > 1 else self.total_steps
         if shorter >= SHORTEST_ROUND:
             remedies.append(f"set inner_steps={shorter}")
-        # A round trains modules in proportion to its budget.
-        larger = math.ceil(self.delta * ENOUGH_VISITS / self.visits * 1000) / 1000
-        if larger <= 1:
+        # A round trains modules in proportion to its budget, up to what the sampler allows.
+        growth = ENOUGH_VISITS / self.visits
+        larger = math.ceil(self.delta * growth * 1000) / 1000
+        if larger <= 1 and growth * self.modules_a_round <= self.most_a_round:
             remedies.append(f"raise delta to {larger:g}")
         remedies.append(f"train for {rounds * self.inner_steps:,} steps")
         return (
-            f"total_steps={self.total_steps} in rounds of {self.inner_steps} visits each of the {self.modules} modules "
-            f"{self.visits:.1f} times on average, and should at least {ENOUGH_VISITS} times, or most of the model is "
+            f"a run of {self.total_steps:,} steps in rounds of {self.inner_steps} visits each of the {self.modules} "
+            f"modules {self.visits:.1f} times on average, and should {ENOUGH_VISITS} times or more, or most of them are "
             f"hardly trained: {', or '.join(remedies)}"
         )
 

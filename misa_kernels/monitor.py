@@ -83,6 +83,9 @@ class Monitor:
         perplexity: float,
     ) -> None:
         """Append the record of a round; the arguments are fields of `Round`."""
+        # A state dict that is loaded takes the run back, or repeats the round: one record each.
+        while self.rounds and self.rounds[-1].round >= number:
+            self.rounds.pop()
         chosen = [self._partition.modules[i] for i in active]
         dense = self._partition.dense
         trained = {block.param for module in chosen for block in module.blocks} | {block.param for block in dense}

@@ -19,11 +19,13 @@ from misa_kernels.coverage import LONGEST_ROUND, Coverage, round_length
 from misa_kernels.distributed import Agreement, group_of, refuse_engines
 from misa_kernels.monitor import Monitor
 from misa_kernels.partition import Module, partition
+from misa_kernels.recompiles import Recompiles
 from misa_kernels.sampler import (
     Candidates,
     Draw,
     ImportanceSampler,
     Sampler,
+    admissible,
     costliest,
     fold,
     scores,
@@ -189,6 +191,7 @@ class MISA(torch.optim.Optimizer):
         )
         self.inner_steps = self._resolve_inner_steps(inner_steps, total_steps)
         self.monitor = Monitor(self._partition)
+        self._recompiles = Recompiles(self._candidates.layer, getattr(self.sampler, "max_per_layer", None))
         self._round = self._round_step = self._skipped_steps = 0
         self._released = self._idle_before = False
         draw = self._draw()
@@ -229,7 +232,14 @@ class MISA(torch.optim.Optimizer):
         numel = self._candidates.numel
         fitting = self._partition.budget / float(numel.mean())
         # Where all are of one size, as layers mostly are, a part of one does not fit.
-        return min(max(fitting if numel.min() < numel.max() else math.floor(fitting), 1.0), len(self.modules))
+        fitting = fitting if numel.min() < numel.max() else math.floor(fitting)
+        return min(max(fitting, 1.0), self._most_modules_a_round())
+
+    def _most_modules_a_round(self) -> float:
+        """Return how many modules a round could train on average, however large the budget."""
+        layer, window = self._candidates.layer, getattr(self.sampler, "depth_window", None)
+        windows = 1 if window is None else math.ceil(len(np.unique(layer)) / window)
+        return admissible(layer, getattr(self.sampler, "max_per_layer", None)) / windows
 
     def coverage(self, total_steps: int) -> Coverage:
         """Return how often a run visits each module on average, and advice where that is less than three times.
@@ -243,7 +253,14 @@ class MISA(torch.optim.Optimizer):
         """
         arguments.check_count("total_steps", total_steps, 1, "a whole number >= 1: optimizer steps of the run")
         delta = self._partition.budget / self._partition.total_numel
-        return Coverage(total_steps, self.inner_steps, len(self.modules), self._modules_a_round(), delta)
+        return Coverage(
+            total_steps=total_steps,
+            inner_steps=self.inner_steps,
+            modules=len(self.modules),
+            modules_a_round=self._modules_a_round(),
+            most_a_round=self._most_modules_a_round(),
+            delta=delta,
+        )
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group; during construction only, since the modules and the budget are fixed by it.
@@ -304,6 +321,9 @@ class MISA(torch.optim.Optimizer):
                 loss = closure()
         # A GradScaler leaves these here for the call instead of unscaling and skipping by itself.
         grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        if not isinstance(found_inf, Tensor):
+            # The int 0, from a scaler that found no gradient at all.
+            found_inf = None
         if self._hooks and (grad_scale is not None or found_inf is not None):
             raise RuntimeError(
                 "release_gradients=True has already applied the scaled gradients of a GradScaler: train in bfloat16 "
@@ -344,6 +364,7 @@ class MISA(torch.optim.Optimizer):
             self._warn_of_idle_round()
         self._skipped_steps += skipped
         self._round += 1
+        self._recompiles.check(self._round)
         self._round_step = 0
         draw = self._draw()
         if self._agreement is not None:
@@ -459,9 +480,9 @@ class MISA(torch.optim.Optimizer):
         if self._trained.steps or self._released:
             raise RuntimeError("rehearse() came after the first step(): call it right after construction")
         width = np.array([module.width for module in self.modules])
-        window = getattr(self.sampler, "depth_window", None)
+        window, quota = (getattr(self.sampler, name, None) for name in ("depth_window", "max_per_layer"))
         self._candidates.last_round[:] = -1
-        self._activate(costliest(self._candidates, width, self._partition.budget, window))
+        self._activate(costliest(self._candidates, width, self._partition.budget, window, quota))
         self.monitor.rounds.clear()
         self._record(self._draw())
 
@@ -574,6 +595,9 @@ def _complete(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> N
     optimizer._trained.collect()
     state_dict["state"] = checkpoint.detach(state_dict["state"])
     optimizer._trained.put_scores(state_dict["state"])
+    for group in state_dict["param_groups"]:
+        # A scheduler writes to an lr that is a tensor.
+        group.update({name: value.detach().clone() for name, value in group.items() if isinstance(value, Tensor)})
     for param, name in optimizer._trained.fresh():
         state_dict["state"][param].pop(name, None)
     position = (

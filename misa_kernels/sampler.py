@@ -71,7 +71,7 @@ class ImportanceSampler:
 
     Args:
         eta: concentration of p on large scores, 0 being uniform. "auto" solves for it at each draw, such that
-            exp(H(p)) = `perplexity` * K, K being the number of candidates that fill the budget on average.
+            exp(H(p)) = `perplexity` * K, K being the number of candidates that a round has room for on average.
         perplexity: what "auto" aims at, as a fraction of K; without effect if eta is a number.
         importance_beta: decay of G per round of activity, G <- beta G + (1 - beta) score.
         importance_norm: the score of a round, a mean over its updates: "sum" of ||g||^2, "mean" of
@@ -82,11 +82,14 @@ class ImportanceSampler:
         first_visits: "sweep" visits every candidate once, largest first, before the first weighted draw.
         depth_window: number of neighbouring layers that a round draws from, so that backward stops at the
             lowest of them; every layer comes up once a cycle. None: all layers.
+        max_per_layer: at most so many active candidates of one layer. With 1, layers that are compiled one by one
+            need a handful of graphs in all, however many rounds there are. None: no limit.
         granularity: what the optimizer makes a candidate of, "module" or "layer".
         oversized: what the optimizer does with a module above the budget, "error" or "split" into row blocks.
 
     Raises:
-        ValueError: An option out of range, or `exponent_clip` with eta="auto".
+        ValueError: An option out of range, `exponent_clip` with eta="auto", or `max_per_layer` with
+            granularity="layer".
     """
 
     eta: float | Literal["auto"] = "auto"
@@ -98,6 +101,7 @@ class ImportanceSampler:
     least_recent_share: float = 0.5
     first_visits: Literal["sweep"] | None = None
     depth_window: int | None = None
+    max_per_layer: int | None = None
     granularity: Literal["module", "layer"] = "module"
     oversized: Literal["error", "split"] = "error"
 
@@ -119,8 +123,9 @@ class ImportanceSampler:
             seed: In [0, 2**64); the same seed and round give the same random numbers.
 
         Raises:
-            ValueError: `depth_window` is set and a candidate has no layer.
+            ValueError: `depth_window` or `max_per_layer` is set and a candidate has no layer.
         """
+        _check_layers(candidates.layer, "max_per_layer", self.max_per_layer)
         rng = _rng(seed, round)
         # Always both, and for all B: no option shifts the random numbers.
         gumbel, ties = rng.gumbel(size=candidates.numel.size), rng.random(candidates.numel.size)
@@ -129,7 +134,7 @@ class ImportanceSampler:
         first = self._first(candidates, eligible, budget, ties)
         # In descending order of keys: draws from p, one by one, each restricted to what is left and fits.
         order = eligible[np.argsort(-(log_p + gumbel[eligible]), kind="stable")]
-        active = np.sort(_pack(np.append(first, order), candidates.numel, budget))
+        active = np.sort(_pack(np.append(first, order), candidates, budget, self.max_per_layer))
         probability = np.zeros(candidates.numel.size)
         probability[eligible] = np.exp(log_p)
         return Draw(active, probability, _perplexity(log_p), eta)
@@ -142,7 +147,8 @@ class ImportanceSampler:
         score = score[eligible]
         if self.eta == "auto":
             fitting = budget / float(candidates.numel[eligible].mean())
-            return _log_probability_at(self.perplexity * min(max(fitting, 1.0), score.size), score)
+            most = admissible(candidates.layer[eligible], self.max_per_layer)
+            return _log_probability_at(self.perplexity * min(max(fitting, 1.0), most), score)
         clip = math.inf if self.exponent_clip is None else self.exponent_clip
         return _log_softmax(np.minimum(self.eta * score, clip)), float(self.eta)
 
@@ -151,11 +157,11 @@ class ImportanceSampler:
         numel, last_round = candidates.numel, candidates.last_round
         unvisited = eligible[last_round[eligible] < 0]
         if self.first_visits == "sweep" and unvisited.size:
-            return _pack(unvisited[np.lexsort((-ties[unvisited], -numel[unvisited]))], numel, budget)
+            largest = unvisited[np.lexsort((-ties[unvisited], -numel[unvisited]))]
+            return _pack(largest, candidates, budget, self.max_per_layer)
         waiting = eligible[np.lexsort((-ties[eligible], last_round[eligible]))][: self.least_recent]
-        longest = _pack(waiting[:1], numel, budget)
-        room = math.floor(self.least_recent_share * budget) - int(numel[longest].sum())
-        return np.append(longest, _pack(waiting[1:], numel, room))
+        share = max(math.floor(self.least_recent_share * budget), int(numel[waiting[:1]].sum()))
+        return _pack(waiting, candidates, share, self.max_per_layer)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,6 +173,7 @@ class UniformSampler:
     importance_norm: ClassVar[Literal["sum", "mean", "norm"]] = ImportanceSampler.importance_norm
 
     depth_window: int | None = None
+    max_per_layer: int | None = None
     granularity: Literal["module", "layer"] = "module"
     oversized: Literal["error", "split"] = "error"
 
@@ -175,7 +182,9 @@ class UniformSampler:
 
     def draw(self, candidates: Candidates, budget: int, round: int, seed: int) -> Draw:
         """Draw the active set of a round; arguments and errors as for `ImportanceSampler.draw`."""
-        uniform = ImportanceSampler(eta=0.0, least_recent=0, depth_window=self.depth_window)
+        uniform = ImportanceSampler(
+            eta=0.0, least_recent=0, depth_window=self.depth_window, max_per_layer=self.max_per_layer
+        )
         return uniform.draw(candidates, budget, round, seed)
 
 
@@ -215,6 +224,13 @@ def scores(candidates: Candidates, beta: float, norm: str) -> Floats:
     return s * s if norm == "norm" else s
 
 
+def admissible(layer: Ints, max_per_layer: int | None) -> int:
+    """Return how many of the candidates in these layers, int64[E], the quota lets in at a time."""
+    if max_per_layer is None:
+        return layer.size
+    return int(np.minimum(np.unique(layer, return_counts=True)[1], max_per_layer).sum())
+
+
 def fold(candidates: Candidates, which: Ints, mean_score: Floats, applied: Bools, beta: float) -> int:
     """Fold the scores of a round into G, in place: G <- beta G + (1 - beta) score, count <- count + 1.
 
@@ -236,7 +252,9 @@ def fold(candidates: Candidates, which: Ints, mean_score: Floats, applied: Bools
     return int(np.count_nonzero(applied & ~finite))
 
 
-def costliest(candidates: Candidates, width: Ints, budget: int, depth_window: int | None) -> Ints:
+def costliest(
+    candidates: Candidates, width: Ints, budget: int, depth_window: int | None, max_per_layer: int | None = None
+) -> Ints:
     """Return the admissible set that should need the most memory, to rehearse the peak.
 
     The model, in order of weight. Everything above the lowest active layer keeps its activations: a smallest
@@ -245,21 +263,24 @@ def costliest(candidates: Candidates, width: Ints, budget: int, depth_window: in
     width mostly share it (q, k, v): then one candidate per input, by width per parameter. Gradients and states go
     by size: the largest fill the rest, among equals the last registered, whose input is the likeliest to be
     one of its own (the output projection of attention). Being greedy, the kept widths fall short of the best
-    set's, by less than twice the largest width.
+    set's, by less than twice the largest width. Where `max_per_layer` leaves budget over, that goes into wider or
+    larger candidates in the place of others in their layers.
 
     Args:
         candidates: All candidates; importance and last_round have no effect.
         width: int64[B], input features of the candidate.
         budget: Upper bound on the parameters of the set.
         depth_window: The sampler's.
+        max_per_layer: The sampler's.
 
     Returns:
         int64[k], candidate numbers, ascending.
 
     Raises:
-        ValueError: `depth_window` is set and a candidate has no layer.
+        ValueError: `depth_window` or `max_per_layer` is set and a candidate has no layer.
     """
     numel, layer = candidates.numel, candidates.layer
+    _check_layers(layer, "max_per_layer", max_per_layer)
     eligible = np.arange(numel.size)
     if depth_window is not None:
         eligible = np.flatnonzero(np.isin(layer, _windows(layer, depth_window)[0]))
@@ -272,21 +293,50 @@ def costliest(candidates: Candidates, width: Ints, budget: int, depth_window: in
         inputs.setdefault((int(layer[b]) if layer[b] >= 0 else -1 - b, int(width[b])), b)
     lowest = densest[layer[densest] == layer[layer >= 0].min(initial=layer.max())]
     reach = lowest[np.argsort(numel[lowest], kind="stable")][:1]
-    return np.sort(_pack(np.concatenate([reach, [*inputs.values()], largest]), numel, budget))
+    order = np.concatenate([reach, [*inputs.values()], largest])
+    active = _pack(order, candidates, budget, max_per_layer)
+    if max_per_layer is not None:
+        active = _widen(active, eligible, candidates, width, budget)
+    return np.sort(active)
+
+
+def _widen(active: Ints, eligible: Ints, candidates: Candidates, width: Ints, budget: int) -> Ints:
+    """Exchange active candidates for others of their layers that keep more, or are larger, while the budget lasts."""
+    numel, layer = candidates.numel, candidates.layer
+    left = budget - int(numel[active].sum())
+    members: dict[int, list[int]] = {}
+    for b in active.tolist():
+        members.setdefault(int(layer[b]), []).append(b)
+    for b in eligible[np.lexsort((-numel[eligible], -width[eligible]))].tolist():
+        own = members.get(int(layer[b]), [])
+        if b in own:
+            continue
+        # The one with the same input gives way, or else the one that keeps the least.
+        rivals = [a for a in own if width[a] == width[b]] or own
+        a = min(rivals, key=lambda a: (width[a], numel[a]), default=b)
+        if (width[a], numel[a]) < (width[b], numel[b]) and numel[b] - numel[a] <= left:
+            own[own.index(a)] = b
+            left -= int(numel[b] - numel[a])
+    return np.array([b for own in members.values() for b in own], dtype=np.int64)
 
 
 def _rng(seed: int, stream: int) -> np.random.Generator:
     return np.random.Generator(np.random.Philox(key=np.array([seed, stream], dtype=np.uint64)))
 
 
-def _windows(layer: Ints, depth_window: int) -> list[Ints]:
-    """Cut the L layers that hold candidates into ceil(L / W) runs, as equal as can be, from the input up."""
-    unknown = int(np.count_nonzero(layer < 0))
+def _check_layers(layer: Ints, option: str, value: int | None) -> None:
+    """Refuse an option that is about layers where a candidate has none."""
+    unknown = 0 if value is None else int(np.count_nonzero(layer < 0))
     if unknown:
         raise ValueError(
-            f"depth_window={depth_window!r} must be None where layers are unknown, here for {unknown} of "
-            f"{layer.size} candidates: make the groups with param_groups(model), which names the layers"
+            f"{option}={value!r} must be None where layers are unknown, here for {unknown} of {layer.size} candidates: "
+            "make the groups with param_groups(model), which names the layers"
         )
+
+
+def _windows(layer: Ints, depth_window: int) -> list[Ints]:
+    """Cut the L layers that hold candidates into ceil(L / W) runs, as equal as can be, from the input up."""
+    _check_layers(layer, "depth_window", depth_window)
     layers = np.unique(layer)
     return np.array_split(layers, math.ceil(layers.size / depth_window))
 
@@ -341,15 +391,19 @@ def _log_probability_at(perplexity: float, score: Floats) -> tuple[Floats, float
     return _log_softmax(-high * gap), high / spread
 
 
-def _pack(order: Ints, numel: Ints, room: int) -> Ints:
-    """Go through `order`, take each candidate that still fits into `room` parameters and skip the others.
+def _pack(order: Ints, candidates: Candidates, room: int, max_per_layer: int | None) -> Ints:
+    """Go through `order`, take what still fits into `room` parameters and its layer's quota, and skip the others.
 
     A candidate that occurs again is passed over.
     """
+    quota = math.inf if max_per_layer is None else max_per_layer
     taken: dict[int, None] = {}
-    for b, size in zip(order.tolist(), numel[order].tolist(), strict=True):
-        if size <= room and b not in taken:
+    of_layer: dict[int, int] = {}
+    sizes, layers = candidates.numel[order].tolist(), candidates.layer[order].tolist()
+    for b, size, layer in zip(order.tolist(), sizes, layers, strict=True):
+        if size <= room and b not in taken and of_layer.get(layer, 0) < quota:
             taken[b] = None
+            of_layer[layer] = of_layer.get(layer, 0) + 1
             room -= size
     return np.array(list(taken), dtype=np.int64)
 
@@ -395,6 +449,10 @@ RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
         lambda x: x is None or (_is_integer(x) and x >= 1),
         "None or an integer from 1 on: the number of layers that a round draws from, None for all",
     ),
+    "max_per_layer": (
+        lambda x: x is None or (_is_integer(x) and x >= 1),
+        "None or an integer from 1 on: how many candidates of one layer may be active, None for no limit",
+    ),
     "granularity": (lambda x: x in ("module", "layer"), "'module' or 'layer': what is drawn as one"),
     "oversized": (lambda x: x in ("error", "split"), "'error' or 'split': for modules above the budget"),
 }
@@ -406,3 +464,9 @@ def _check_options(sampler: Sampler) -> None:
         valid, rule = RULES[field.name]
         if not valid(value):
             raise ValueError(f"{field.name}={value!r} must be {rule}")
+    quota = getattr(sampler, "max_per_layer", None)
+    if quota is not None and sampler.granularity == "layer":
+        raise ValueError(
+            f"max_per_layer={quota!r} must be None with granularity='layer', whose candidates are whole layers: leave "
+            "it out, or draw modules with granularity='module'"
+        )

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
 import time
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
-from benchmarks import gpu
+from benchmarks import gpu, wheels
 from benchmarks.e2e import PEERS, PLANS, Samples, build_model, measure, run_turn, summary
 from benchmarks.llama import SHAPES, Llama
 
@@ -200,6 +203,62 @@ def test_smoke_stops_at_the_time_limit(other_project):
 def test_gpu_stage_without_gpu_says_so(tmp_path, capsys):
     assert gpu.main(["--stage", "smoke", "--out", str(tmp_path)]) == 2
     assert "no CUDA device" in capsys.readouterr().err
+
+
+@pytest.fixture
+def packages(tmp_path, monkeypatch):
+    """Two packages of a thousand bytes and a library, the second of which pip installs if `packages` holds it."""
+    there = {"first==1", "second==2"}
+
+    def run(command, **options):
+        if command[-1] not in there:
+            return SimpleNamespace(returncode=1, stderr="some\nERROR: No matching distribution found\n")
+        name = command[-1].split("=")[0]
+        folder = Path(command[command.index("--target") + 1]) / name
+        folder.mkdir()
+        (folder / "code.py").write_bytes(b"#" * 1000)
+        (folder / f"lib{name}.so").write_bytes(b"x" * 200)
+        (folder / "libother.so").write_bytes(b"x" * 9000)
+        return SimpleNamespace(returncode=0, stderr="")
+
+    monkeypatch.setattr(wheels.subprocess, "run", run)
+    monkeypatch.setattr(wheels, "ROOT", tmp_path)
+    monkeypatch.setattr(wheels, "FOLDER", tmp_path / "out" / "peers")
+    monkeypatch.setattr(wheels, "PACKAGES", {"first==1": ("libfirst.so",), "second==2": ()})
+    wheels.FOLDER.mkdir(parents=True)
+    (wheels.FOLDER / "of another version").touch()
+    return there
+
+
+def folder_of_peers():
+    return {str(path.relative_to(wheels.FOLDER)) for path in wheels.FOLDER.rglob("*") if path.is_file()}
+
+
+def test_peers_travel_without_the_libraries_of_other_devices(packages):
+    assert wheels.main() == 0
+    assert folder_of_peers() == {"first/code.py", "first/libfirst.so", "second/code.py"}
+
+
+def test_peers_that_do_not_fit_are_left_out_with_a_message(packages, monkeypatch, capsys):
+    monkeypatch.setattr(wheels, "LIMIT_BYTES", wheels.TRACKED_BYTES + 2000)
+    assert wheels.main() == 1
+    assert folder_of_peers() == {"first/code.py", "first/libfirst.so"}
+    assert "second==2: left out: 0.0 MiB do not fit into the 0.0 that are left" in capsys.readouterr().out
+
+
+def test_peers_that_pip_does_not_find_are_left_out_with_its_message(packages, capsys):
+    packages.remove("first==1")
+    assert wheels.main() == 1
+    assert folder_of_peers() == {"second/code.py"}
+    assert "first==1: left out: ERROR: No matching distribution found" in capsys.readouterr().out
+
+
+def test_what_is_tracked_leaves_the_room_that_the_peers_count_on():
+    files = subprocess.run(["git", "ls-files", "-z"], cwd=wheels.ROOT, capture_output=True, text=True)
+    if files.returncode:
+        pytest.skip("no git checkout")
+    paths = [wheels.ROOT / name for name in files.stdout.split("\0") if name]
+    assert 0 < sum(path.stat().st_size for path in paths if path.is_file()) < wheels.TRACKED_BYTES
 
 
 def test_summary_of_known_times():

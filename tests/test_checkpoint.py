@@ -391,3 +391,17 @@ def test_state_moves_between_devices():
     back = resumed.state_dict()
     optimizer.load_state_dict(back)
     tiny.train(model, optimizer, 1)
+
+
+def test_a_round_has_one_record_however_often_its_state_is_loaded():
+    model = tiny.build()
+    optimizer = MISA(param_groups(model), delta=0.3, inner_steps=4)
+    # What accelerate does before the first step.
+    optimizer.load_state_dict(optimizer.state_dict())
+    tiny.train(model, optimizer, 10)
+    early = optimizer.state_dict()
+    assert [r.round for r in optimizer.monitor.rounds] == [0, 1, 2]
+    tiny.train(model, optimizer, 8, start=10)
+    assert [r.round for r in optimizer.monitor.rounds] == [0, 1, 2, 3, 4]
+    optimizer.load_state_dict(early)
+    assert [r.round for r in optimizer.monitor.rounds] == [0, 1, 2]

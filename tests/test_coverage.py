@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from misa_kernels import MISA, UniformSampler, badam, lisa, param_groups
+from misa_kernels import MISA, ImportanceSampler, UniformSampler, badam, lisa, param_groups
 from misa_kernels.coverage import Coverage
 
 
@@ -28,13 +28,19 @@ def visits_of(optimizer, rounds):
 @pytest.mark.parametrize(
     ("options", "tolerance"),
     # Matrices of two sizes: a budget is filled with few large or many small ones, and not to the last element.
-    [({"sampler": UniformSampler()}, 0.1), (badam(), 1e-9), (lisa(), 1e-9)],
-    ids=["uniform", "badam", "lisa"],
+    [
+        ({"sampler": UniformSampler()}, 0.1),
+        (badam(), 1e-9),
+        (lisa(), 1e-9),
+        ({"sampler": UniformSampler(max_per_layer=1), "delta": 0.5}, 1e-9),
+        ({"sampler": UniformSampler(max_per_layer=2, depth_window=4), "delta": 0.7}, 1e-9),
+    ],
+    ids=["uniform", "badam", "lisa", "one a layer", "two a layer in a window"],
 )
 def test_visits_are_those_that_draws_make(options, tolerance):
     model = tiny.build(layers=8)
     # Room for one whole layer in eight, hence more than an eighth of its matrices.
-    optimizer = MISA(param_groups(model), delta=0.13, inner_steps=5, **options)
+    optimizer = MISA(param_groups(model), **({"delta": 0.13, "inner_steps": 5} | options))
     planned = optimizer.coverage(2000)
     assert planned.rounds == 400
     counted = visits_of(optimizer, planned.rounds)
@@ -46,9 +52,16 @@ def test_visits_are_those_that_draws_make(options, tolerance):
     inner_steps=st.integers(1, 200),
     modules=st.integers(1, 3000),
     share=st.floats(0.002, 1.0),
+    most_share=st.floats(0.1, 1.0),
 )
-def test_every_remedy_is_enough(total_steps, inner_steps, modules, share):
-    planned = Coverage(total_steps, inner_steps, modules, max(share * modules, 1.0), delta=share)
+def test_every_remedy_is_enough(total_steps, inner_steps, modules, share, most_share):
+    most = max(most_share * modules, 1.0)
+    drawn = min(max(share * modules, 1.0), most)
+
+    def coverage(total_steps, inner_steps):
+        return Coverage(total_steps, inner_steps, modules, drawn, most, share)
+
+    planned = coverage(total_steps, inner_steps)
     advice = planned.advice
     if advice is None:
         assert planned.visits >= 3
@@ -57,21 +70,21 @@ def test_every_remedy_is_enough(total_steps, inner_steps, modules, share):
     if found := re.search(r"set inner_steps=(\d+)", advice):
         shorter = int(found[1])
         assert 5 <= shorter < inner_steps
-        assert Coverage(total_steps, shorter, modules, planned.modules_a_round, share).visits >= 3 - 1e-9
+        assert coverage(total_steps, shorter).visits >= 3 - 1e-9
     if found := re.search(r"raise delta to ([\d.]+)", advice):
         growth = float(found[1]) / share
-        assert growth > 1
+        assert 1 < growth and growth * planned.modules_a_round <= most * 1.01 + 1
         assert planned.visits * growth >= 3 - 1e-9
     steps = int(re.search(r"train for ([\d,]+) steps", advice)[1].replace(",", ""))
-    assert Coverage(steps, inner_steps, modules, planned.modules_a_round, share).visits >= 3 - 1e-9
+    assert coverage(steps, inner_steps).visits >= 3 - 1e-9
     # A round less would not be.
-    fewer = Coverage(max(steps - inner_steps, 1), inner_steps, modules, planned.modules_a_round, share)
+    fewer = coverage(max(steps - inner_steps, 1), inner_steps)
     assert fewer.visits < 3 or steps == inner_steps
 
 
 def test_a_run_that_is_too_short_warns_at_construction_with_the_remedies_in_numbers():
     model = tiny.build()
-    with pytest.warns(UserWarning, match=r"total_steps=40 in rounds of 5 .*raise delta to .*train for .* steps"):
+    with pytest.warns(UserWarning, match=r"a run of 40 steps in rounds of 5 .*raise delta to .*train for .* steps"):
         optimizer = MISA(param_groups(model), delta=0.1, total_steps=40)
     assert optimizer.coverage(40).visits < 3 <= optimizer.coverage(4000).visits
     optimizer.release()
@@ -79,6 +92,12 @@ def test_a_run_that_is_too_short_warns_at_construction_with_the_remedies_in_numb
         warnings.simplefilter("error")
         MISA(param_groups(model), delta=0.1, total_steps=2000).release()
         MISA(param_groups(model), delta=0.1).release()
+
+
+def test_a_larger_delta_is_not_advised_where_the_sampler_sets_the_limit():
+    sampler = ImportanceSampler(max_per_layer=1)
+    advice = MISA(param_groups(tiny.build()), delta=0.5, inner_steps=5, sampler=sampler).coverage(40).advice
+    assert "train for" in advice and "delta" not in advice
 
 
 @pytest.mark.parametrize("wrong", [0, -3, 2.5, True, "100"])

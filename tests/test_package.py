@@ -26,6 +26,7 @@ PUBLIC = {
     "authors",
     "badam",
     "lisa",
+    "watch_backward",
     "__version__",
 }
 

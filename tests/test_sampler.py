@@ -473,6 +473,103 @@ def test_window_needs_the_layer_of_every_candidate(width):
         costliest(candidates, np.ones(4, dtype=np.int64), 2, width)
 
 
+# A quota a layer
+
+QUOTA_SAMPLERS = [
+    ImportanceSampler,
+    UniformSampler,
+    lambda **options: ImportanceSampler(first_visits="sweep", **options),
+    lambda **options: ImportanceSampler(least_recent=9, least_recent_share=1.0, **options),
+]
+
+
+@given(numel=sizes, data=st.data(), seed=seeds, sampler=st.sampled_from(QUOTA_SAMPLERS), quota=st.integers(1, 3))
+def test_quota_and_budget_hold_and_nothing_that_fits_both_is_left_out(numel, data, seed, sampler, quota):
+    budget = data.draw(st.integers(max(numel), sum(numel) + 1), label="budget")
+    last_round = data.draw(st.lists(st.integers(-1, 5), min_size=len(numel), max_size=len(numel)))
+    layer = data.draw(st.lists(st.integers(0, 5), min_size=len(numel), max_size=len(numel)))
+    candidates = make(numel, score=np.linspace(0, 1, len(numel)), layer=layer, last_round=last_round)
+    draw = sampler(max_per_layer=quota).draw(candidates, budget, round=6, seed=seed)
+    active = draw.active.tolist()
+    assert active == sorted(set(active))
+    room = budget - sum(numel[b] for b in active)
+    of_layer = Counter(layer[b] for b in active)
+    assert room >= 0
+    assert max(of_layer.values()) <= quota
+    assert all(numel[b] > room or of_layer[layer[b]] == quota for b in range(len(numel)) if b not in active)
+
+
+@pytest.mark.parametrize("weight", [[8, 4, 4, 2, 1, 1], [1] * 6])
+@pytest.mark.parametrize("quota", [1, 2])
+def test_sets_follow_sequential_draws_that_skip_full_layers(weight, quota):
+    numel, layer, budget = [5, 3, 2, 4, 1, 7], [0, 0, 0, 1, 1, 2], 12
+    expected: Counter[tuple[int, ...]] = Counter()
+    # In any order of the candidates, drawn without replacement: what does not fit then is passed over for good.
+    for order in itertools.permutations(range(6)):
+        probability = math.prod(weight[b] / sum(weight[j] for j in order[i:]) for i, b in enumerate(order))
+        taken: list[int] = []
+        for b in order:
+            fits = sum(numel[j] for j in taken) + numel[b] <= budget
+            if fits and [layer[j] for j in taken].count(layer[b]) < quota:
+                taken.append(b)
+        expected[tuple(sorted(taken))] += probability
+    candidates = make(numel, score=np.log(weight), layer=layer)
+    if len(set(weight)) == 1:
+        sampler = UniformSampler(max_per_layer=quota)
+    else:
+        sampler = ImportanceSampler(eta=1.0, least_recent=0, max_per_layer=quota)
+    draws = Counter(tuple(sampler.draw(candidates, budget, number, seed=2).active.tolist()) for number in range(10_000))
+    assert draws.keys() <= expected.keys()
+    assert_frequencies([draws[active] for active in expected], list(expected.values()))
+
+
+def test_quota_that_never_binds_changes_nothing():
+    candidates = make([1 + b % 3 for b in range(30)], score=range(30), layer=np.arange(30) // 5, last_round=range(30))
+    for sampler in QUOTA_SAMPLERS:
+        for number in range(20):
+            without, wide = (sampler(max_per_layer=quota).draw(candidates, 12, number, seed=6) for quota in (None, 5))
+            assert wide.active.tolist() == without.active.tolist()
+            assert wide.probability.tolist() == without.probability.tolist()
+
+
+@pytest.mark.parametrize(("quota", "budget", "fitting"), [(1, 40, 3), (2, 40, 5), (1, 2, 2), (None, 40, 9)])
+def test_auto_eta_counts_what_the_quota_admits(quota, budget, fitting):
+    # Layers of 4, 4 and 1: with quota 1 a round has at most 3, with quota 2 at most 5, whatever the budget.
+    candidates = make([1] * 9, score=np.logspace(-3, 0, 9), layer=[0, 0, 0, 0, 1, 1, 1, 1, 2])
+    draw = ImportanceSampler(perplexity=0.8, max_per_layer=quota).draw(candidates, budget, round=0, seed=0)
+    assert draw.perplexity == pytest.approx(0.8 * fitting, rel=1e-3)
+
+
+def test_quota_holds_inside_a_window():
+    candidates = make([1] * 12, layer=np.arange(12) // 3)
+    for number in range(20):
+        active = UniformSampler(max_per_layer=1, depth_window=2).draw(candidates, 12, number, seed=0).active
+        assert sorted(candidates.layer[active]) in ([0, 1], [2, 3])
+
+
+def test_every_candidate_gets_its_turn_under_a_quota():
+    # The scores would never let the first five of a layer in.
+    candidates = make([1] * 24, score=[0, 0, 0, 0, 0, 9] * 4, layer=np.arange(24) // 6)
+    sets = run(ImportanceSampler(max_per_layer=1), candidates, budget=4, rounds=30)
+    assert set().union(*sets) == set(range(24))
+
+
+def test_quota_needs_the_layer_of_every_candidate():
+    candidates = make([1] * 4, layer=[0, -1, 1, -1])
+    message = r"max_per_layer=1 must be None .* 2 of 4 .* param_groups\(model\)"
+    for sampler in (ImportanceSampler(max_per_layer=1), UniformSampler(max_per_layer=1)):
+        with pytest.raises(ValueError, match=message):
+            sampler.draw(candidates, 2, round=0, seed=0)
+    with pytest.raises(ValueError, match=message):
+        costliest(candidates, np.ones(4, dtype=np.int64), 2, None, 1)
+
+
+@pytest.mark.parametrize("sampler", [ImportanceSampler, UniformSampler])
+def test_quota_of_whole_layers_is_refused(sampler):
+    with pytest.raises(ValueError, match=r"max_per_layer=2 must be None with granularity='layer'.*leave it out"):
+        sampler(max_per_layer=2, granularity="layer")
+
+
 # In turn
 
 
@@ -585,6 +682,33 @@ def test_costliest_keeps_more_than_any_set_drawn_from_a_transformer(delta, windo
     assert budget - sum(numel[b] for b in active) < min(numel)
 
 
+@given(model=small_models(), quota=st.integers(1, 3))
+def test_costliest_under_a_quota_is_admissible_deep_and_near_the_widest(model, quota):
+    numel, layer, width, budget = model
+    active = costliest(make(numel, layer=layer), np.array(width), budget, None, quota).tolist()
+    assert active == sorted(set(active))
+    assert sum(numel[b] for b in active) <= budget
+    assert max(Counter(layer[b] for b in active).values()) <= quota
+    assert min(layer[b] for b in active) == layer[0]
+    admissible = (
+        chosen
+        for n in range(1, len(numel) + 1)
+        for chosen in itertools.combinations(range(len(numel)), n)
+        if sum(numel[b] for b in chosen) <= budget
+        and layer[chosen[0]] == layer[0]
+        and max(Counter(layer[b] for b in chosen).values()) <= quota
+    )
+    widest = max(kept_width(chosen, layer, width) for chosen in admissible)
+    assert kept_width(active, layer, width) > widest - 2 * max(width)
+
+
+@pytest.mark.parametrize(("budget", "expected"), [(9, [1, 4]), (21, [2, 4]), (22, [2, 3]), (31, [2, 5])])
+def test_costliest_spends_what_a_quota_leaves_over(budget, expected):
+    # Per parameter 1 is the widest of layer 0 and 4 of layer 1, but 2 and 5 keep more where they fit; 3 is larger.
+    candidates = make([6, 4, 16, 6, 4, 15], layer=[0, 0, 0, 1, 1, 1])
+    assert costliest(candidates, np.array([4, 4, 9, 4, 4, 9]), budget, None, 1).tolist() == expected
+
+
 def test_costliest_counts_a_shared_input_once():
     # Layer 0: q, k, v share the input of width 8, down has its own. Two of the sharing three bring nothing new.
     candidates = make([8, 8, 8, 24, 16], layer=[0, 0, 0, 0, 1])
@@ -610,6 +734,7 @@ BAD = {
     "least_recent_share": [0, 1.01, -0.5, math.nan, None, True],
     "first_visits": ["all", True, 1],
     "depth_window": [0, -3, 2.0, "4", True],
+    "max_per_layer": [0, -3, 2.0, "4", True],
     "granularity": ["block", None, 1],
     "oversized": ["skip", None, True],
 }

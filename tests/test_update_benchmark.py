@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
+import os
 import sys
 import time
 
 import pytest
 import torch
 
-from benchmarks import goals, gpu, nvidia, update
-from benchmarks.peers import PEERS
+from benchmarks import goals, gpu, nvidia, steps, update
+from benchmarks.peers import BF16, FORMATS, PEERS, check_compressible
 
 MEMCHECK = "...\n6 passed in 40.1s\n========= ERROR SUMMARY: {} errors\n"
 RACECHECK = "...\n6 passed in 40.1s\n========= RACECHECK SUMMARY: {} hazards displayed ({} errors, 0 warnings)\n"
@@ -56,6 +58,119 @@ def test_bench_says_where_it_ran_and_what_is_absent(content):
     assert {"host us", "cold first step s"} & {goal["goal"] for goal in content["goals"]}
 
 
+def needs(package):
+    """Mark a test of a peer that users need not have."""
+    missing = importlib.util.find_spec(package) is None and "CI" not in os.environ
+    return pytest.mark.skipif(missing, reason=f"needs {package}")
+
+
+OURS = [name for name in FORMATS if " misa" in name]
+TORCHAO = [name for name in FORMATS if " torchao" in name]
+
+
+def measured(names):
+    peers = {name: FORMATS[name] for name in names}
+    (case,) = update.measure(update.FORMAT_CASES["cpu"], torch.device("cpu"), math.inf, 1, peers)
+    return case["peers"]
+
+
+def test_formats_say_what_ran_them():
+    peers = measured(OURS)
+    assert [name for name, peer in peers.items() if "error" in peer] == []
+    # What the C++ library lacks.
+    slow = {"bf16 misa fp8", "bf16 misa int8+int4"}
+    assert {name for name, peer in peers.items() if peer["backend"] == "reference"} >= slow
+    assert {peer["backend"] for name, peer in peers.items() if name not in slow} <= {"cpu", "reference"}
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_formats_move_weight_gradient_and_state(name):
+    weight = torch.ones(512, 128, dtype=BF16, requires_grad=True)
+    weight.grad = torch.ones_like(weight)
+    optimizer = FORMATS[name].make([weight])
+    optimizer.step()
+    # A weight that has a master is written, not read.
+    moved = (4 if "master" in name else 6) + 2 * optimizer.state_bytes / weight.numel()
+    assert FORMATS[name].moved_bytes == pytest.approx(moved, rel=2e-3)
+
+
+def states(case, names):
+    """The optimizers of peers after their warm-up, and the state of their first weight."""
+    device = torch.device("cpu")
+    ready, errors = update.prepare(case, update.Timer(device), device, {name: FORMATS[name] for name in names})
+    assert errors == {}
+    return {name: optimizer.state[weights[0]] for name, (_, weights, optimizer) in ready.items()}
+
+
+@needs("bitsandbytes")
+def test_bitsandbytes_updates_in_the_bits_it_is_named_for():
+    (case,) = update.FORMAT_CASES["cpu"]
+    found = states(case, ["bf16 bnb 8bit", "bf16 bnb 32bit"])
+    assert [state[key].dtype for state in found.values() for key in ("state1", "state2")] == [
+        torch.uint8,
+        torch.uint8,
+        torch.float32,
+        torch.float32,
+    ]
+
+
+@pytest.mark.slow
+@needs("bitsandbytes")
+@needs("torchao")
+def test_formats_stage_measures_every_format(tmp_path):
+    assert gpu.main(["--stage", "formats", "--device", "cpu", "--out", str(tmp_path)]) == 0
+    content = json.loads((tmp_path / "formats.json").read_text())
+    (case,) = content["cases"]
+    assert content["stage"] == "formats" and list(case["peers"]) == list(FORMATS)
+    # FlashOptim needs a GPU, and optimi is not among what is installed for development.
+    failed = {name for name, peer in case["peers"].items() if "error" in peer}
+    assert {name.split()[1] for name in failed} <= {"flashoptim", "optimi"}
+    assert set(content["launches"]) == set(FORMATS) - failed
+
+
+@pytest.mark.slow
+@needs("torchao")
+def test_torchao_updates_in_the_bits_it_is_named_for():
+    (case,) = update.FORMAT_CASES["cpu"]
+    found = states(case, TORCHAO)
+    kinds = {name: {type(state[key]).__name__ for key in ("exp_avg", "exp_avg_sq")} for name, state in found.items()}
+    assert kinds == {
+        "bf16 torchao 8bit": {"OptimState8bit"},
+        "bf16 torchao fp8": {"OptimStateFp8"},
+        "bf16 torchao 4bit": {"OptimState4bit"},
+    }
+    assert all(peer["device_us"]["median"] > 0 for peer in measured(TORCHAO).values())
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param("bf16 bnb 8bit", marks=needs("bitsandbytes")),
+        # Its import takes seconds.
+        pytest.param("bf16 torchao 8bit", marks=[needs("torchao"), pytest.mark.slow]),
+    ],
+)
+def test_tensors_that_a_package_would_not_compress_are_an_error(name):
+    """And no time of what it does instead."""
+    (case,) = update.measure([update.Case(6000, 7)], torch.device("cpu"), math.inf, 1, {name: FORMATS[name]})
+    assert case["peers"][name]["error"].startswith("ValueError: a tensor has 832 elements, which must be 4096 or more")
+
+
+def test_every_format_case_is_of_whole_blocks():
+    for case in (case for cases in update.FORMAT_CASES.values() for case in cases):
+        assert 0.99 * case.elements < case.numel() <= case.elements
+        check_compressible([torch.empty(case.shape(), device="meta")], 256)
+    with pytest.raises(ValueError, match="4224 elements, .* a multiple of 256"):
+        check_compressible([torch.empty(33, 128)], 256)
+
+
+def test_a_package_that_is_missing_is_listed_with_its_error(monkeypatch):
+    monkeypatch.setitem(sys.modules, "flashoptim", None)
+    peers = measured(["bf16 flashoptim", "bf16 fused"])
+    assert "flashoptim" in peers["bf16 flashoptim"]["error"] and peers["bf16 flashoptim"].keys() == {"error"}
+    assert peers["bf16 fused"]["wall_us"]["median"] > 0
+
+
 def test_time_limit_leaves_out_cases():
     cases = [update.Case(6000, 7), update.Case(60_000, 60)]
     left = list(update.measure(cases, torch.device("cpu"), time.monotonic() - 1, repeats=2))
@@ -63,15 +178,30 @@ def test_time_limit_leaves_out_cases():
     assert "left out: time limit" in goals.table(left)
 
 
-def test_a_peer_without_memory_is_left_out_and_the_others_stay(monkeypatch):
+def test_a_peer_without_memory_is_left_out_and_the_others_stay():
     def too_large(weights):
         raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate")
 
-    keep = {name: PEERS[name] for name in ("fp32 fused", "fp32 fused+clip")}
-    monkeypatch.setattr(update, "PEERS", keep | {"bf16 foreach": update.Peer(torch.bfloat16, 40, too_large)})
-    (case,) = update.measure([update.Case(600, 2)], torch.device("cpu"), math.inf, repeats=2)
+    peers = {name: PEERS[name] for name in ("fp32 fused", "fp32 fused+clip")}
+    peers["bf16 foreach"] = update.Peer(torch.bfloat16, 40, too_large)
+    (case,) = update.measure([update.Case(600, 2)], torch.device("cpu"), math.inf, 2, peers)
     assert case["peers"]["bf16 foreach"] == {"error": "OutOfMemoryError: CUDA out of memory."}
     assert case["peers"]["fp32 fused+clip"]["device_us"]["median"] > 0
+
+
+def test_a_step_that_finds_no_memory_once_all_peers_are_there_is_left_out_alone():
+    class Late(torch.optim.SGD):
+        steps = 0
+
+        def step(self):
+            self.steps += 1
+            if self.steps > update.WARM_UP:
+                raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate")
+
+    peers = {"late": update.Peer(torch.float32, 8, Late), "fp32 fused": PEERS["fp32 fused"]}
+    (case,) = update.measure([update.Case(600, 2)], torch.device("cpu"), math.inf, 2, peers)
+    assert case["peers"]["late"] == {"error": "OutOfMemoryError: CUDA out of memory."}
+    assert case["peers"]["fp32 fused"]["device_us"]["median"] > 0
 
 
 def test_every_gpu_case_has_about_its_elements():
@@ -79,15 +209,40 @@ def test_every_gpu_case_has_about_its_elements():
         assert 0.99 * case.elements < case.numel() <= case.elements
 
 
-def test_goals_of_known_figures():
-    def peer(elements, moved, us):
-        return {
-            **{key: {"median": us} for key in ("device_us", "wall_us")},
-            "host_us": {"median": 70.0},
-            "moved_bytes": moved * elements,
-            "gb_per_s": moved * elements / us / 1e3,
-        }
+def peer(elements, moved, us, wall_us=None):
+    return {
+        "device_us": {"median": us},
+        "wall_us": {"median": wall_us or us},
+        "host_us": {"median": 70.0},
+        "moved_bytes": moved * elements,
+        "gb_per_s": moved * elements / us / 1e3,
+    }
 
+
+@pytest.mark.parametrize("millions, held", [(16, False), (64, True)])
+def test_goals_of_the_formats(millions, held):
+    elements = millions * 2**20
+    # At 4000 GB/s the 10.125 bytes of 64M elements take 170 microseconds.
+    peers = {
+        "bf16 misa int8": peer(elements, 10.125, 200.0, 230.0),
+        "bf16 misa fp8": peer(elements, 10.25, 900.0),
+        "bf16 bnb 8bit": peer(elements, 10.0625, 610.0, 700.0),
+        "bf16 torchao 8bit": peer(elements, 10.0625, 590.0, 680.0),
+    }
+    case = {"elements": elements, "tensors": 16, "copy_gb_per_s": {"median": 4000.0}, "peers": peers}
+    found = {(line["goal"], line["where"].split(", ")[-1]): line for line in goals.goals({"cases": [case]})}
+    values = {key: (line["value"], line["limit"], line["met"]) for key, line in found.items()}
+    expected = {
+        ("fraction of copy bandwidth", "bf16 misa int8"): (pytest.approx(0.84934, rel=1e-4), 0.8, True),
+        ("speed, 8 bits, device", "bf16 misa int8 / bf16 bnb 8bit"): (pytest.approx(3.05), 3.0, True),
+        ("speed, 8 bits, with host", "bf16 misa int8 / bf16 bnb 8bit"): (pytest.approx(3.0435, rel=1e-4), 3.0, True),
+        ("speed, 8 bits, device", "bf16 misa int8 / bf16 torchao 8bit"): (pytest.approx(2.95), 3.0, False),
+        ("speed, 8 bits, with host", "bf16 misa int8 / bf16 torchao 8bit"): (pytest.approx(2.9565, 1e-4), 3.0, False),
+    }
+    assert values == (expected if held else {})
+
+
+def test_goals_of_known_figures():
     elements = 64 * 2**20
     # At 4000 GB/s the 28 bytes take 470 microseconds.
     peers = {"fp32 misa": peer(elements, 28, 500.0), "fp32 fused": peer(elements, 28, 550.0)}
@@ -109,15 +264,16 @@ def test_goals_of_known_figures():
 
 def test_launches_are_counted_by_kind():
     events = [
-        {"ph": "X", "cat": "kernel", "name": "step_kernel"},
-        {"ph": "X", "cat": "kernel", "name": "step_kernel"},
-        {"ph": "X", "cat": "gpu_memcpy", "name": "Memcpy HtoD"},
+        {"ph": "X", "cat": "kernel", "name": "step_kernel", "dur": 12.5},
+        {"ph": "X", "cat": "kernel", "name": "step_kernel", "dur": 10.0},
+        {"ph": "X", "cat": "gpu_memcpy", "name": "Memcpy HtoD", "dur": 3.0},
         {"ph": "X", "cat": "gpu_user_annotation", "name": "Optimizer.step#MISA.step"},
         {"ph": "X", "cat": "cuda_driver", "name": "cuLaunchKernelEx"},
         {"ph": "M", "name": "process_name"},
     ]
-    counted = {"kernel": 2, "gpu_memcpy": 1, "gpu_memset": 0, "names": {"step_kernel": 2}}
+    counted = {"kernel": 2, "gpu_memcpy": 1, "gpu_memset": 0, "kernel_us": 22.5, "names": {"step_kernel": 2}}
     assert update.count_launches(events) == counted
+    assert goals.launched({"bf16 misa": counted}) == "bf16 misa 2 (22 us)"
 
 
 @pytest.mark.parametrize(
@@ -144,19 +300,25 @@ def test_a_sanitizer_that_cannot_look_is_absent(code, output):
     assert result["ok"] is True and "compute-sanitizer" in result["absent"]
 
 
+@pytest.mark.parametrize("peer, counted", [("bf16 misa", 28), ("bf16 misa int8", 10.125), ("bf16 fused", 14)])
+def test_the_profiled_run_counts_the_bytes_of_its_peer(peer, counted, capsys):
+    assert steps.main(["profile", "--device", "cpu", "--peer", peer]) == 0
+    assert json.loads(capsys.readouterr().out) == {"counted_bytes": counted * 60 * 64}
+
+
 def test_missing_tools_are_said_in_a_sentence(monkeypatch):
     monkeypatch.setattr(nvidia, "find", lambda tool: None)
     assert nvidia.sanitize("memcheck", math.inf)["absent"].startswith("compute-sanitizer is neither")
-    assert nvidia.dram_bytes(math.inf)["absent"].startswith("ncu is neither")
+    assert nvidia.dram_bytes(math.inf, "bf16 misa")["absent"].startswith("ncu is neither")
 
 
 def test_ncu_output(monkeypatch):
     monkeypatch.setattr(nvidia, "find", lambda tool: "/usr/bin/ncu")
     monkeypatch.setattr(nvidia, "run", lambda command, deadline: (0, NCU))
-    expected = {"read_bytes": 1.0738e9, "written_bytes": 8.2e8, "counted_bytes": 1879067392}
-    assert nvidia.dram_bytes(math.inf) == expected
+    expected = {"peer": "bf16 misa", "read_bytes": 1.0738e9, "written_bytes": 8.2e8, "counted_bytes": 1879067392}
+    assert nvidia.dram_bytes(math.inf, "bf16 misa") == expected
     monkeypatch.setattr(nvidia, "run", lambda command, deadline: (9, "==ERROR== LibraryNotLoaded"))
-    assert "LibraryNotLoaded" in nvidia.dram_bytes(math.inf)["absent"]
+    assert "LibraryNotLoaded" in nvidia.dram_bytes(math.inf, "bf16 misa")["absent"]
 
 
 def test_a_tool_is_stopped_with_what_it_started():
