@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import sys
+
 import pytest
 import tiny
 import torch
 from torch import nn
 
+from examples import logging_runs, loop_plain
 from misa_kernels import MISA, kernels, param_groups
 
 BACKENDS = ["reference", *(name for name in ("cpu",) if kernels.unusable(name) is None)]
@@ -203,3 +207,41 @@ def test_a_grad_scaler_that_saw_no_gradient_changes_nothing():
     scaler.scale(torch.zeros((), requires_grad=True)).backward()
     scaler.step(optimizer)
     assert all(torch.equal(param, old) for param, old in zip(model.parameters(), before, strict=True))
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:total_steps=")
+def test_the_example_of_a_plain_loop_trains():
+    losses = loop_plain.main(steps=6)
+    assert len(losses) == 6 and losses[-1] < losses[0]
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:total_steps=")
+def test_every_round_that_ended_is_logged(monkeypatch):
+    """The loss of each of 12 steps, and figures of the two rounds of five that have ended."""
+    written = {}
+    monkeypatch.setitem(logging_runs.LOGGERS, "wandb", lambda folder: written.__setitem__)
+    losses = logging_runs.main("wandb", steps=12)
+    assert [values["loss"] for values in written.values()] == losses and losses[-1] < losses[0]
+    assert [step for step, values in written.items() if "misa/active_fraction" in values] == [5, 10]
+    assert all(0.15 < written[step]["misa/active_fraction"] <= 0.25 for step in (5, 10))
+
+
+def test_figures_are_found_in_tensorboards_files(tmp_path):
+    if "CI" not in os.environ:
+        pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    log = logging_runs.to_tensorboard(str(tmp_path))
+    log(3, {"loss": 2.5, "misa/backward_depth": 4})
+    log(4, {"loss": 1.5})
+    events = EventAccumulator(str(tmp_path)).Reload()
+    assert [(event.step, event.value) for event in events.Scalars("loss")] == [(3, 2.5), (4, 1.5)]
+    assert [(event.step, event.value) for event in events.Scalars("misa/backward_depth")] == [(3, 4)]
+
+
+def test_a_missing_logger_is_named_with_what_installs_it(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(SystemExit, match="pip install wandb"):
+        logging_runs.main("wandb", str(tmp_path))
