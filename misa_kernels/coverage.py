@@ -61,8 +61,8 @@ class Coverage:
         remedies.append(f"train for {rounds * self.inner_steps:,} steps")
         return (
             f"a run of {self.total_steps:,} steps in rounds of {self.inner_steps} visits each of the {self.modules} "
-            f"modules {self.visits:.1f} times on average, and should {ENOUGH_VISITS} times or more, or most of them are "
-            f"hardly trained: {', or '.join(remedies)}"
+            f"modules {self.visits:.1f} times on average, and should {ENOUGH_VISITS} times or more, or they are hardly "
+            f"trained: {', or '.join(remedies)}"
         )
 
 

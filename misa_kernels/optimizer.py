@@ -345,8 +345,8 @@ class MISA(torch.optim.Optimizer):
             given = {id(param) for group in self.param_groups for param in group["params"]}
             if any(id(param) not in given for param in self._slots.spans):
                 raise RuntimeError(
-                    "param_groups hold other parameters than at construction, as after fully_shard() or DeepSpeed's ZeRO: "
-                    "construct MISA after the model was sharded; ZeRO cannot be used, FSDP2 can"
+                    "param_groups hold other parameters than at construction, as after fully_shard() or in DeepSpeed's "
+                    "ZeRO: construct MISA after the model was sharded; ZeRO cannot be used, FSDP2 can"
                 )
             self._trained.allocate(self._slots_of(self._active.tolist()))
 
