@@ -36,9 +36,9 @@ class Shape:
 
 SHAPES = {
     "tiny": Shape(vocab=256, hidden=32, intermediate=88, layers=4, heads=4, kv_heads=2),
-    # A sixteenth of Llama 3 8B in every width: every matrix, and every activation of a sixteenth as many tokens, takes
-    # a 256th of the bytes.
-    "8b/256": Shape(vocab=8016, hidden=256, intermediate=896, layers=32, heads=8, kv_heads=2, rope_base=500_000.0),
+    # Llama 3 8B at a 32nd of its widths: every matrix, and every activation of a 32nd as many tokens, takes a 1024th of
+    # the bytes.
+    "8b/1024": Shape(vocab=4008, hidden=128, intermediate=448, layers=32, heads=4, kv_heads=1, rope_base=500_000.0),
     # The model of the pre-training experiments.
     "130m": Shape(vocab=32_000, hidden=768, intermediate=2048, layers=12, heads=12, kv_heads=12),
     # Llama 3.2 1B.

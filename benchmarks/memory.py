@@ -17,9 +17,10 @@ class PeakMemory:
     allocation and release, those inside an operator included, and their running sum is taken. The size of
     the process would say little: it contains the libraries and whatever the C library has kept back.
 
-    Memory that was allocated before the context does not count, nor does its release inside on the CPU;
-    so build the model and the optimizer inside to see the whole of a training run. The profiler keeps a
-    record for every operator: measure a few steps, not thousands, and do not time them.
+    Memory that was there before the context does not count. Its release inside counts against `held_bytes`, on the
+    CPU only if another context of this process saw it allocated: what is made in one context and freed in the next
+    makes that one's figures too low, so take a step's forward and backward pass in one. The profiler keeps a record
+    for every operator: measure a few steps, not thousands, and do not time them.
 
     Attributes:
         peak_bytes: Most bytes held at once, beyond those held at the start; set when the context ends.
