@@ -18,9 +18,9 @@ class PeakMemory:
     the process would say little: it contains the libraries and whatever the C library has kept back.
 
     Memory that was there before the context does not count. Its release inside counts against `held_bytes`, on the
-    CPU only if another context of this process saw it allocated: what is made in one context and freed in the next
-    makes that one's figures too low, so take a step's forward and backward pass in one. The profiler keeps a record
-    for every operator: measure a few steps, not thousands, and do not time them.
+    CPU only if an earlier context saw an allocation at its address: what is made in one context and freed in the
+    next makes that one's figures too low, so take a step's forward and backward pass in one. The profiler keeps a
+    record for every operator: measure a few steps, not thousands, and do not time them.
 
     Attributes:
         peak_bytes: Most bytes held at once, beyond those held at the start; set when the context ends.

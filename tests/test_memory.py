@@ -54,16 +54,12 @@ def test_activations_are_held_until_backward_for_what_needs_a_gradient(device: t
 
 
 def test_release_counts_where_a_context_saw_the_allocation(device: torch.device) -> None:
-    unseen = torch.empty(FLOATS, device=device)
     with PeakMemory(device) as first:
         seen = torch.empty(2 * FLOATS, device=device)
     with PeakMemory(device) as second:
         del seen
-    with PeakMemory(device) as third:
-        del unseen
     assert first.held_bytes == 2 * BYTES
     assert second.held_bytes == -2 * BYTES and second.peak_bytes == 0
-    assert third.held_bytes == (0 if device.type == "cpu" else -BYTES)
 
 
 def test_it_can_be_used_again_and_passes_errors_on() -> None:

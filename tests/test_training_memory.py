@@ -1,0 +1,168 @@
+"""Does MISA save the memory that it says it saves? Counted allocation by allocation on a small LLaMA."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks.llama import LINEARS, SHAPES, Llama, Shape
+from benchmarks.memory import PeakMemory
+from misa_kernels import MISA, ImportanceSampler, UniformSampler, param_groups
+from misa_kernels.sampler import Draw
+
+SHAPE, TOKENS = SHAPES["tiny"], 32
+# Of its 62,752 parameters; a layer has 11,520.
+DELTAS = (0.1, 0.2, 0.4, 0.6)
+
+
+def model_and_tokens(checkpointing: bool = False) -> tuple[Llama, torch.Tensor]:
+    torch.manual_seed(0)
+    return Llama(SHAPE, checkpointing), torch.randint(SHAPE.vocab, (1, TOKENS))
+
+
+def train_step(model: Llama, optimizer: torch.optim.Optimizer, tokens: torch.Tensor) -> None:
+    model(tokens).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def gradient_and_state_bytes(delta: float, **options: Any) -> tuple[int, int, int]:
+    """Bytes of gradients that a backward pass leaves and of state that the first step leaves, and active parameters."""
+    model, tokens = model_and_tokens()
+    optimizer = MISA(param_groups(model), delta=delta, inner_steps=100, **options)
+    with PeakMemory() as gradients:
+        model(tokens).backward()
+    with PeakMemory() as state:
+        optimizer.step()
+    return gradients.held_bytes, state.held_bytes, sum(optimizer.modules[number].numel for number in optimizer.active)
+
+
+def test_gradients_and_states_are_in_proportion_to_delta():
+    total = sum(p.numel() for p in Llama(SHAPE).parameters())
+    largest = SHAPE.hidden * SHAPE.intermediate
+    for delta in DELTAS:
+        gradients, state, active = gradient_and_state_bytes(delta)
+        assert gradients == 4 * active
+        # What does not fit any more is smaller than the largest module.
+        assert delta * total - largest < active <= delta * total
+        # Two moments in float32 for the budget, in groups of 128; then a few numbers for each of 28 modules.
+        beyond = state - 8 * 128 * -(-int(delta * total) // 128)
+        assert 0 <= beyond <= 28 * 96, beyond
+
+
+class Chosen(UniformSampler):
+    """Draws the modules with these numbers, always."""
+
+    def __init__(self, numbers: tuple[int, ...]) -> None:
+        super().__init__()
+        # Samplers are frozen dataclasses.
+        object.__setattr__(self, "numbers", numbers)
+
+    def draw(self, candidates: Any, budget: int, round: int, seed: int) -> Draw:
+        size = candidates.numel.size
+        return Draw(np.array(self.numbers), np.full(size, 1 / size), perplexity=float(size), eta=0.0)
+
+
+def activations(*names: str, checkpointing: bool = False) -> int:
+    """Bytes that a forward pass leaves for backward with these modules active."""
+    model, tokens = model_and_tokens(checkpointing)
+    # Seven modules a layer, in the order of LINEARS.
+    numbers = tuple(sorted(7 * int(name.split(".")[1]) + LINEARS.index(name.split(".")[-1]) for name in names))
+    MISA(param_groups(model), delta=0.8, sampler=Chosen(numbers))
+    trained = [name for name, p in model.named_parameters() if p.requires_grad]
+    assert len(trained) == len(names) and all(any(name in n for n in trained) for name in names)
+    with PeakMemory() as memory:
+        loss = model(tokens)
+    assert loss.requires_grad
+    return memory.held_bytes
+
+
+# The input that each linear of the layer needs for its own gradient alone: hidden or intermediate numbers a token.
+# That of o_proj is what attention keeps anyhow.
+INPUTS = {
+    "q_proj": SHAPE.hidden,
+    "k_proj": SHAPE.hidden,
+    "o_proj": 0,
+    "gate_proj": SHAPE.hidden,
+    "up_proj": SHAPE.hidden,
+    "down_proj": SHAPE.intermediate,
+}
+
+
+@pytest.mark.parametrize("linear", INPUTS)
+def test_the_input_of_a_linear_is_kept_only_while_it_is_trained(linear):
+    lower = "layers.1.self_attn.q_proj"
+    without, with_it = activations(lower), activations(lower, f"layers.3.{block(linear)}.{linear}")
+    assert with_it - without == 4 * TOKENS * INPUTS[linear]
+
+
+def test_linears_that_share_their_input_keep_it_once():
+    lower = "layers.1.self_attn.q_proj"
+    three = [f"layers.3.self_attn.{name}" for name in ("q_proj", "k_proj", "v_proj")]
+    assert activations(lower, *three) - activations(lower) == 4 * TOKENS * SHAPE.hidden
+
+
+def test_layers_below_the_lowest_active_one_keep_nothing():
+    """Each layer above it keeps as much as any other; with checkpointing its input alone, wherever it lies."""
+    kept = [activations(f"layers.{number}.self_attn.q_proj") for number in range(SHAPE.layers)]
+    steps = {lower - upper for lower, upper in zip(kept, kept[1:], strict=False)}
+    assert len(steps) == 1 and steps.pop() > 4 * TOKENS * (3 * SHAPE.intermediate + 2 * SHAPE.hidden)
+
+
+def block(linear: str) -> str:
+    return "self_attn" if linear in ("q_proj", "k_proj", "v_proj", "o_proj") else "mlp"
+
+
+SAVING: dict[str, dict[str, Any]] = {
+    "default": {},
+    "window": {"sampler": ImportanceSampler(depth_window=2)},
+    "int8, split, released": {"state_dtype": "int8", "param_precision": "split", "release_gradients": True},
+}
+
+
+@pytest.mark.parametrize("name", ["default", pytest.param("int8, split, released", marks=pytest.mark.slow)])
+def test_nothing_is_left_behind_after_200_switches(name):
+    tokens = torch.randint(16, (1, 4))
+    # All in contexts: a release counts only if the allocation was seen.
+    with PeakMemory():
+        model = Llama(Shape(vocab=16, hidden=16, intermediate=24, layers=1, heads=1, kv_heads=1)).bfloat16()
+        optimizer = MISA(param_groups(model), delta=0.5, inner_steps=1, **SAVING[name])
+        for _ in range(3):
+            train_step(model, optimizer, tokens)
+    states, rounds = optimizer.state_bytes, len(optimizer.monitor.rounds)
+    with PeakMemory() as memory:
+        for _ in range(200):
+            train_step(model, optimizer, tokens)
+    assert optimizer.monitor.current.round == 203 and rounds == 4
+    assert memory.held_bytes == 0
+    assert optimizer.state_bytes == states
+    assert all(p.grad is None for p in model.parameters())
+
+
+def step_peaks(steps: int, inner_steps: int, name: str, checkpointing: bool, rehearsed: bool) -> list[int]:
+    model, tokens = model_and_tokens(checkpointing)
+    optimizer = MISA(param_groups(model), lr=1e-3, delta=0.2, inner_steps=inner_steps, **SAVING[name])
+    if rehearsed:
+        optimizer.rehearse()
+    # The first step allocates the state after its backward pass, which is there throughout all later ones.
+    train_step(model, optimizer, tokens)
+    peaks = []
+    for _ in range(steps):
+        with PeakMemory() as memory:
+            train_step(model, optimizer, tokens)
+        peaks.append(memory.peak_bytes)
+    return peaks
+
+
+@pytest.mark.parametrize(
+    ("name", "checkpointing"),
+    [("default", False), ("default", True), ("window", False), ("int8, split, released", True)],
+)
+def test_no_round_takes_more_than_the_rehearsed_one(name, checkpointing):
+    (rehearsed,) = step_peaks(1, 100, name, checkpointing, rehearsed=True)
+    later = step_peaks(20, 1, name, checkpointing, rehearsed=False)
+    assert len(set(later)) > 1 or checkpointing
+    assert max(later) <= rehearsed, later
