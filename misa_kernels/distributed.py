@@ -95,6 +95,11 @@ class Replica:
                     f"{name} requires a gradient and must be in the optimizer, or the ranks would not average it: give "
                     "all parameters to MISA(...), or freeze it"
                 )
+            if is_sharded(param):
+                raise ValueError(
+                    f"{name} is sharded and must be whole to be replicated: FSDP2 averages gradients itself, those of "
+                    "replicated shards, too, on a mesh of two dimensions"
+                )
         first = dist.get_global_rank(group, 0)
         works = [
             dist.broadcast(tensor.detach(), first, group=group, async_op=True)
@@ -166,7 +171,10 @@ class Replica:
             if bucket.work is None:
                 self._send(bucket)
         # An expert that got no token on this rank may have got some on another.
-        here = torch.tensor([param.grad is not None for param in params], dtype=torch.int32, device=params[0].device)
+        device = params[0].device
+        present = [param.grad is not None for param in params]
+        # From pinned memory, or the copy would wait for what the device has still to do.
+        here = torch.tensor(present, dtype=torch.int32, pin_memory=device.type == "cuda").to(device, non_blocking=True)
         dist.all_reduce(here, dist.ReduceOp.MAX, group=self._group)
         missing = {param for param in params if param.grad is None}
         if missing:
@@ -233,7 +241,7 @@ def replicate(model: nn.Module, optimizer: MISA, *, process_group: dist.ProcessG
 
     Raises:
         RuntimeError: If torch.distributed is not initialised, or `release_gradients` is on.
-        ValueError: If a parameter of the model requires a gradient and is not in the optimizer.
+        ValueError: If a parameter of the model is sharded, or requires a gradient and is not in the optimizer.
 
     Example:
         replica = replicate(model, optimizer)

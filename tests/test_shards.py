@@ -11,6 +11,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 from misa_kernels import MISA, authors, param_groups
+from misa_kernels.distributed import replicate
 
 OPTIONS = {"lr": 1e-2, "delta": 0.2, "inner_steps": 5}
 
@@ -197,7 +198,8 @@ def test_norms_of_tensor_parallel_matrices_are_those_of_the_whole(tmp_path, dim)
 def refused(rank, options):
     model = tiny.build()
     shard(model, 2, "layers")
-    MISA(param_groups(model), **(OPTIONS | options))
+    optimizer = MISA(param_groups(model), **(OPTIONS | options))
+    replicate(model, optimizer)
     return "accepted"
 
 
@@ -206,6 +208,7 @@ def refused(rank, options):
     [
         ({"state_dtype": "int8"}, "ValueError: state_dtype='int8' has scales for groups that shards would cut"),
         ({"release_gradients": True}, "ValueError: release_gradients=True needs gradients within backward"),
+        ({}, "ValueError: embedding.weight is sharded and must be whole to be replicated"),
         ({"v_floor": True, "backend": "reference"}, "ValueError: v_floor=True is for whole tensors"),
     ],
 )
