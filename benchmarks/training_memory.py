@@ -222,9 +222,9 @@ def markdown(content: dict[str, Any]) -> str:
     lines = [
         "# Memory of a training step: measured / formula, MiB",
         "",
-        f"`{content['command']}`, commit {content['commit']}, torch {content['versions']['torch']}, CPU. Shape "
-        f"{plan['shape']}, {plan['tokens']} tokens, delta = {plan['delta']:.0%} (a whole layer, for BAdam and LISA, fits), LoRA "
-        f"of rank {plan['rank']}. MISA, BAdam and LISA in the costliest round they may draw.",
+        f"`{content['command']}`, commit {content['commit']}, torch {content['versions']['torch']}, CPU.",
+        f"Shape {plan['shape']}, {plan['tokens']} tokens, LoRA of rank {plan['rank']}, delta = {plan['delta']:.0%}, in "
+        "which a whole layer, for BAdam and LISA, fits. These and MISA in the costliest round they may draw.",
     ]
     parts = tuple(cases[0]["measured"])
     differences = []
