@@ -131,10 +131,12 @@ def plain_loop(
     ("dtype", "misa_changes", "trainer_changes"),
     [
         (torch.float32, {}, {}),
-        (torch.float32, {}, {"gradient_accumulation_steps": 2}),
-        (torch.float32, {}, {"activation_checkpointing": True}),
+        pytest.param(torch.float32, {}, {"gradient_accumulation_steps": 2}, marks=pytest.mark.slow),
+        pytest.param(torch.float32, {}, {"activation_checkpointing": True}, marks=pytest.mark.slow),
         (torch.bfloat16, {"param_precision": "master"}, {}),
-        (torch.bfloat16, {"param_precision": "stochastic", "state_dtype": "int8"}, {}),
+        pytest.param(
+            torch.bfloat16, {"param_precision": "stochastic", "state_dtype": "int8"}, {}, marks=pytest.mark.slow
+        ),
     ],
     ids=["float32", "accumulation", "checkpointing", "bfloat16 master", "bfloat16 stochastic"],
 )
@@ -186,6 +188,7 @@ def test_a_run_and_its_resumption_in_mid_round_equal_a_plain_loop(
     assert any(not torch.equal(saved[name], weight) for name, weight in weights(plain).items())
 
 
+@pytest.mark.slow
 def test_optimizer_class_and_kwargs_make_the_same_run(tmp_path: Path) -> None:
     models = [llama(), llama()]
     given = trainer(models[0], tmp_path, optimizer=misa(models[0]))
@@ -197,6 +200,7 @@ def test_optimizer_class_and_kwargs_make_the_same_run(tmp_path: Path) -> None:
     assert_same(weights(models[1]), weights(models[0]))
 
 
+@pytest.mark.slow
 def test_groups_of_trainer_train_by_shape_alone_or_are_refused_by_name(tmp_path: Path) -> None:
     model = llama()
     before = weights(model)
@@ -215,6 +219,7 @@ def test_groups_of_trainer_train_by_shape_alone_or_are_refused_by_name(tmp_path:
         small.train()
 
 
+@pytest.mark.slow
 def test_trainer_and_misa_do_not_clip_twice_but_importance_sees_what_trainer_clipped(tmp_path: Path) -> None:
     bound = 0.5
 
@@ -353,7 +358,7 @@ def said(done: Trainer) -> list[str]:
 @pytest.mark.parametrize(
     ("misa_changes", "trainer_changes", "sentence"),
     [
-        ({"inner_steps": 10, "delta": 0.9}, {}, "total_steps=10 in rounds of 10 visits each of the 21 modules"),
+        ({"inner_steps": 10, "delta": 0.9}, {}, "a run of 10 steps in rounds of 10 visits each of the 21 modules"),
         ({"max_grad_norm": 2.0}, {"max_grad_norm": 1.5}, "max_grad_norm=1.5 clips before MISA's max_grad_norm=2.0"),
         ({}, {"max_grad_norm": 1.5}, None),
         ({"max_grad_norm": 2.0}, {}, None),
@@ -378,6 +383,33 @@ def test_backward_is_watched_during_the_training_and_not_after(tmp_path: Path) -
     assert any("something makes an input require a gradient" in sentence for sentence in said(done))
     assert hooks_of(model) == hooks
     assert not done.optimizer.optimizer._optimizer_step_post_hooks
+
+
+@pytest.mark.parametrize("reentrant", [None, True], ids=["default", "re-entrant"])
+def test_checkpointing_does_not_drive_backward_below_the_lowest_active_layer(
+    reentrant: bool | None, tmp_path: Path
+) -> None:
+    model = llama()
+    kwargs = None if reentrant is None else {"use_reentrant": reentrant}
+    optimizer = misa(model, inner_steps=1, sampler=UniformSampler(depth_window=1))
+    depths: list[tuple[int, int]] = []
+    reached: set[int] = set()
+    for number, layer in enumerate(model.model.layers):
+        # Runs again when the layer is recomputed, which is when backward comes to it; hooks of the layer do not.
+        layer.mlp.register_forward_pre_hook(
+            lambda *_, number=number: reached.add(number) if torch._C._current_graph_task_id() != -1 else None
+        )
+
+    class Depths(TrainerCallback):
+        def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            depths.append((3 - min(reached), optimizer.monitor.current.backward_depth))
+            reached.clear()
+
+    changes = {"activation_checkpointing": True, "activation_checkpointing_kwargs": kwargs}
+    trainer(model, tmp_path, MISACallback(), Depths(), optimizer=optimizer, **changes).train()
+    assert len({needed for _, needed in depths}) > 1
+    # What re-entrant checkpointing needs, it keeps.
+    assert all(ran == (needed if reentrant is None else 3) for ran, needed in depths), depths
 
 
 def hooks_of(model: nn.Module) -> int:
@@ -424,6 +456,7 @@ def test_a_second_training_needs_a_new_optimizer_where_the_first_was_released(tm
     assert any(not torch.equal(weight, after[name]) for name, weight in weights(model).items())
 
 
+@pytest.mark.slow
 def test_a_second_training_without_the_callback_goes_on_with_the_same_optimizer(tmp_path: Path) -> None:
     model = llama()
     done = trainer(model, tmp_path, optimizer=misa(model))

@@ -16,7 +16,8 @@ class MISACallback(TrainerCallback):
     """Warns at the start of a training what it would regret, adds the monitor to what is logged, ends the run.
 
     At the start it warns where the training is too short to visit the modules (`MISA.coverage`), where Trainer and
-    MISA both clip, and during it, where backward does not run as the draw needs (`watch_backward`).
+    MISA both clip, and during it, where backward does not run as the draw needs (`watch_backward`). It takes back the
+    input gradients that Trainer's checkpointing asks for, unless that is re-entrant.
 
     Beside the loss it logs, for the round that the next step belongs to, `misa_round`, `misa_active_fraction`,
     `misa_perplexity_fraction`, `misa_backward_depth` (where layers are known; all fields of `monitor.Round`), and
@@ -61,10 +62,16 @@ class MISACallback(TrainerCallback):
                 "TrainingArguments(max_grad_norm=0)",
                 stacklevel=2,
             )
+        model = kwargs["model"]
+        # Transformers' default is not re-entrant, and only re-entrant checkpointing needs an input with a gradient,
+        # which drives backward down to the embeddings.
+        reentrant = (args.gradient_checkpointing_kwargs or {}).get("use_reentrant", False)
+        if args.gradient_checkpointing and not reentrant and hasattr(model, "disable_input_require_grads"):
+            model.disable_input_require_grads()
         # A training that was interrupted has had no end.
         self._unwatch()
         if optimizer.monitor.layers:
-            self._watch = watch_backward(kwargs["model"], optimizer)
+            self._watch = watch_backward(model, optimizer)
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Add the figures to a log of the training, not to one of an evaluation or of the whole run."""
