@@ -327,14 +327,14 @@ def goals(peers: dict[str, Any]) -> list[dict[str, Any]]:
 
 def summary(content: dict[str, Any]) -> str:
     """Return the peers and the goals of `under_the_cap` as lines of text."""
-    lines = [f"{'peer':<12}{'reserved':>10}{'rehearsed':>10}{'allocated':>10}{'planned':>10} GiB"]
+    lines = [f"{'peer':<12}{'reserved':>10}{'rehearsed':>10}{'allocated':>10}{'planned':>10} MiB"]
     for name, peer in content["peers"].items():
         keys = ("reserved_bytes", "rehearsed_reserved_bytes", "allocated_bytes")
-        figures = "".join(f"{peer[key] / GIB:>10.3f}" for key in keys) if "reserved_bytes" in peer else f"{'':>30}"
-        lines.append(f"{name:<12}{figures}{peer['planned']['peak'] / GIB:>10.3f} {peer.get('error', '')[:90]}")
+        figures = "".join(f"{peer[key] / MIB:>10,.1f}" for key in keys) if "reserved_bytes" in peer else f"{'':>30}"
+        lines.append(f"{name:<12}{figures}{peer['planned']['peak'] / MIB:>10,.1f} {peer.get('error', '')[:90]}")
     for goal in content["goals"]:
         verdict = "met" if goal["met"] else "MISSED"
-        figures = f"{goal['bytes'] / GIB:>8.3f} {goal['limit_bytes'] / GIB:>8.3f}"
+        figures = f"{goal['bytes'] / MIB:>10,.1f} {goal['limit_bytes'] / MIB:>10,.1f}"
         lines.append(f"{goal['peer']:<12}{goal['goal']:<32}{figures} {verdict}")
     return "\n".join(lines)
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from benchmarks import gpu, training_memory
 from benchmarks.llama import LINEARS, SHAPES, Llama, Shape
 from benchmarks.memory import PeakMemory
 from misa_kernels import MISA, ImportanceSampler, UniformSampler, param_groups
@@ -166,3 +169,62 @@ def test_no_round_takes_more_than_the_rehearsed_one(name, checkpointing):
     later = step_peaks(20, 1, name, checkpointing, rehearsed=False)
     assert len(set(later)) > 1 or checkpointing
     assert max(later) <= rehearsed, later
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("name", [pytest.param("lora", marks=pytest.mark.slow), "badam", "misa", "misa_lean"])
+def test_the_formula_tells_what_a_small_model_takes(name, checkpointing):
+    """Within the tolerance of the table; small numbers weigh more here than in the record."""
+    plan = training_memory.Plan("tiny", 32, chunk=8, rank=1, delta=0.2, dtype="float32", checkpointing=checkpointing)
+    if name == "lora":
+        pytest.importorskip("peft")
+    seen, said = training_memory.measured(name, plan), training_memory.planned(name, plan, fused_norms=False)
+    for part in ("weights", "activations", "gradients", "peak"):
+        assert said[part] == pytest.approx(seen[part], rel=0.05, abs=1), (part, seen, said)
+
+
+def test_goals_are_judged_by_the_figures():
+    gib = 2**30
+    figures = {"lora": (17, 17), "badam": (19, 19), "misa": (18.5, 18), "misa_lean": (17.9, 17.9)}
+    peers = {
+        name: {"reserved_bytes": most * gib, "rehearsed_reserved_bytes": rehearsed * gib}
+        for name, (most, rehearsed) in figures.items()
+    }
+    found = {(goal["peer"], goal["goal"]): goal["met"] for goal in training_memory.goals(peers)}
+    assert len(found) == 8
+    assert {key for key, met in found.items() if not met} == {("misa", "<= LoRA + 1 GiB")}
+    peers["misa"]["reserved_bytes"] = 20.5 * gib
+    found = {goal["goal"] for goal in training_memory.goals(peers) if goal["peer"] == "misa" and not goal["met"]}
+    assert len(found) == 4
+
+
+def test_stage_keeps_the_plan_of_a_peer_that_was_left_out(tmp_path):
+    command = ["--stage", "memory", "--device", "cpu", "--shape", "tiny", "--out", str(tmp_path), "--time-limit", "0"]
+    assert gpu.main(command) == 0
+    (shape,) = json.loads((tmp_path / "memory.json").read_text())["shapes"]
+    assert shape["left_out"] == list(shape["peers"]) == list(training_memory.PEERS)
+    assert all(peer["planned"]["peak"] > 0 for peer in shape["peers"].values())
+
+
+@pytest.mark.slow
+def test_stage_measures_every_peer_in_a_process_of_its_own(tmp_path, capsys):
+    pytest.importorskip("peft")
+    command = ["--stage", "memory", "--device", "cpu", "--shape", "tiny", "--out", str(tmp_path)]
+    assert gpu.main(command) == 0
+    (shape,) = json.loads((tmp_path / "memory.json").read_text())["shapes"]
+    assert shape["left_out"] == []
+    for name, peer in shape["peers"].items():
+        assert "error" not in peer, (name, peer)
+        assert peer["rounds"] >= 12
+        assert peer["reserved_bytes"] >= peer["rehearsed_reserved_bytes"] > 0
+    assert len(shape["goals"]) == 4 * 4
+    assert "1.03 x" in capsys.readouterr().out
+
+
+def test_record_holds_every_peer():
+    """The record in the repository is that of the table beside it."""
+    path = Path(training_memory.__file__).parent / "results" / "training_memory.json"
+    content = json.loads(path.read_text())
+    kinds = {(case["dtype"], case["checkpointing"]) for case in content["cases"]}
+    assert len(kinds) == 4 and len(content["cases"]) == 4 * len(training_memory.PEERS)
+    assert training_memory.markdown(content) == path.with_suffix(".md").read_text()
