@@ -44,6 +44,11 @@ def param_groups(
     one class, with matrices inside, repeat. Several stacks, of an encoder and a decoder or of a vision and a
     text model, follow one another as they are registered. In a model without a stack each matrix is a layer.
 
+    In a model with adapters of the peft package, all trained tensors of one adapter at one place (A and B of
+    LoRA, its bias, DoRA's magnitudes) are one module, named after the module that they adapt, plus the
+    adapter's name where several lie there. peft has frozen what it does not mean to train, so what else it
+    trains (a head in `modules_to_save`, an adapter beside the layers) is dense in either mode.
+
     The model is only read. What has `requires_grad=False`, as all quantised weights do, stays frozen; tied
     parameters appear once, under their first name.
 
@@ -86,6 +91,7 @@ def param_groups(
     always_on = _always_on(dense, model)
     tensors = list(_tensors(model))
     inside = _layers_inside(tensors, model)
+    adapted = any(map(_is_of_peft, model.modules()))
 
     roles = ("sampled", "dense", "frozen")
     groups: dict[str, dict[str, Any]] = {
@@ -102,7 +108,7 @@ def param_groups(
             if tensor.is_stacked and experts == "each":
                 module = [f"{tensor.path}.{expert}" for expert in range(len(tensor.param))]
         else:
-            role = "dense" if mode == "pretrain" else "frozen"
+            role = "dense" if mode == "pretrain" or adapted else "frozen"
         group = groups[role]
         group["params"].append((tensor.name, tensor.param))
         group["modules"].append(module)
@@ -119,8 +125,8 @@ class _Tensor:
         param: The parameter.
         owner: The module it is an attribute of.
         path: The owner's name; the parameter's own if the model itself is the owner.
-        module: The module it makes when sampled: the owner's name if that holds no other matrix, else its
-            own.
+        module: The module it makes when sampled: its adapter's name, or the owner's if that holds no other
+            matrix, else its own.
         is_matrix: Whether it is sampled when it lies in a layer.
         is_stacked: Whether it is the matrices of several experts, along the first axis.
     """
@@ -137,6 +143,7 @@ class _Tensor:
 def _tensors(model: nn.Module) -> Iterator[_Tensor]:
     """Yield every parameter once, in the order and under the names of `model.named_parameters()`."""
     seen: set[int] = set()
+    adapters = _adapters(model)
     for path, owner in model.named_modules():
         own = list(owner.named_parameters(prefix=path, recurse=False))
         stacked = {len(param) for _, param in own if _is_stacked(param, owner)}
@@ -147,15 +154,52 @@ def _tensors(model: nn.Module) -> Iterator[_Tensor]:
             seen.add(id(param))
             # Beside the stacked matrices of E experts, a tensor of E rows is their biases.
             vectors = param.ndim < 2 or (param.ndim == 2 and len(param) in stacked)
-            yield _Tensor(
-                name=name,
-                param=param,
-                owner=owner,
-                path=path or name,
-                module=path if alone and path else name,
-                is_matrix=not vectors and not isinstance(owner, _EMBEDDINGS),
-                is_stacked=_is_stacked(param, owner),
-            )
+            module = path if alone and path else name
+            is_matrix = not vectors and not isinstance(owner, _EMBEDDINGS)
+            if id(param) in adapters:
+                adapter = adapters[id(param)]
+                module, is_matrix = adapter or module, adapter is not None
+            is_stacked = id(param) not in adapters and _is_stacked(param, owner)
+            yield _Tensor(name, param, owner, path or name, module, is_matrix, is_stacked)
+
+
+def _adapters(model: nn.Module) -> dict[int, str | None]:
+    """Return the module that each tensor of an adapter makes, by its identity; None where several places share it."""
+    names: dict[int, set[str]] = {}
+    for path, place in _adapted_places(model):
+        tensors = [
+            (adapter, param)
+            for name in place.adapter_layer_names  # type: ignore[union-attr]
+            for adapter, part in getattr(place, name, {}).items()
+            for param in (part.parameters() if isinstance(part, nn.Module) else [part])
+        ]
+        several = len({adapter for adapter, _ in tensors}) > 1
+        for adapter, param in tensors:
+            own = f"{path}.{adapter}" if path and several else path or adapter
+            names.setdefault(id(param), set()).add(own)
+    return {param: own.pop() if len(own) == 1 else None for param, own in names.items()}
+
+
+def _adapted_places(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Yield name and module of each of peft's layers, which hold the module that they adapt, from the outside in."""
+    for path, module in model.named_modules():
+        if _is_of_peft(module) and "base_layer" in module._modules:
+            yield path, module
+
+
+def _is_of_peft(module: nn.Module) -> bool:
+    """Whether a module is peft's: all of these say so which of their attributes hold an entry for each adapter."""
+    return hasattr(type(module), "adapter_layer_names")
+
+
+def _bare(module: nn.Module) -> nn.Module:
+    """Return the module that peft has wrapped, others as they are."""
+    while _is_of_peft(module):
+        inner = module._modules.get("base_layer", module._modules.get("original_module"))
+        if inner is None:
+            break
+        module = inner
+    return module
 
 
 def _is_stacked(param: nn.Parameter, owner: nn.Module) -> bool:
@@ -170,11 +214,18 @@ def _layers_inside(tensors: Sequence[_Tensor], model: nn.Module) -> list[str | N
             layers.setdefault(id(part), path)
     if layers:
         return [layers.get(id(tensor.owner)) for tensor in tensors]
-    # Without a stack, the vectors beside a matrix, such as its bias, lie in the same layer as it.
-    for tensor in tensors:
+    places: dict[int, str] = {}
+    for path, place in _adapted_places(model):
+        for part in place.modules():
+            places.setdefault(id(part), path)
+    # Without a stack, what lies beside a matrix, such as its bias and its adapters, lies in the same layer as it.
+    own = [places.get(id(tensor.owner), tensor.module) for tensor in tensors]
+    for tensor, name in zip(tensors, own, strict=True):
         if tensor.is_matrix:
-            layers.setdefault(id(tensor.owner), tensor.module)
-    return [tensor.module if tensor.is_matrix else layers.get(id(tensor.owner)) for tensor in tensors]
+            layers.setdefault(id(tensor.owner), name)
+    return [
+        name if tensor.is_matrix else layers.get(id(tensor.owner)) for tensor, name in zip(tensors, own, strict=True)
+    ]
 
 
 def _next_layers(inside: Sequence[str | None]) -> list[str | None]:
@@ -187,15 +238,15 @@ def _next_layers(inside: Sequence[str | None]) -> list[str | None]:
     return filled[::-1]
 
 
-def _stacked_layers(module: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]]:
+def _stacked_layers(module: nn.Module, path: str = "", holds_adapters: bool = False) -> Iterator[tuple[str, nn.Module]]:
     """Yield name and module of the elements of the outermost stacks, in registration order."""
-    stack = _is_stack(module)
+    stack = not holds_adapters and _is_stack(module)
     for name, child in module.named_children():
         child_path = f"{path}.{name}" if path else name
         if stack and _can_be_layer(child):
             yield child_path, child
         else:
-            yield from _stacked_layers(child, child_path)
+            yield from _stacked_layers(child, child_path, _is_of_peft(module))
 
 
 def _is_stack(module: nn.Module) -> bool:
@@ -218,11 +269,12 @@ def _is_stack(module: nn.Module) -> bool:
 def _repeats(module: nn.Module) -> bool:
     if not isinstance(module, _CONTAINERS):
         return False
-    classes = [type(child) for child in module.children() if _can_be_layer(child)]
+    classes = [type(_bare(child)) for child in module.children() if _can_be_layer(child)]
     return len(set(classes)) < len(classes)
 
 
 def _can_be_layer(module: nn.Module) -> bool:
+    module = _bare(module)
     if isinstance(module, ParametrizationList) or next(module.children(), None) is None:
         return False
     return any(param.ndim >= 2 for param in module.parameters())

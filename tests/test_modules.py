@@ -157,8 +157,9 @@ def test_quantised_and_user_frozen_parameters_stay_frozen():
 
 def test_lora_trains_its_adapters():
     model = lora()
-    attention = "base_model.model.model.layers.{}.self_attn.{}.lora_{}.default"
-    wanted = [attention.format(n, m, side) for n in (0, 1) for m in ("q_proj", "v_proj") for side in ("A", "B")]
+    # Twice each, for A and for B; tests/test_peft.py has the rest.
+    attention = "base_model.model.model.layers.{}.self_attn.{}"
+    wanted = [attention.format(n, m) for n in (0, 1) for m in ("q_proj", "q_proj", "v_proj", "v_proj")]
     groups = param_groups(model)
     assert [name for names in sampled_modules(groups).values() for name in names] == wanted
     assert list(sampled_modules(groups)) == ["base_model.model.model.layers.0", "base_model.model.model.layers.1"]
