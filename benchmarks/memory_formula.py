@@ -136,8 +136,9 @@ def count(run: Run) -> dict[str, float]:
     gradients = [sum(matrices[name] for name in names) + adapters * e for names in trained]
     held = float(sum(gradients) + run.dense * (embedding + head + norms))
     logits = LOGITS * 4 * run.chunk * shape.vocab
-    # The gradient of a chunk for the head is there beside their sum.
-    moments = [sum(kept) + kept_last + n * h * e + max(logits + run.dense * head, 2 * run.dense * head)]
+    # The head's gradients of two chunks and their sum, which autograd does not take in place.
+    head_sums = 3 * run.dense * head if run.chunk < n else 0
+    moments = [sum(kept) + kept_last + n * h * e + max(logits + run.dense * head, head_sums)]
     for layer in layers:
         above = sum(gradients[layer + 1 :]) + run.dense * head
         if run.released:
