@@ -201,6 +201,8 @@ class MISA(torch.optim.Optimizer):
             self._compare_construction(self._agreement, draw)
 
         arguments.notify(self.param_groups, self._partition, delta)
+        # Of which it has warned, if it had to.
+        self.total_steps = total_steps
         if total_steps is not None and (advice := self.coverage(total_steps).advice) is not None:
             warnings.warn(advice, stacklevel=2)
         self.register_state_dict_post_hook(_complete)

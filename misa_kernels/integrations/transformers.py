@@ -52,8 +52,9 @@ class MISACallback(TrainerCallback):
                 "train() came again, but MISA was released at the end of the first: set trainer.optimizer = MISA(...) "
                 "before it, or leave MISACallback out"
             )
-        if (advice := optimizer.coverage(state.max_steps).advice) is not None:
-            warnings.warn(advice, stacklevel=2)
+        planned = optimizer.coverage(state.max_steps)
+        if planned.advice is not None and state.max_steps != optimizer.total_steps:
+            warnings.warn(planned.advice, stacklevel=2)
         ours = optimizer._trained._settings.max_grad_norm
         if ours is not None and args.max_grad_norm > 0:
             warnings.warn(
@@ -65,7 +66,8 @@ class MISACallback(TrainerCallback):
         model = kwargs["model"]
         # Transformers' default is not re-entrant, and only re-entrant checkpointing needs an input with a gradient,
         # which drives backward down to the embeddings.
-        reentrant = (args.gradient_checkpointing_kwargs or {}).get("use_reentrant", False)
+        options = args.gradient_checkpointing_kwargs
+        reentrant = isinstance(options, dict) and options.get("use_reentrant", False)
         if args.gradient_checkpointing and not reentrant and hasattr(model, "disable_input_require_grads"):
             model.disable_input_require_grads()
         # A training that was interrupted has had no end.
