@@ -477,10 +477,11 @@ class MISA(torch.optim.Optimizer):
         )
 
     def rehearse(self) -> None:
-        """Make the first round train the costliest admissible set, so that its first step shows the peak memory.
+        """Make the first round train the costliest admissible set, so that its first two steps show the peak memory.
 
         Which modules are drawn decides how deep backward runs and which activations are kept; a run whose
-        first step fits after this call fits to the end. The rounds that follow are drawn as always.
+        first two steps fit after this call fits to the end (the state is allocated at the end of the first). The rounds
+        that follow are drawn as always.
 
         Raises:
             RuntimeError: After the first step.
