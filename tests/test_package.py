@@ -53,13 +53,15 @@ def test_version_is_a_release_number():
     assert re.fullmatch(r"\d+\.\d+\.\d+", misa_kernels.__version__)
 
 
-def test_import_costs_little_beyond_torch():
+def test_import_costs_little_beyond_torch(tmp_path):
     """Promised are 50 ms; asserted twice that of processor time, the best of three: the cores are shared."""
     code = (
         "import time, torch; start = time.process_time(); import misa_kernels; "
         "print(1e3 * (time.process_time() - start))"
     )
-    assert min(float(run_python(code)) for _ in range(3)) < 100
+    # As installed, where pip has compiled the sources; the first run does it here.
+    compiled = {"PYTHONDONTWRITEBYTECODE": "", "PYTHONPYCACHEPREFIX": str(tmp_path)}
+    assert min(float(run_python(code, **compiled)) for _ in range(4)) < 100
 
 
 def test_import_brings_no_optional_package():
