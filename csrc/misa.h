@@ -23,9 +23,9 @@ enum MisaDtype { MISA_FLOAT32 = 0, MISA_BFLOAT16 = 1, MISA_DTYPES = 2 };
 // How moments are stored, see misa_kernels/codec.py. The CUDA library knows float32 alone.
 enum MisaFormat { MISA_STATE_FP32 = 0, MISA_STATE_BF16 = 1, MISA_STATE_INT8 = 2, MISA_FORMATS = 3 };
 
-// A step with one of the first two reads gradients twice: for `partial` and `control`, and for the update. Where
-// norms are summed over several processes, two calls take these halves, MISA_NORMS and MISA_UPDATE, and the
-// caller corrects `control` in between.
+// A step with one of the first two reads gradients twice: for `partial` and `control`, and for the update.
+// Where norms are summed over several processes, two calls take these halves, MISA_NORMS and MISA_UPDATE, and
+// the caller corrects `control` in between.
 enum MisaFlag { MISA_CLIP = 1, MISA_SKIP_NONFINITE = 2, MISA_NORMS = 4, MISA_UPDATE = 8 };
 
 enum MisaStatus {
