@@ -347,9 +347,9 @@ class MISA(torch.optim.Optimizer):
             given = {id(param) for group in self.param_groups for param in group["params"]}
             if any(id(param) not in given for param in self._slots.spans):
                 raise RuntimeError(
-                    "param_groups hold other parameters than at construction, as after fully_shard(), in accelerate's FSDP "
-                    "or DeepSpeed's ZeRO: shard the model with fully_shard() first, and construct MISA after the model "
-                    "was sharded"
+                    "param_groups hold other parameters than at construction, as after fully_shard(), in accelerate's "
+                    "FSDP or in DeepSpeed's ZeRO: shard with fully_shard() first, and construct MISA after the model was "
+                    "sharded"
                 )
             self._trained.allocate(self._slots_of(self._active.tolist()))
 
