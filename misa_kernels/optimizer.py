@@ -348,8 +348,8 @@ class MISA(torch.optim.Optimizer):
             if any(id(param) not in given for param in self._slots.spans):
                 raise RuntimeError(
                     "param_groups hold other parameters than at construction, as after fully_shard(), in accelerate's "
-                    "FSDP or in DeepSpeed's ZeRO: shard with fully_shard() first, and construct MISA after the model was "
-                    "sharded"
+                    "FSDP or in DeepSpeed's ZeRO: shard with fully_shard() first, and construct MISA after the "
+                    "model was sharded"
                 )
             self._trained.allocate(self._slots_of(self._active.tolist()))
 
