@@ -332,7 +332,9 @@ def _too_large(modules: Sequence[Module], delta: float, total: int, granularity:
     elif oversized == "error":
         remedies.append("cut it into row blocks with oversized='split'")
     else:
-        limit = ", and oversized='split' cuts only single whole tensors whose rows fit, and none that is sharded"
+        sharded = any(is_sharded(block.param) for block in module.blocks)
+        what = "whole tensors, not sharded ones" if sharded else "whole tensors whose rows fit"
+        limit = f", and oversized='split' cuts only single {what}"
     others = f" (the largest of {len(modules)} such modules)" if len(modules) > 1 else ""
     return (
         f"{module.name}{others} has {module.numel:,} parameters and must not exceed the budget of "

@@ -518,9 +518,13 @@ def sharded() -> Iterator[nn.Parameter]:
         dist.destroy_process_group()
 
 
-def test_sharded_parameters_can_only_be_frozen(sharded: nn.Parameter):
-    with pytest.raises(TypeError, match="group 0, parameter 0 is a DTensor and must be a plain tensor to be sampled"):
-        cut([sharded])
+def test_a_sharded_parameter_counts_whole_and_is_never_cut(sharded: nn.Parameter):
+    result = cut([sharded], delta=1.0)
+    assert (result.total_numel, result.modules[0].numel, len(result.modules)) == (16, 16, 1)
+    with pytest.raises(ValueError, match="oversized='split' cuts only single whole tensors, not sharded ones"):
+        cut([sharded], delta=0.5, oversized="split")
+    with pytest.raises(ValueError, match="is sharded and holds 2 modules, and must be one to be sharded"):
+        cut([{"params": [sharded], "modules": [["a", "b"]]}], delta=1.0)
     result = cut([{"params": [sharded], "role": "frozen"}, {"params": [parameter(4, 4)]}])
     assert (result.total_numel, len(result.frozen)) == (32, 1)
 
