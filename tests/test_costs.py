@@ -3,6 +3,7 @@
 import time
 from contextlib import contextmanager
 
+import pace
 import pytest
 import tiny
 import torch
@@ -146,7 +147,7 @@ def time_of_switches(count):
 
 
 def test_switch_of_20_000_modules_takes_less_than_50_ms():
-    assert time_of_switches(20_000) < 0.050
+    assert time_of_switches(20_000) < 0.050 * pace.slowness()
 
 
 def test_switch_is_no_worse_than_n_log_n():
