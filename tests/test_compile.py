@@ -94,6 +94,7 @@ def test_layers_level_off_at_sixteen_graphs_and_train_as_eager(dynamo, caplog):
     torch.testing.assert_close(torch.tensor(compiled), torch.tensor(expected), rtol=2e-5, atol=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("how", "sampler", "most"),
     [
@@ -115,6 +116,7 @@ def test_evaluation_adds_a_graph_a_set_and_no_warning(dynamo, caplog, how, sampl
     assert "recompile_limit" not in caplog.text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("how", "sampler", "layers", "rounds"),
     [
