@@ -24,7 +24,7 @@ from examples.methods import DELTA, METHODS, lora_rank
 from examples.runs import Run, Settings, finetune, new_model, pretrain
 
 FULL = Settings()
-QUICK = Settings(pretrain_steps=120, finetune_steps=100, evaluations=4, validation_batches=3, timing_rounds=4)
+QUICK = Settings(pretrain_steps=120, finetune_steps=120, evaluations=4, validation_batches=3, timing_rounds=4)
 
 # Steps done in all runs together; set in the processes of the runs.
 _done: Synchronized[int]

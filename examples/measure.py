@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -75,7 +76,10 @@ def measure(
         base.load_state_dict(weights)
         bases[name] = base
         # A short training makes MISA's rounds as short as they may be: a new draw for every turn.
-        model, optimizer = METHODS[name].build(base, METHODS[name].lr, steps, settings.seed)
+        with warnings.catch_warnings():
+            # Too few steps to learn from, which is not what they are for.
+            warnings.filterwarnings("ignore", "a run of .* visits each of the")
+            model, optimizer = METHODS[name].build(base, METHODS[name].lr, steps, settings.seed)
         batches = random_batches(text, settings.batch, settings.context, settings.seed)
         turns[name] = train(model, optimizer, batches, steps)
 

@@ -210,14 +210,14 @@ def test_a_grad_scaler_that_saw_no_gradient_changes_nothing():
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:total_steps=")
+@pytest.mark.filterwarnings("ignore:a run of")
 def test_the_example_of_a_plain_loop_trains():
     losses = loop_plain.main(steps=6)
     assert len(losses) == 6 and losses[-1] < losses[0]
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:total_steps=")
+@pytest.mark.filterwarnings("ignore:a run of")
 def test_every_round_that_ended_is_logged(monkeypatch):
     """The loss of each of 12 steps, and figures of the two rounds of five that have ended."""
     written = {}
