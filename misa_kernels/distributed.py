@@ -237,13 +237,14 @@ def replicate(model: nn.Module, optimizer: MISA, *, process_group: dist.ProcessG
         process_group: The ranks; all of them if None.
 
     Returns:
-        A handle: `with replica.no_sync():` around the backward passes whose gradients only add up, and `close()`.
+        A handle with `no_sync()`, to be entered around backward passes whose gradients only add up, and `close()`.
 
     Raises:
         RuntimeError: If torch.distributed is not initialised, or `release_gradients` is on.
         ValueError: If a parameter of the model is sharded, or requires a gradient and is not in the optimizer.
 
-    Example:
+    Example::
+
         replica = replicate(model, optimizer)
         for batch in loader:
             model(batch).backward()
@@ -279,7 +280,8 @@ def load(model: nn.Module, optimizer: MISA, checkpoint_id: str | os.PathLike[str
     Raises:
         ValueError: If the checkpoint holds no optimizer of that name, or one that does not fit; nothing is changed.
 
-    Example:
+    Example::
+
         dcp.save({"model": get_model_state_dict(model), "optimizer": get_optimizer_state_dict(model, optimizer)},
                  checkpoint_id=folder)
 

@@ -74,15 +74,14 @@ def param_groups(
         ValueError: For an unknown `mode` or `experts`, or if `dense` names something that is not in the model
             or that cannot be trained.
 
-    Example:
-        A BERT classifier, whose head is new:
+    Example, a BERT classifier, whose head is new::
 
-            groups = param_groups(model, dense=[model.classifier])
-            optimizer = MISA(groups, lr=1e-5, delta=0.03)
-            for batch in loader:
-                model(**batch).loss.backward()
-                optimizer.step()
-                optimizer.zero_grad()
+        groups = param_groups(model, dense=[model.classifier])
+        optimizer = MISA(groups, lr=1e-5, delta=0.03)
+        for batch in loader:
+            model(**batch).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is {type(model).__name__} and must be an nn.Module: pass the model itself")

@@ -33,7 +33,8 @@ class MISACallback(TrainerCallback):
         TypeError: At the start of a training whose optimizer is not MISA.
         RuntimeError: At the start of a second training with the same MISA.
 
-    Example:
+    Example::
+
         trainer = Trainer(model, args, train_dataset=dataset, optimizers=(MISA(param_groups(model), lr=1e-5), None))
         trainer.callback_handler.callbacks.insert(0, MISACallback())  # or callbacks=[MISACallback()], see above
         trainer.train()
