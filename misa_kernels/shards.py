@@ -138,4 +138,5 @@ def ranks_of(params: Sequence[Tensor], group: dist.ProcessGroup | None) -> Ranks
                 f"a DTensor of shape {tuple(param.shape)} lies on {found} ranks and must lie on all {size} that train "
                 "together: shard every parameter on one mesh, or give MISA its process_group"
             )
-    return None if group is None else Ranks(group)
+    # A mesh of one rank has DTensors, too, and a group of one.
+    return Ranks(cast(Any, sharded[0]).device_mesh.get_group(0) if group is None else group)
