@@ -6,7 +6,6 @@ Module names are those of transformers' LlamaModel, so that adapters find their 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -14,37 +13,25 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from examples.chunked_loss import chunked_cross_entropy
+from misa_kernels.planner.shapes import LINEARS as LINEARS
+from misa_kernels.planner.shapes import PRESETS
+from misa_kernels.planner.shapes import LlamaShape as Shape
 
-LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+# Of rotary embeddings; what a step costs does not depend on it.
+ROPE_BASE = 10_000.0
 # Tokens whose logits are held at a time: of the 8B model 4096 would need 2.1 GB in float32, and twice that in backward.
 LOSS_CHUNK = 256
-
-
-@dataclass(frozen=True)
-class Shape:
-    """Sizes of a LLaMA; `tied` uses the embedding as the output head too."""
-
-    vocab: int
-    hidden: int
-    intermediate: int
-    layers: int
-    heads: int
-    kv_heads: int
-    tied: bool = False
-    rope_base: float = 10_000.0
 
 
 SHAPES = {
     "tiny": Shape(vocab=256, hidden=32, intermediate=88, layers=4, heads=4, kv_heads=2),
     # Llama 3 8B at a 32nd of its widths: every matrix, and every activation of a 32nd as many tokens, takes a 1024th of
     # the bytes.
-    "8b/1024": Shape(vocab=4008, hidden=128, intermediate=448, layers=32, heads=4, kv_heads=1, rope_base=500_000.0),
+    "8b/1024": Shape(vocab=4008, hidden=128, intermediate=448, layers=32, heads=4, kv_heads=1),
     # The model of the pre-training experiments.
     "130m": Shape(vocab=32_000, hidden=768, intermediate=2048, layers=12, heads=12, kv_heads=12),
-    # Llama 3.2 1B.
-    "1b": Shape(128_256, 2048, 8192, layers=16, heads=32, kv_heads=8, tied=True, rope_base=500_000.0),
-    # Llama 3 8B.
-    "8b": Shape(128_256, 4096, 14_336, layers=32, heads=32, kv_heads=8, rope_base=500_000.0),
+    "1b": PRESETS["llama3.2-1b"],
+    "8b": PRESETS["llama3-8b"],
 }
 
 
@@ -76,7 +63,7 @@ class Llama(nn.Module):
         """Return what the head sees, of shape (batch, sequence, hidden), for int64 tokens."""
         x = self.embed_tokens(tokens)
         head_size = self.shape.hidden // self.shape.heads
-        rotation = rotary_angles(tokens.shape[1], head_size, self.shape.rope_base, x.device, x.dtype)
+        rotation = rotary_angles(tokens.shape[1], head_size, ROPE_BASE, x.device, x.dtype)
         self.backward_depth = 0
         for layer in self.layers:
             x = call(layer, x, *rotation, checkpointed=self.checkpointing)

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from misa_kernels.planner import SHAPES, LlamaShape, Need, adamw_fsdp2, lora_fsdp2, misa_fsdp2, misa_replicate
+from misa_kernels.planner.fsdp import Need, adamw_fsdp2, lora_fsdp2, misa_fsdp2, misa_replicate
+from misa_kernels.planner.shapes import PRESETS, LlamaShape
 
 PAGE = Path(__file__).parents[1] / "docs" / "scaling.md"
+MODELS = ("llama3-8b", "llama3-70b", "llama3-405b")
 GPUS = (1, 8, 64, 1024)
 DELTA = 0.03
 GB = 1e9
@@ -21,7 +23,7 @@ HEAD = f"""# Memory and traffic on many GPUs, on paper
 python -m benchmarks.scaling
 ```
 
-writes this page from the formulas of `misa_kernels/planner.py`. Nothing on it was measured on GPUs: what
+writes this page from the formulas of `misa_kernels/planner/fsdp.py`. Nothing on it was measured on GPUs: what
 `tests/test_planner.py` checks is that the formulas give the bytes which small runs of gloo processes on CPUs hold and
 send, for AdamW and MISA with FSDP2 and for MISA's replicas. *Whole units* and LoRA are formulas alone.
 
@@ -61,7 +63,8 @@ def table(shape: LlamaShape) -> list[str]:
 def page() -> str:
     """Return the page."""
     parts = [HEAD]
-    for name, shape in SHAPES.items():
+    for name in MODELS:
+        shape = PRESETS[name]
         parts.append(f"## {name}, {shape.numel / 1e9:.2f} billion parameters\n\n" + "\n".join(table(shape)) + "\n")
     return "\n".join(parts)
 

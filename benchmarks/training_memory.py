@@ -26,8 +26,8 @@ from torch import nn
 from benchmarks import record
 from benchmarks.llama import LINEARS, SHAPES, Llama
 from benchmarks.memory import PeakMemory
-from benchmarks.memory_formula import Run, count, sizes
 from misa_kernels import MISA, ImportanceSampler, badam, lisa, param_groups
+from misa_kernels.planner.step import Run, count
 
 LR = 1e-5
 MIB, GIB = 2**20, 2**30
@@ -140,7 +140,7 @@ def planned(name: str, plan: Plan, fused_norms: bool) -> dict[str, float]:
     peer, shape = PEERS[name], SHAPES[plan.shape]
     active: dict[int, set[str]] = {}
     if name == "lora":
-        elements = plan.rank * shape.layers * sum(map(sum, sizes(shape).values()))
+        elements = shape.lora_numel(plan.rank)
     else:
         model = build(plan, torch.device("meta"))
         elements = total = sum(p.numel() for p in model.parameters())
@@ -151,21 +151,33 @@ def planned(name: str, plan: Plan, fused_norms: bool) -> dict[str, float]:
             linears = ((path, part) for path, part in layer.named_modules() if isinstance(part, nn.Linear))
             active[number] = {path.rpartition(".")[2] for path, part in linears if part.weight.requires_grad}
     narrow = plan.dtype == "bfloat16"
-    run = Run(
-        shape=shape,
-        tokens=plan.tokens,
-        element=2 if narrow else 4,
-        chunk=plan.chunk,
-        checkpointing=plan.checkpointing,
-        active=active,
-        dense=name == "adamw",
-        rank=plan.rank if name == "lora" else 0,
-        state_elements=elements,
-        state_bytes=peer.state_bytes[0 if narrow else 1],
-        released=name == "misa_lean",
-        fused_norms=fused_norms,
+    element = 2 if narrow else 4
+    found = count(
+        Run(
+            shape=shape,
+            tokens=plan.tokens,
+            element=element,
+            chunk=plan.chunk,
+            checkpointing=plan.checkpointing,
+            active=active,
+            dense=name == "adamw",
+            outside=name == "adamw",
+            rank=plan.rank if name == "lora" else 0,
+            adapter_element=element,
+            state_elements=elements,
+            state_bytes=peer.state_bytes[0 if narrow else 1],
+            released=name == "misa_lean",
+            norms="fused" if fused_norms else "torch",
+        )
     )
-    return count(run)
+    return {
+        "weights": found.weights,
+        "states": found.states,
+        "activations": found.kept,
+        "gradients": found.gradients,
+        "during the step": found.peak - found.weights - found.states,
+        "peak": found.peak,
+    }
 
 
 def measured(name: str, plan: Plan) -> dict[str, int]:

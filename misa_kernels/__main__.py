@@ -1,122 +1,63 @@
-"""What `python -m misa_kernels` does: `info` says what was built and what each device will use."""
+"""Which command does `python -m misa_kernels` run? Each is a module of `misa_kernels.commands`, imported on request."""
 
 from __future__ import annotations
 
 import argparse
-import importlib.util
-import platform
-import warnings
-from collections.abc import Iterator
+import importlib
+import os
+import sys
+from typing import NoReturn
 
-import torch
-
-import misa_kernels
-from misa_kernels import kernels
-from misa_kernels.kernels import native
-from misa_kernels.storage import Storage
-
-DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-
-Line = tuple[str, str]
+COMMANDS = {
+    "demo": "train a small real model by seven methods and draw what happened (5 minutes on two cores)",
+    "plan": "how much memory a training will need, by method, and what fits into a card; allocates nothing",
+    "bench": "MISA's step beside torch's AdamW on this machine, in less than a minute",
+    "info": "what was built, for which processors, and what each device will use",
+}
+PROG = "python -m misa_kernels"
 
 
-def main() -> None:
-    """Run the command that the arguments name."""
-    parser = argparse.ArgumentParser(prog="python -m misa_kernels")
-    commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("info", help="what was built, for which processors, and what each device will use")
-    parser.parse_args()
-    info()
+class Parser(argparse.ArgumentParser):
+    """One whose errors are one line."""
+
+    def error(self, message: str) -> NoReturn:
+        """Say what is wrong and exit with code 2."""
+        self.exit(2, f"{self.prog}: {message}; {self.prog} --help explains\n")
 
 
-def info() -> None:
-    """Print versions, libraries and backends, a line each."""
-    lines = [*versions(), *cpu_library(), *cuda_library(), *devices()]
-    width = max(len(name) for name, _ in lines)
-    for name, text in lines:
-        print(f"{name:{width}}  {text}")
-
-
-def versions() -> Iterator[Line]:
-    """Yield the versions that decide what can run."""
-    yield "misa_kernels", misa_kernels.__version__
-    yield "Python", f"{platform.python_version()} on {platform.system()} {platform.machine()}"
-    yield "torch", torch.__version__
-    if importlib.util.find_spec("triton") is None:
-        yield "Triton", "not installed"
-    else:
-        import triton
-
-        yield "Triton", triton.__version__
-
-
-def cpu_library() -> Iterator[Line]:
-    """Yield what the library for CPUs was built for, and what of it is used here."""
+def main(argv: list[str] | None = None) -> int:
+    """Run the command that the arguments name, those of the process if None; return the exit code."""
+    lines = [f"  {name:<7}{what}" for name, what in COMMANDS.items()]
+    parser = Parser(
+        prog=PROG,
+        description="The MISA optimizer: what it needs, what it does, how fast it is.",
+        epilog="\n".join(["commands:", *lines, "", f"`{PROG} COMMAND --help` explains one, with examples."]),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("command", choices=COMMANDS, metavar="command", help=", ".join(COMMANDS))
+    parser.add_argument("arguments", nargs=argparse.REMAINDER, help="of the command")
+    given = sys.argv[1:] if argv is None else argv
+    if not given:
+        parser.error(f"a command is missing, one of {', '.join(COMMANDS)}")
+    args = parser.parse_args(given)
+    command = importlib.import_module(f"misa_kernels.commands.{args.command}")
+    own = Parser(
+        prog=f"{PROG} {args.command}",
+        description=command.__doc__,
+        epilog=command.EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    command.add_arguments(own)
+    options = own.parse_args(args.arguments)
     try:
-        library = native.library("cpu")
-    except RuntimeError:
-        yield "CPU library", "none"
-        return
-    yield "CPU library", file_name("cpu")
-    yield "  instructions", f"{library.misa_cpu_built().decode()}; in use: {library.misa_cpu_instructions().decode()}"
-    openmp = library.misa_cpu_openmp()
-    yield "  threads", f"{torch.get_num_threads()}, OpenMP" if openmp else "1, built without OpenMP"
-
-
-def cuda_library() -> Iterator[Line]:
-    """Yield what the library for GPUs was built for, and the driver it finds here."""
-    try:
-        library = native.library("cuda")
-    except RuntimeError:
-        yield "CUDA library", "none"
-        return
-    driver = library.misa_cuda_driver_version()
-    yield "CUDA library", file_name("cuda")
-    yield "  architectures", " ".join(f"sm_{number}" for number in library.misa_cuda_built().decode().split())
-    yield "  CUDA runtime", cuda_version(library.misa_cuda_runtime_version())
-    yield "  driver", f"for CUDA {cuda_version(driver)}" if driver else "none"
-
-
-def devices() -> Iterator[Line]:
-    """Yield what `backend="auto"` takes on each device, by weight dtype, and why it takes nothing better."""
-    here = [torch.device("cpu"), *(torch.device("cuda", number) for number in range(torch.cuda.device_count()))]
-    for device in here:
-        yield str(device), platform.machine() if device.type == "cpu" else gpu(device)
-        chosen: dict[str, list[str]] = {}
-        for dtype in DTYPES:
-            chosen.setdefault(backend_of(device, dtype), []).append(str(dtype).removeprefix("torch."))
-        for backend, dtypes in chosen.items():
-            yield "  auto", f"{backend} for {', '.join(dtypes)}"
-    for backend in kernels.BACKENDS:
-        reason = kernels.unusable(backend)
-        if reason:
-            yield "not usable", f"{backend!r} {reason}"
-
-
-def gpu(device: torch.device) -> str:
-    """Return a GPU's name and architecture."""
-    major, minor = torch.cuda.get_device_capability(device)
-    return f"{torch.cuda.get_device_name(device)}, sm_{major}{minor}"
-
-
-def backend_of(device: torch.device, dtype: torch.dtype) -> str:
-    """Return the name of the backend that runs the steps of such weights."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return kernels.select("auto", device, {dtype}, Storage()).name
-
-
-def file_name(name: str) -> str:
-    """Return the name of a library's file, which has been loaded."""
-    path = native.path(name)
-    assert path is not None
-    return path.name
-
-
-def cuda_version(number: int) -> str:
-    """Return CUDA's version as people write it: 12080 is 12.8."""
-    return f"{number // 1000}.{number % 1000 // 10}"
+        return int(command.run(options))
+    except BrokenPipeError:
+        # Whoever reads, such as `head`, has had enough; what is left in the buffer has nowhere to go.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except (ValueError, OSError) as error:
+        own.error(str(error))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -15,12 +15,11 @@ from misa_kernels.kernels import native
 
 
 @pytest.fixture
-def info(capsys, monkeypatch):
+def info(capsys):
     """The output's lines by the word they begin with; a list, since `auto` and `not usable` may come again."""
 
     def lines() -> list[tuple[str, str]]:
-        monkeypatch.setattr(sys, "argv", ["misa_kernels", "info"])
-        main()
+        assert main(["info"]) == 0
         text = capsys.readouterr().out
         return [tuple(part.strip() for part in line.split("  ", 1)) for line in text.replace("\n  ", "\n").splitlines()]
 
@@ -113,11 +112,3 @@ def test_a_gpu_is_named_with_the_backends_it_gets(info, libraries, monkeypatch):
     ]
     assert ("not usable", "'triton' needs Triton 3.6") in lines
     assert not any(text.startswith("'cuda'") for _, text in lines)
-
-
-def test_a_command_is_needed(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["misa_kernels"])
-    with pytest.raises(SystemExit) as stopped:
-        main()
-    assert stopped.value.code == 2
-    assert "info" in capsys.readouterr().err

@@ -11,23 +11,31 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from benchmarks import llama, scaling
 from misa_kernels import MISA, ImportanceSampler, param_groups
 from misa_kernels.distributed import replicate
-from misa_kernels.planner import LlamaShape, adamw_fsdp2, misa_fsdp2, misa_replicate
+from misa_kernels.planner.fsdp import adamw_fsdp2, misa_fsdp2, misa_replicate
+from misa_kernels.planner.shapes import PRESETS, LlamaShape
 from misa_kernels.shards import local
 
 # Sizes that four ranks divide.
-SMALL = llama.Shape(vocab=256, hidden=64, intermediate=160, layers=4, heads=4, kv_heads=2)
 SHAPE = LlamaShape(256, 64, 160, layers=4, heads=4, kv_heads=2)
 DELTA = 0.2
 
 
 def test_shapes_have_the_parameters_of_the_models_they_are_named_after():
     with torch.device("meta"):
-        for name, ours in (("8b", "llama3-8b"),):
-            model = llama.Llama(llama.SHAPES[name])
-            assert sum(param.numel() for param in model.parameters()) == scaling.SHAPES[ours].numel
-        assert sum(param.numel() for param in llama.Llama(SMALL).parameters()) == SHAPE.numel
-    # As published: 8.03, 70.6 and 405.9 billion.
-    assert [round(shape.numel / 1e9, 1) for shape in scaling.SHAPES.values()] == [8.0, 70.6, 405.9]
+        for shape in (PRESETS["llama3-8b"], SHAPE):
+            assert sum(param.numel() for param in llama.Llama(shape).parameters()) == shape.numel
+    # As published, in billions.
+    published = {
+        "llama3-8b": 8.03,
+        "llama3-70b": 70.55,
+        "llama3-405b": 405.85,
+        "llama3.2-1b": 1.24,
+        "llama3.2-3b": 3.21,
+        "mistral-7b": 7.25,
+        "qwen2.5-7b": 7.62,
+        "qwen3-8b": 8.19,
+    }
+    assert {name: round(shape.numel / 1e9, 2) for name, shape in PRESETS.items()} == published
 
 
 def test_the_page_is_what_the_formulas_give():
@@ -72,7 +80,7 @@ def held(model, optimizer):
 
 def sharded(rank, size, method):
     torch.manual_seed(0)
-    model = llama.Llama(SMALL).to(torch.bfloat16 if method == "misa" else torch.float32)
+    model = llama.Llama(SHAPE).to(torch.bfloat16 if method == "misa" else torch.float32)
     mesh = dist.init_device_mesh("cpu", (size,))
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     options = {"mesh": mesh} | ({} if method == "misa" else {"mp_policy": policy})
@@ -84,7 +92,7 @@ def sharded(rank, size, method):
         active = sum(optimizer.modules[number].numel for number in optimizer.active)
         depth = optimizer.monitor.current.backward_depth
     else:
-        optimizer, active, depth = torch.optim.AdamW(model.parameters()), 0, SMALL.layers
+        optimizer, active, depth = torch.optim.AdamW(model.parameters()), 0, SHAPE.layers
     tokens = torch.randint(256, (1, 16))
     model(tokens).backward()
     optimizer.step()
@@ -113,7 +121,7 @@ def test_what_fsdp2_holds_and_sends_is_what_the_planner_says(tmp_path, method):
 
 def replicated(rank):
     torch.manual_seed(0)
-    model = llama.Llama(SMALL).to(torch.bfloat16)
+    model = llama.Llama(SHAPE).to(torch.bfloat16)
     optimizer = MISA(param_groups(model), delta=DELTA, inner_steps=5)
     replica = replicate(model, optimizer)
     model(torch.randint(256, (1, 16))).backward()

@@ -1,0 +1,228 @@
+"""How much memory will a training need? Counted from the model's sizes; nothing is allocated.
+
+Prints weights, gradients, states, activations and peak of a training step on one GPU, in GiB, for AdamW, its 8-bit
+relatives, LoRA, QLoRA, BAdam, LISA and MISA, each in the costliest step that it may take.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+from typing import Any
+
+from misa_kernels.planner.cards import CARDS, RESERVED_BYTES, capacity_bytes
+from misa_kernels.planner.methods import METHODS, Options, advice, fit, memory, weights_and_states
+from misa_kernels.planner.shapes import PRESETS, LlamaShape, read
+from misa_kernels.planner.step import Memory
+
+GIB = 2**30
+EXAMPLES = f"""examples:
+  python -m misa_kernels plan llama3-8b --gpu 24GB              a preset, and what fits into a card
+  python -m misa_kernels plan path/to/model --gpu "RTX 4090" --fit    the largest delta that fits
+  python -m misa_kernels plan llama3-70b --world-size 8 --gpu H100 --json
+  python -m misa_kernels plan qwen2.5-7b --state-dtype int8 --param-precision split --release-gradients
+  python -m misa_kernels plan llama3-8b --plot memory.png       stacked bars; needs matplotlib
+  python -m misa_kernels plan --params 8e9                      weights, gradients and states alone
+
+presets: {", ".join(PRESETS)}
+cards: {", ".join(CARDS)}, or a size
+"""
+COLUMNS = ("weights", "gradients", "states", "activations", "peak")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the model, how it is trained, and what to print."""
+    usual = Options()
+    parser.add_argument("config", nargs="?", help="folder or config.json of a transformers model, or a preset")
+    parser.add_argument("--params", type=_count, help="number of parameters, such as 8e9, where there is no CONFIG")
+    parser.add_argument("--gpu", metavar="CARD", help="a size such as 24GB, or a card's name")
+    parser.add_argument("--fit", action="store_true", help="find the largest delta with which MISA fits into --gpu")
+    parser.add_argument("--json", action="store_true", help="print JSON, sizes in bytes")
+    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw stacked bars")
+    how = parser.add_argument_group("how it is trained")
+    how.add_argument("--batch", type=_positive, default=usual.batch, help="sequences on one GPU (%(default)s)")
+    how.add_argument("--sequence", type=_positive, default=usual.sequence, help="tokens of each (%(default)s)")
+    how.add_argument("--dtype", choices=("bfloat16", "float32"), default=usual.dtype, help="of weights (%(default)s)")
+    how.add_argument(
+        "--checkpointing",
+        action=argparse.BooleanOptionalAction,
+        default=usual.checkpointing,
+        help="whether layers keep their inputs alone and compute the rest again (on)",
+    )
+    how.add_argument(
+        "--loss-chunk",
+        type=_positive,
+        default=usual.loss_chunk,
+        metavar="TOKENS",
+        help="logits held at once, with a loss such as Liger's; transformers' own holds all, which is the default",
+    )
+    how.add_argument("--world-size", type=_positive, default=1, help="GPUs that FSDP2 shards over (%(default)s)")
+    misa = parser.add_argument_group("MISA, LoRA")
+    misa.add_argument("--delta", type=_fraction, default=usual.delta, help="fraction that is trained (%(default)s)")
+    misa.add_argument("--depth-window", type=_positive, metavar="LAYERS", help="layers that a round draws from (all)")
+    misa.add_argument("--state-dtype", choices=("fp32", "bf16", "int8", "fp8", "int8+int4"), default="fp32")
+    misa.add_argument("--param-precision", choices=("master", "split", "stochastic"), default="master")
+    misa.add_argument("--release-gradients", action="store_true", help="free each within backward; flashoptim's, too")
+    misa.add_argument("--rank", type=_positive, default=usual.rank, help="of LoRA and QLoRA (%(default)s)")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Print the plan.
+
+    Raises:
+        ValueError: For arguments that contradict each other, and what the model's file or the card's name may raise.
+    """
+    options = Options(**{each.name: getattr(arguments, each.name) for each in fields(Options)})
+    if (arguments.config is None) == (arguments.params is None):
+        raise ValueError("give either CONFIG or --params, one of the two")
+    if options.dtype == "float32" and options.param_precision == "split":
+        raise ValueError("--param-precision=split needs --dtype=bfloat16: float32 weights have no bits to split off")
+    if arguments.fit and arguments.gpu is None:
+        raise ValueError("--fit needs --gpu, the card that the training shall fit into")
+    cap = None if arguments.gpu is None else capacity_bytes(arguments.gpu) - RESERVED_BYTES
+    if arguments.params is not None:
+        if arguments.fit or arguments.plot:
+            raise ValueError("--params knows no activations, so that --fit and --plot need CONFIG")
+        return _print_without_shape(arguments.params, options, arguments.json)
+
+    shape = read(arguments.config)
+    content: dict[str, Any] = {"model": arguments.config, "parameters": shape.numel, "gpu": arguments.gpu}
+    if arguments.fit:
+        assert cap is not None
+        largest = fit(shape, options, cap)
+        content["largest_delta"] = largest
+        options = options if largest is None else replace(options, delta=largest)
+    plans: dict[str, Memory] = {}
+    errors: dict[str, str] = {}
+    for method in METHODS:
+        try:
+            plans[method] = memory(method, shape, options)
+        except ValueError as error:
+            errors[method] = str(error)
+    if cap is not None:
+        peaks = {method: plan.peak for method, plan in plans.items()}
+        content |= {"cap_bytes": cap, "advice": advice(shape, options, peaks, cap)}
+    content |= {"options": asdict(options), "shape": asdict(shape), "errors": errors}
+    content["methods"] = {
+        method: asdict(plan) | {"peak": plan.peak, "fits": None if cap is None else plan.peak <= cap}
+        for method, plan in plans.items()
+    }
+    if arguments.plot:
+        draw(arguments.plot, f"{arguments.config}: {_setting(options)}", content["methods"], cap)
+    if arguments.json:
+        print(json.dumps(content, indent=1))
+    else:
+        print(report(content, shape, options, colours=sys.stdout.isatty() and not os.environ.get("NO_COLOR")))
+    return 0
+
+
+def report(content: Mapping[str, Any], shape: LlamaShape, options: Options, colours: bool) -> str:
+    """Return the plan as text."""
+    cap = content.get("cap_bytes")
+    lines = [f"{content['model']}, {shape.numel / 1e9:.2f} billion parameters: {_setting(options)}"]
+    lines.append("GiB on one GPU, from formulas" + ("" if cap is None else _room(content["gpu"], cap)))
+    lines += ["", f"{'':<14}" + "".join(f"{name:>13}" for name in COLUMNS)]
+    for method in METHODS:
+        plan = content["methods"].get(method)
+        if plan is None:
+            lines.append(f"{method:<14}  {content['errors'][method]}")
+            continue
+        line = f"{method:<14}" + "".join(f"{plan[name] / GIB:>13.2f}" for name in COLUMNS)
+        if cap is not None:
+            verdict, code = ("fits", 32) if plan["fits"] else ("too large", 31)
+            line += f"  \x1b[{code}m{verdict}\x1b[0m" if colours else f"  {verdict}"
+        lines.append(line)
+    lines += ["", "Peaks are below the sums: gradients come while activations go. What the rows assume:"]
+    own = f", delta {options.delta:g}, {options.state_dtype} moments"
+    if options.dtype == "bfloat16":
+        own += {"master": ", masters", "split": ", split weights"}.get(options.param_precision, ", stochastic rounding")
+    own += f", window of {options.depth_window} layers" if options.depth_window else ""
+    extra = {"MISA": own, "LoRA": f", rank {options.rank}"}
+    if options.release_gradients:
+        extra = {**extra, "MISA": own + ", gradients released", "FlashOptim": ", gradients released"}
+    lines += [f"  {method:<12}{what}{extra.get(method, '')}" for method, what in METHODS.items()]
+    if cap is not None:
+        lines += ["", content["advice"]]
+    return "\n".join(lines)
+
+
+def draw(path: Path, title: str, methods: Mapping[str, Mapping[str, float]], cap: float | None) -> None:
+    """Draw what each method holds at its peak, as stacked bars.
+
+    Raises:
+        ValueError: If matplotlib is missing.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ValueError("--plot needs matplotlib: pip install matplotlib") from error
+    parts = {"weights": "weights", "states": "states", "peak_gradients": "gradients", "peak_activations": "activations"}
+    figure = Figure(figsize=(9, 4.5), layout="constrained")
+    axes = figure.subplots()
+    names, left = list(methods), [0.0] * len(methods)
+    for (key, label), colour in zip(parts.items(), ("#4c6a92", "#d9883d", "#b5504c", "#8fa876"), strict=True):
+        sizes = [methods[name][key] / GIB for name in names]
+        axes.barh(names, sizes, left=left, label=label, color=colour)
+        left = [before + size for before, size in zip(left, sizes, strict=True)]
+    for row, total in enumerate(left):
+        axes.annotate(f"{total:.1f}", (total, row), (4, 0), textcoords="offset points", va="center")
+    if cap is not None:
+        axes.axvline(cap / GIB, color="black", linestyle="--", label=f"room on the card, {cap / GIB:.1f}")
+    axes.invert_yaxis()
+    axes.margins(x=0.08)
+    axes.set_xlabel("GiB on one GPU at the peak of a step")
+    axes.set_title(title, fontsize="medium")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    figure.savefig(path, dpi=150)
+
+
+def _print_without_shape(numel: float, options: Options, as_json: bool) -> int:
+    sizes = weights_and_states(numel, options)
+    if as_json:
+        names = ("weights", "gradients", "states")
+        methods = {method: dict(zip(names, row, strict=True)) for method, row in sizes.items()}
+        print(json.dumps({"parameters": numel, "options": asdict(options), "methods": methods}, indent=1))
+        return 0
+    print(f"{numel / 1e9:.2f} billion parameters in {options.dtype}: GiB on one GPU, from formulas\n")
+    print(f"{'':<14}" + "".join(f"{name:>13}" for name in (*COLUMNS[:3], "together")))
+    for method, row in sizes.items():
+        print(f"{method:<14}" + "".join(f"{size / GIB:>13.2f}" for size in (*row, sum(row))))
+    print("\nTheir number says nothing of activations: a peak, and LoRA, QLoRA, BAdam and LISA, need CONFIG.")
+    return 0
+
+
+def _setting(options: Options) -> str:
+    gpus = f", {options.world_size} GPUs with FSDP2" if options.world_size > 1 else ""
+    loss = f"logits of {options.loss_chunk} tokens" if options.loss_chunk else "all logits"
+    kept = "with checkpointing" if options.checkpointing else "without checkpointing"
+    return f"{options.batch} x {options.sequence} tokens, {options.dtype}, {kept}, {loss} at once{gpus}"
+
+
+def _room(card: str, cap: float) -> str:
+    return f"; {card} has room for {cap / GIB:.1f}, {RESERVED_BYTES / GIB:g} being left to CUDA and the allocator"
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} must be a whole number above 0")
+    return int(text)
+
+
+def _fraction(text: str) -> float:
+    value = float(text)
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r} must be in (0, 1]: the fraction of the parameters that is trained")
+    return value
+
+
+def _count(text: str) -> float:
+    value = float(text)
+    if not 1 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} must be a number of parameters, such as 8e9")
+    return value
