@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from torch import Tensor
 from misa_kernels.arena import Arena
 from misa_kernels.kernels import Backend, Row, Settings, Step, StepInput, select
 from misa_kernels.reference import Hyper, momentum_flush, noise_key, store_weight
-from misa_kernels.shards import is_sharded, like, local, local_like
+from misa_kernels.shards import Ranks, is_sharded, like, local, local_like
 from misa_kernels.slots import Slots
 from misa_kernels.storage import KEYS, split, state_noise
 
@@ -36,6 +37,7 @@ class ActiveSet:
     Attributes:
         arena: The memory, or None before the first step.
         rows: The row of each slot that is trained now; empty before the first step.
+        v_floor: As given.
         steps: Updates so far, applied or not; keys the noise of stochastic rounding.
     """
 
@@ -59,7 +61,7 @@ class ActiveSet:
         self._state = state
         self._budget = budget
         self._momentum_flush = momentum_flush
-        self._v_floor = v_floor
+        self.v_floor = v_floor
         self._backend_name = backend
         self._backend: Backend | None = None
         self._settings = settings
@@ -159,6 +161,16 @@ class ActiveSet:
             raise
         self._versions = [local(row.param)._version for row in self._refined]
 
+    def exchange(self, slots: Slots, ranks: Ranks | None) -> None:
+        """Go on with other tensors in the place of the parameters; before the first step only.
+
+        Args:
+            slots: The same numbering of the new ones.
+            ranks: Those that hold them.
+        """
+        self._slots = slots
+        self._settings = replace(self._settings, ranks=ranks)
+
     def allocate(self, enter: Iterable[int]) -> None:
         """Allocate the arena where the weights are now, lend it, and move loaded state into it.
 
@@ -185,7 +197,7 @@ class ActiveSet:
             self._budget,
             device,
             storage=self._storage,
-            v_floor=self._v_floor,
+            v_floor=self.v_floor,
             whole=None if ranks is None else [block.stop - block.start for block in blocks],
             counted=None if ranks is None else [part.is_first for part in self._slots.parts],
         )

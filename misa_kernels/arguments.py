@@ -248,6 +248,29 @@ def check_trainable(partition: Partition, storage: Storage) -> None:
             )
 
 
+def check_exchanged(before: Sequence[Tensor], now: Sequence[Tensor], releases_gradients: bool) -> None:
+    """Refuse tensors in the place of the parameters given that are not the same weights, held in another way."""
+    if [param.shape for param in before] != [param.shape for param in now] or releases_gradients:
+        raise RuntimeError(
+            "param_groups hold other parameters than at construction, as in DeepSpeed's ZeRO: use FSDP2, which is "
+            "fsdp_version: 2 in accelerate's configuration, or shard with fully_shard() and construct MISA after that"
+        )
+
+
+def check_cast(dtypes: Sequence[torch.dtype], partition: Partition) -> None:
+    """Refuse weights of one dtype at construction of which some have another one now."""
+    became: dict[torch.dtype, torch.dtype] = {}
+    for block in [*partition.dense, *(block for module in partition.modules for block in module.blocks)]:
+        before, now = dtypes[block.index], block.param.dtype
+        if became.setdefault(before, now) != now:
+            raise RuntimeError(
+                f"{partition.names[block.index]} is {now} now and other weights of {before} are {became[before]}: "
+                "accelerate casts what requires a gradient to float32 for mixed precision with FSDP2, so load the "
+                "model in float32, or in bfloat16 without mixed_precision, as MISA has float32 masters of what is "
+                "active"
+            )
+
+
 def check_sharded(partition: Partition, storage: Storage, release_gradients: bool, v_floor: bool) -> None:
     """Refuse what sharded parameters do not have in this version."""
     blocks = [*partition.dense, *(block for module in partition.modules for block in module.blocks)]

@@ -344,6 +344,6 @@ def refuse_engines(params: Sequence[Tensor]) -> None:
             continue
         raise TypeError(
             f"a parameter of shape {tuple(param.shape)} is not the model's own, {engine}, and modules cannot be told "
-            "apart in it: shard the model with FSDP2's fully_shard() and construct MISA after that, or, if it fits on "
-            "one GPU, use misa_kernels.distributed.replicate(model, optimizer)"
+            "apart in it: use FSDP2, which is fsdp_version: 2 in accelerate's configuration or fully_shard() before "
+            "MISA, or, if the model fits on one GPU, misa_kernels.distributed.replicate(model, optimizer)"
         )

@@ -6,6 +6,7 @@ import math
 import warnings
 import weakref
 from collections.abc import Callable, Iterable
+from operator import is_
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
@@ -160,16 +161,17 @@ class MISA(torch.optim.Optimizer):
         self._storage = Storage(state_dtype, param_precision)
         arguments.check_trainable(self._partition, self._storage)
         arguments.check_sharded(self._partition, self._storage, release_gradients, v_floor)
-        self.modules: list[Module] = self._partition.modules
-        training_group = group_of(process_group)
-        ranks = ranks_of([param for group in self.param_groups for param in group["params"]], training_group)
+        self._process_group = process_group
+        self._given = [param for group in self.param_groups for param in group["params"]]
+        self._dtypes = [param.dtype for param in self._given]
+        ranks = ranks_of(self._given, group_of(process_group))
         self._slots = Slots(self._partition, self.param_groups, ranks)
         self._candidates = Candidates(
-            numel=np.array([module.numel for module in self.modules]),
-            layer=np.array([module.layer for module in self.modules]),
-            importance=np.zeros(len(self.modules)),
-            count=np.zeros(len(self.modules), dtype=np.int64),
-            last_round=np.full(len(self.modules), -1),
+            numel=np.array([module.numel for module in self._partition.modules]),
+            layer=np.array([module.layer for module in self._partition.modules]),
+            importance=np.zeros(len(self._partition.modules)),
+            count=np.zeros(len(self._partition.modules), dtype=np.int64),
+            last_round=np.full(len(self._partition.modules), -1),
         )
         self._trained = ActiveSet(
             self._slots,
@@ -195,30 +197,36 @@ class MISA(torch.optim.Optimizer):
         self._round = self._round_step = self._skipped_steps = 0
         self._released = self._idle_before = False
         draw = self._draw()
-        self._agreement = None if training_group is None else Agreement(training_group)
+        self._agreement: Agreement | None = None
         self._compared = False
-        if self._agreement is not None:
-            self._compare_construction(self._agreement, draw)
+        self._meet(draw.active.tolist())
 
         arguments.notify(self.param_groups, self._partition, delta)
         # Of which it has warned, if it had to.
         self.total_steps = total_steps
         if total_steps is not None and (advice := self.coverage(total_steps).advice) is not None:
             warnings.warn(advice, stacklevel=2)
+        self.register_state_dict_pre_hook(lambda optimizer: cast(MISA, optimizer)._follow())
         self.register_state_dict_post_hook(_complete)
         arguments.claim(self.param_groups)
         # While they still require gradients, without which torch takes no hook.
         hooked = self._slots.spans if release_gradients else ()
         self._hooks = [cast(Any, param).register_post_accumulate_grad_hook(_hook(self)) for param in hooked]
-        self._thawable = [param for group in self.param_groups for param in group["params"] if param.requires_grad]
+        self._thawable = [param for param in self._given if param.requires_grad]
         for param in self._partition.frozen:
             if param.requires_grad:
                 param.requires_grad_(False)
                 param.grad = None
-        self._active = np.arange(len(self.modules))
+        self._active = np.arange(len(self._partition.modules))
         self._bind_scores()
         self._activate(draw.active)
         self._record(draw)
+
+    @property
+    def modules(self) -> list[Module]:
+        """What is drawn, by number."""
+        self._follow()
+        return self._partition.modules
 
     # torch.amp.GradScaler then leaves unscaling and skipping to the step, which needs no look at the device.
     _step_supports_amp_scaling = True
@@ -228,7 +236,7 @@ class MISA(torch.optim.Optimizer):
             return int(inner_steps)
         if total_steps is None:
             return LONGEST_ROUND
-        return round_length(total_steps, len(self.modules), self._modules_a_round())
+        return round_length(total_steps, len(self._partition.modules), self._modules_a_round())
 
     def _modules_a_round(self) -> float:
         numel = self._candidates.numel
@@ -258,7 +266,7 @@ class MISA(torch.optim.Optimizer):
         return Coverage(
             total_steps=total_steps,
             inner_steps=self.inner_steps,
-            modules=len(self.modules),
+            modules=len(self._partition.modules),
             modules_a_round=self._modules_a_round(),
             most_a_round=self._most_modules_a_round(),
             delta=delta,
@@ -344,14 +352,36 @@ class MISA(torch.optim.Optimizer):
 
     def _allocate(self) -> None:
         if self._trained.arena is None:
-            given = {id(param) for group in self.param_groups for param in group["params"]}
-            if any(id(param) not in given for param in self._slots.spans):
-                raise RuntimeError(
-                    "param_groups hold other parameters than at construction, as after fully_shard(), in accelerate's "
-                    "FSDP or in DeepSpeed's ZeRO: shard with fully_shard() first, and construct MISA after the "
-                    "model was sharded"
-                )
+            self._follow()
             self._trained.allocate(self._slots_of(self._active.tolist()))
+
+    def _follow(self) -> None:
+        """Go on with the tensors that accelerate's FSDP2 puts into `param_groups` for those given.
+
+        Nothing tells of the exchange, so all that looks at parameters before the first step asks here; until then the
+        old ones stay in memory.
+        """
+        if self._trained.arena is not None:
+            return
+        now = [param for group in self.param_groups for param in group["params"]]
+        if len(now) == len(self._given) and all(map(is_, now, self._given)):
+            return
+        arguments.check_exchanged(self._given, now, bool(self._hooks))
+        new = dict(zip(self._given, now, strict=True))
+        ranks = ranks_of(now, group_of(self._process_group))
+        for before, after in new.items():
+            after.requires_grad_(before.requires_grad)
+            if before in self.state:
+                self.state[after] = self.state.pop(before)
+        self._partition.exchange(new)
+        arguments.check_cast(self._dtypes, self._partition)
+        arguments.check_sharded(self._partition, self._storage, bool(self._hooks), self._trained.v_floor)
+        scores, self._slots = self._slots.scores, Slots(self._partition, self.param_groups, ranks)
+        self._slots.scores = scores
+        self._trained.exchange(self._slots, ranks)
+        self._given, self._thawable = now, [new[param] for param in self._thawable]
+        arguments.claim(self.param_groups)
+        self._meet(self.active)
 
     @torch.no_grad()
     def _receive(self, param: Tensor) -> None:
@@ -379,20 +409,23 @@ class MISA(torch.optim.Optimizer):
         if self._agreement is not None:
             self._agreement.check(
                 f"the active set of round {self._round}",
-                [(self.modules[number].name, number) for number in draw.active.tolist()],
+                [(self._partition.modules[number].name, number) for number in draw.active.tolist()],
                 "load the same state dict on all of them, or begin anew",
             )
         self._activate(draw.active)
         self._record(draw)
 
-    def _compare_construction(self, agreement: Agreement, draw: Draw) -> None:
-        params = [param for group in self.param_groups for param in group["params"]]
-        tensors = [
-            (name, (*param.shape, param.dtype)) for name, param in zip(self._partition.names, params, strict=True)
-        ]
+    def _meet(self, active: list[int]) -> None:
+        """Compare with the other ranks, as soon as there are any, what they were constructed with."""
+        group = group_of(self._process_group)
+        if self._agreement is not None or group is None:
+            return
+        self._agreement = Agreement(group)
+        names = self._partition.names
+        tensors = [(name, (*param.shape, param.dtype)) for name, param in zip(names, self._given, strict=True)]
         run = {"seed": self._trained.seed, "inner_steps": self.inner_steps, "sampler": self.sampler}
-        budget = {"the budget": self._partition.budget, "the first active set": draw.active.tolist()}
-        agreement.check(
+        budget = {"the budget": self._partition.budget, "the first active set": active}
+        self._agreement.check(
             "what MISA is constructed with",
             [*tensors, *run.items(), *budget.items()],
             "give every rank the same model, groups and arguments",
@@ -418,7 +451,7 @@ class MISA(torch.optim.Optimizer):
     def _warn_of_idle_round(self) -> None:
         if not self._idle_before:
             self._idle_before = True
-            first = self.modules[self._active[0]].name
+            first = self._partition.modules[self._active[0]].name
             warnings.warn(
                 f"round {self._round} ended without a gradient for any of its {len(self._active)} active modules "
                 f"({first}, ...), so none was trained: mostly the model is another than the one whose parameters MISA "
@@ -441,9 +474,9 @@ class MISA(torch.optim.Optimizer):
             self._slots_of(number for number in before if number not in keep),
             self._slots_of(number for number in after if number not in keep),
         )
-        trained = {block.param for number in after for block in self.modules[number].blocks}
+        trained = {block.param for number in after for block in self._partition.modules[number].blocks}
         for number in before:
-            for block in self.modules[number].blocks:
+            for block in self._partition.modules[number].blocks:
                 if block.param not in trained:
                     block.param.requires_grad_(False)
                     block.param.grad = None
@@ -454,7 +487,7 @@ class MISA(torch.optim.Optimizer):
         self._publish_scores()
 
     def _publish_scores(self) -> None:
-        active = np.zeros(len(self.modules), dtype=np.bool_)
+        active = np.zeros(len(self._partition.modules), dtype=np.bool_)
         active[self._active] = True
         self._slots.spread("importance", self._candidates.importance)
         self._slots.spread("importance_count", self._candidates.count)
@@ -489,7 +522,8 @@ class MISA(torch.optim.Optimizer):
         """
         if self._trained.steps or self._released:
             raise RuntimeError("rehearse() came after the first step(): call it right after construction")
-        width = np.array([module.width for module in self.modules])
+        self._follow()
+        width = np.array([module.width for module in self._partition.modules])
         window, quota = (getattr(self.sampler, name, None) for name in ("depth_window", "max_per_layer"))
         self._candidates.last_round[:] = -1
         self._activate(costliest(self._candidates, width, self._partition.budget, window, quota))
@@ -504,6 +538,7 @@ class MISA(torch.optim.Optimizer):
         """
         if self._released:
             return
+        self._follow()
         for handle in self._hooks:
             handle.remove()
         # What the flush and the write-back do depends on the ages.
@@ -538,6 +573,7 @@ class MISA(torch.optim.Optimizer):
         """
         if self._released:
             raise RuntimeError("load_state_dict() came after release(): construct a new MISA and load into that")
+        self._follow()
         saved = dict(state_dict)
         for hook in self._optimizer_load_state_dict_pre_hooks.values():
             saved = hook(self, saved) or saved
@@ -582,7 +618,7 @@ class MISA(torch.optim.Optimizer):
         share = self.monitor.current.active_fraction
         layers = f" in {len(self._partition.layers)} layers" if self._partition.layers else ""
         return (
-            f"MISA({len(self._active)} of {len(self.modules)} modules{layers} active, {share:.2%} of "
+            f"MISA({len(self._active)} of {len(self._partition.modules)} modules{layers} active, {share:.2%} of "
             f"{self._partition.total_numel:,} parameters; round {self._round}, step {self._round_step} of "
             f"{self.inner_steps})"
         )

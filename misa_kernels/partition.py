@@ -13,12 +13,13 @@ from torch import nn
 from misa_kernels.shards import is_sharded, local
 
 
-@dataclass(frozen=True, slots=True)
+# A value all the same: what may be exchanged is no part of it.
+@dataclass(slots=True, unsafe_hash=True)
 class Block:
     """A contiguous range of rows of one parameter; mostly all of it.
 
     Args:
-        param: The parameter.
+        param: The parameter; `Partition.exchange` puts another one here.
         index: Its position in the optimizer's order, over all groups.
         number: Which of the parameter's blocks this is, from 0, by rising `start`.
         start: First element of `param.view(-1)`.
@@ -83,6 +84,12 @@ class Partition:
     layers: list[str]
     dense_layer: int | None
     split: list[str]
+
+    def exchange(self, new: Mapping[nn.Parameter, nn.Parameter]) -> None:
+        """Put other tensors of the same shapes in the place of the parameters, such as their shards."""
+        for block in [*self.dense, *(block for module in self.modules for block in module.blocks)]:
+            block.param = new[block.param]
+        self.frozen[:] = [new[param] for param in self.frozen]
 
 
 def partition(

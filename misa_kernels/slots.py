@@ -128,8 +128,9 @@ class Slots:
                 if name not in own[param]:
                     raise ValueError(
                         f"state dict has no scores ({name!r}) for a tensor of shape {shape}: it belongs to another "
-                        "model, or went through torch's set_optimizer_state_dict, which drops what is frozen now; "
-                        "optimizer.load_state_dict takes what get_optimizer_state_dict gave"
+                        "model, or went through torch's set_optimizer_state_dict, as accelerate does, which "
+                        "drops what is frozen now: use misa_kernels.distributed.load(model, optimizer, folder), or "
+                        "optimizer.load_state_dict for what get_optimizer_state_dict gave"
                     )
                 if own[param][name].numel() != count:
                     raise ValueError(

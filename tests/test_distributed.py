@@ -323,20 +323,8 @@ def test_what_deepspeed_partitions_is_refused():
     model = tiny.build()
     # The mark of its ZeRO stage 3, which does not initialise without a GPU.
     model.blocks[1].q.weight.ds_id = 7
-    with pytest.raises(TypeError, match=r"DeepSpeed ZeRO has partitioned it.*replicate\(model"):
+    with pytest.raises(TypeError, match=r"DeepSpeed ZeRO has partitioned it.*fsdp_version: 2.*replicate\(model"):
         MISA(param_groups(model), **OPTIONS)
-
-
-def test_parameters_that_an_engine_exchanged_are_noticed_before_anything_is_updated():
-    model = tiny.build()
-    optimizer = MISA(param_groups(model), **OPTIONS)
-    # What ZeRO and accelerate's FSDP2 do to the groups.
-    optimizer.param_groups[0]["params"] = [torch.nn.Parameter(torch.zeros(10))]
-    tiny.loss_of(model, tiny.batch(0)).backward()
-    before = weights(model)
-    with pytest.raises(RuntimeError, match=r"other parameters than at construction.*after the model was sharded"):
-        optimizer.step()
-    assert all(torch.equal(weight, before[name]) for name, weight in weights(model).items())
 
 
 def elastic(folder, kill_at):
