@@ -17,6 +17,7 @@ from misa_kernels.reference import Hyper, momentum_flush, noise_key, store_weigh
 from misa_kernels.shards import Ranks, is_sharded, like, local, local_like
 from misa_kernels.slots import Slots
 from misa_kernels.storage import KEYS, split, state_noise
+from misa_kernels.updates import squares
 
 
 class ActiveSet:
@@ -278,18 +279,39 @@ class ActiveSet:
         self._versions = [local(row.param)._version for row in self._refined]
         self._step = self._backend(list(self.rows.values()), self.arena, self._settings)
 
-    def read_round(self) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.int64], int]:
-        """Return the scores and updates of this round by slot, over all ranks, and the steps skipped; waits."""
+    def read_round(self) -> tuple[npt.NDArray[np.float64], int]:
+        """Return five rows of numbers by slot, over all ranks, and the steps skipped in this round; waits.
+
+        The rows are the scores and the updates of this round, the updates since activation, and the two of `squares`.
+        """
         assert self.arena is not None
         self.collect()
-        return self.arena.read_round(self.score_sum)
+        arena, ranks = self.arena, self._settings.ranks
+        sampled = [row for row in self.rows.values() if row.module is not None]
+        moved = squares(sampled, arena, self._storage, self._groups)
+        moved = moved if ranks is None else arena.sum_over(ranks, moved)
+        return arena.read_round(self.score_sum, arena.updates, arena.age, *moved)
+
+    def ages(self) -> npt.NDArray[np.int64]:
+        """Return the updates of each candidate since its activation, 0 where it is not active; waits."""
+        self.collect()
+        ages = np.zeros(len(self._slots.blocks), dtype=np.int64)
+        for param, span in self._slots.spans.items():
+            # From the state, which has those that were loaded before the first step, too.
+            if "age" in (own := self._state.get(param, {})):
+                ages[span] = own["age"].cpu()
+        return self._slots.max(ages)
 
     @property
     def score_sum(self) -> Tensor:
         """Scores of this round by slot, over all ranks, as of the last `collect`; all of them must ask for it."""
         assert self.arena is not None
         ranks = self._settings.ranks
-        return self.arena.score_sum if ranks is None or self._settings.root else self.arena.scores_over(ranks)
+        return (
+            self.arena.score_sum
+            if ranks is None or self._settings.root
+            else self.arena.sum_over(ranks, self.arena.score_sum)
+        )
 
     def collect(self) -> None:
         """Bring what `state` shows of ages and scores up to date."""

@@ -85,11 +85,11 @@ class Pool:
             for name, buffer in self.buffers.items():
                 buffer[self.kinds[name].numel(start) : self.kinds[name].numel(self.used)].zero_()
 
-    def views(self, slot: int, numel: int) -> dict[str, Tensor]:
-        """Return one slot's part of each buffer, 1-D."""
-        kinds, offset = self.kinds, self.offsets[slot]
+    def views(self, slot: int, start: int, numel: int) -> dict[str, Tensor]:
+        """Return some of one slot's elements in each buffer, 1-D."""
+        kinds, offset = self.kinds, self.offsets[slot] + start
         return {
-            name: buffer[kinds[name].numel(offset) :][: kinds[name].numel(numel)]
+            name: buffer.narrow(0, kinds[name].numel(offset), kinds[name].numel(numel))
             for name, buffer in self.buffers.items()
         }
 
@@ -202,9 +202,15 @@ class Arena:
         for sums in (self.updates, self.score_sum, self.sq_norm, self.skipped):
             sums.zero_()
 
-    def views(self, slot: int) -> dict[str, Tensor]:
-        """Return one active slot's part of each buffer, 1-D."""
-        return self.pools[self.dtypes[slot]].views(slot, self.numel[slot])
+    def views(self, slot: int, start: int = 0, numel: int | None = None) -> dict[str, Tensor]:
+        """Return one active slot's part of each buffer, 1-D: all of it, or what a piece of its elements has there.
+
+        Args:
+            slot: Its number.
+            start: First element, a multiple of `ALIGNMENT`.
+            numel: Elements; None: all of them.
+        """
+        return self.pools[self.dtypes[slot]].views(slot, start, self.numel[slot] if numel is None else numel)
 
     def offset(self, slot: int) -> int:
         """Return where an active slot's part of its pool begins, in elements."""
@@ -247,27 +253,25 @@ class Arena:
 
     def sum_sq_norm(self, ranks: Ranks) -> None:
         """Sum ‖g‖² of the step over the ranks."""
-        self.sq_norm.copy_(ranks.sum(self.sq_norm * self._counted))
+        self.sq_norm.copy_(self.sum_over(ranks, self.sq_norm))
 
-    def scores_over(self, ranks: Ranks) -> Tensor:
-        """Return `score_sum` summed over the ranks."""
-        return ranks.sum(self.score_sum * self._counted)
+    def sum_over(self, ranks: Ranks, values: Tensor) -> Tensor:
+        """Return numbers per slot, the last axis of `values`, summed over the ranks."""
+        return ranks.sum(values * self._counted)
 
-    def read_round(self, score_sum: Tensor) -> tuple[np.ndarray, np.ndarray, int]:
-        """Return this round's scores and `updates` per slot and `skipped`, in one transfer to the host.
-
-        Entries of inactive slots are 0.
+    def read_round(self, *values: Tensor) -> tuple[np.ndarray, int]:
+        """Return numbers per slot and `skipped`, in one transfer to the host.
 
         Args:
-            score_sum: The attribute, or what `scores_over` returns.
+            values: One vector or more over all slots.
+
+        Returns:
+            float64 of shape (vectors, slots), 0 at inactive slots, and the steps skipped in this round.
         """
         index = self._active_index
-        packed = torch.cat(
-            [index.double(), score_sum[index], self.updates[index].double(), self.skipped.double().view(1)]
-        )
-        host = packed.cpu().numpy()
-        slots, sums, counts = host[:-1].reshape(3, -1)
-        scores, updates = np.zeros(len(self.numel)), np.zeros(len(self.numel), dtype=np.int64)
-        scores[slots.astype(np.int64)] = sums
-        updates[slots.astype(np.int64)] = counts
-        return scores, updates, int(host[-1])
+        columns = [index.double(), *(vector[index].double() for vector in values)]
+        host = torch.cat([*columns, self.skipped.double().view(1)]).cpu().numpy()
+        slots, *read = host[:-1].reshape(len(columns), -1)
+        found = np.zeros((len(values), len(self.numel)))
+        found[:, slots.astype(np.int64)] = read
+        return found, int(host[-1])

@@ -192,7 +192,7 @@ class MISA(torch.optim.Optimizer):
             seed=int(seed),
         )
         self.inner_steps = self._resolve_inner_steps(inner_steps, total_steps)
-        self.monitor = Monitor(self._partition)
+        self.monitor = Monitor(self._partition, self._candidates, self._trained.ages)
         self._recompiles = Recompiles(self._candidates.layer, getattr(self.sampler, "max_per_layer", None))
         self._round = self._round_step = self._skipped_steps = 0
         self._released = self._idle_before = False
@@ -391,13 +391,17 @@ class MISA(torch.optim.Optimizer):
 
     def _end_round(self) -> None:
         """Fold the scores, draw the next active set and make it active."""
-        score_sum, updates, skipped = self._trained.read_round()
-        sums, counts = self._slots.sum(score_sum)[self._active], self._slots.max(updates)[self._active]
+        read, skipped = self._trained.read_round()
+        sums, update, weight = (self._slots.sum(row)[self._active] for row in read[[0, 3, 4]])
+        counts, age = (self._slots.max(row.astype(np.int64))[self._active] for row in read[1:3])
         mean = sums / np.maximum(counts, 1)
+        ended = self.monitor.current
+        ended.skipped_steps, ended.age = skipped, age
+        norm = mean if self.sampler.importance_norm == "norm" else np.sqrt(mean)
+        ended.grad_norm = np.where(counts > 0, norm, np.nan)
+        ended.update_ratio = np.sqrt(update / np.where(counts * weight > 0, weight, np.nan))
         if self.sampler.importance_norm == "mean":
             mean /= self._candidates.numel[self._active]
-        ended = self.monitor.current
-        ended.skipped_steps = skipped
         ended.unscored = fold(self._candidates, self._active, mean, counts > 0, self.sampler.importance_beta)
         if not counts.any() and not skipped:
             self._warn_of_idle_round()
@@ -437,7 +441,7 @@ class MISA(torch.optim.Optimizer):
         arena = self._trained.arena
         assert arena is not None
         self._trained.collect()
-        sq_norm, updates, skipped = arena.read_round(arena.score_sum)
+        (sq_norm, updates), skipped = arena.read_round(arena.score_sum, arena.updates)
         # Of a sharded parameter every rank has another part.
         rows = [(slot, row) for slot, row in self._trained.rows.items() if not is_sharded(row.param)]
         seen = [(self._partition.names[row.index], (sq_norm[slot], int(updates[slot]), skipped)) for slot, row in rows]
@@ -622,6 +626,10 @@ class MISA(torch.optim.Optimizer):
             f"{self._partition.total_numel:,} parameters; round {self._round}, step {self._round_step} of "
             f"{self.inner_steps})"
         )
+
+    def __str__(self) -> str:
+        """Add the modules, the active and the most important ones first; waits for the device."""
+        return f"{self!r}\n{self.monitor}"
 
 
 def _hook(optimizer: MISA) -> Callable[[Tensor], None]:

@@ -93,7 +93,7 @@ def test_round_is_read_in_slot_order_and_skips_count_nothing():
         arena.sq_norm[[1, 3, 4]] = torch.tensor([1.0, 10.0, 100.0 if finite is not False else torch.nan]).double()
         arena.sq_norm[missing] = 0.0
         arena.advance(missing, missing, None if finite is None else torch.tensor(finite))
-    score_sum, updates, skipped = arena.read_round(arena.score_sum)
+    (score_sum, updates), skipped = arena.read_round(arena.score_sum, arena.updates)
     np.testing.assert_array_equal(score_sum, [0, 3, 0, 20, 300])
     np.testing.assert_array_equal(updates, [0, 3, 0, 2, 3])
     assert arena.age.tolist() == [0, 3, 0, 2, 3]
