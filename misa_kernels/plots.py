@@ -1,0 +1,260 @@
+"""What does a run look like? Figures of a monitor's record, drawn by matplotlib, an extra of the package.
+
+Every function takes matplotlib `Axes` to draw into, or makes a `Figure`, and returns the figure; its `savefig(path)`
+writes it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from itertools import groupby
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from misa_kernels.monitor import Monitor
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# Okabe and Ito's palette, which the colour-blind can tell apart, and markers for print in grey.
+COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#000000", "#999999")
+MARKERS = "os^Dv*PX"
+# Smallest cell, in points, that can hold a dot.
+DOT = 3.0
+
+
+def importance(monitor: Monitor, axes: Axes | None = None) -> Figure:
+    """Draw the importance of each module at each draw; dots mark what was drawn, where they fit.
+
+    Args:
+        monitor: `optimizer.monitor`.
+        axes: Where to draw; None: a new figure.
+
+    Raises:
+        ImportError: Without matplotlib; this and the other functions.
+    """
+    from matplotlib import colormaps
+    from matplotlib.colors import LogNorm
+
+    axes = _axes(10, _height(monitor)) if axes is None else axes
+    scores = np.ma.masked_invalid(_by_round(monitor, lambda record: record.importance))
+    scores = np.ma.masked_less_equal(scores, 0)
+    cells = {"cmap": colormaps["cividis"].with_extremes(bad="#e4e4e4"), "norm": LogNorm() if scores.count() else None}
+    order, cell = _heatmap(monitor, axes, scores, cells, "importance: mean ‖g‖² over rounds (grey: no score yet)")
+    axes.set_title("Importance of the modules at each draw" + (", and those drawn (dots)" if cell >= DOT else ""))
+    if cell >= DOT:
+        row = {number: row for row, number in enumerate(order)}
+        dots = [(record.round, row[number]) for record in monitor.rounds for number in record.active]
+        style: dict[str, Any] = {
+            "markersize": min(0.55 * cell, 4.0),
+            "markeredgewidth": 0.5,
+            "markeredgecolor": "black",
+        }
+        axes.plot(*zip(*dots, strict=True), "o", color="white", **style)
+    return _figure(axes)
+
+
+def selections(monitor: Monitor, axes: Axes | None = None) -> Figure:
+    """Draw which modules were trained in each round, in the colour of the share of rounds in which each was.
+
+    Args:
+        monitor: `optimizer.monitor`.
+        axes: Where to draw; None: a new figure.
+    """
+    from matplotlib import colormaps
+    from matplotlib.colors import ListedColormap
+
+    axes = _axes(10, _height(monitor)) if axes is None else axes
+    active = _by_round(monitor, lambda record: np.isin(np.arange(len(monitor.names)), record.active))
+    share = np.ma.masked_array(np.nanmean(active, axis=1, keepdims=True) * np.ones_like(active), active != 1)
+    # Without the pale end, which would not show on white.
+    colours = ListedColormap(colormaps["Blues"](np.linspace(0.4, 1, 256)))
+    _heatmap(
+        monitor, axes, 100 * share, {"cmap": colours, "vmin": 0.0}, "share of these rounds that train the module, %"
+    )
+    axes.set_title("Modules trained in each round")
+    return _figure(axes)
+
+
+def gradient_norms(monitor: Monitor, axes: Axes | None = None) -> Figure:
+    """Draw the gradient norm of each kind of module over the depth, the median of the rounds recorded.
+
+    Args:
+        monitor: `optimizer.monitor`.
+        axes: Where to draw; None: a new figure.
+    """
+    from matplotlib.ticker import MaxNLocator
+
+    axes = _axes(8, 5) if axes is None else axes
+    seen: dict[str, dict[int, list[float]]] = {}
+    kinds = _kinds(monitor)
+    for record in monitor.rounds:
+        for number, norm in zip(record.active, record.grad_norm, strict=False):
+            if np.isfinite(norm):
+                seen.setdefault(kinds[number], {}).setdefault(int(monitor.layer[number]), []).append(norm)
+    for i, kind in enumerate(kind for kind in dict.fromkeys(kinds) if kind in seen):
+        layers = sorted(seen[kind])
+        norms = [np.median(seen[kind][layer]) for layer in layers]
+        style: dict[str, Any] = {
+            "color": COLOURS[i % 8],
+            "marker": MARKERS[i % 8],
+            "linestyle": ("-", "--", ":", "-.")[i // 8 % 4],
+        }
+        axes.plot(layers, norms, label=kind, markersize=5, linewidth=1.4, **style)
+    axes.set_yscale("log")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    axes.set_xlabel("layer, 0 nearest the input")
+    axes.set_ylabel("gradient norm ‖g‖ of a module, median of its rounds")
+    axes.set_title("Gradient norm by kind and depth")
+    axes.grid(alpha=0.3)
+    if seen:
+        axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
+    return _figure(axes)
+
+
+def losses(monitor: Monitor, values: Sequence[float], axes: Axes | None = None) -> Figure:
+    """Draw the loss over the steps, with the rounds marked above.
+
+    Args:
+        monitor: `optimizer.monitor`.
+        values: The loss of each call of `step()` from the first on.
+        axes: Where to draw; None: a new figure.
+    """
+    from matplotlib.ticker import FixedLocator, MaxNLocator
+
+    axes = _axes(9, 4.5) if axes is None else axes
+    loss, steps = np.asarray(values, dtype=np.float64), np.arange(1, len(values) + 1)
+    axes.plot(steps, loss, color=COLOURS[4], linewidth=0.8, label="each step")
+    width = min(max(len(loss) // 50, 1), 100)
+    if width > 1:
+        mean = np.convolve(loss, np.ones(width) / width, "valid")
+        axes.plot(steps[width - 1 :], mean, color=COLOURS[0], linewidth=2, label=f"mean of the last {width}")
+        axes.legend(frameon=False, loc="upper right")
+    rounds = [record for record in monitor.rounds if record.first_step < len(loss)]
+    # So many lines can be told apart; the ticks above name some of the rounds that begin there.
+    every = -(-len(rounds) // 60)
+    for record in rounds[::every]:
+        axes.axvline(record.first_step + 0.5, color="#bbbbbb", linewidth=0.7, zorder=0)
+    named = rounds[:: -(-len(rounds) // 12)] if rounds else []
+    above = axes.secondary_xaxis("top")
+    above.xaxis.set_major_locator(FixedLocator([record.first_step + 0.5 for record in named]))
+    above.set_xticklabels([str(record.round) for record in named])
+    above.set_xlabel("beginning of round" + ("" if every <= 1 else f" (a line every {every} rounds)"))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set_xlim(0, len(loss) + 1)
+    axes.set_xlabel("step")
+    axes.set_ylabel("loss")
+    return _figure(axes)
+
+
+def memory(parts: Mapping[str, Mapping[str, float]], axes: Axes | None = None) -> Figure:
+    """Draw the memory of one way of training or several, a bar each, stacked by part.
+
+    Args:
+        parts: For the name of each bar, the bytes of its parts by name: weights, gradients, ...
+        axes: Where to draw; None: a new figure.
+    """
+    axes = _axes(9, 1.6 + 0.45 * len(parts)) if axes is None else axes
+    most = max((sum(own.values()) for own in parts.values()), default=0)
+    unit, size = next(
+        (u, s) for u, s in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10), ("bytes", 1)) if most >= s or s == 1
+    )
+    names = list(dict.fromkeys(name for own in parts.values() for name in own))
+    left = np.zeros(len(parts))
+    for i, name in enumerate(names):
+        width = np.array([own.get(name, 0) / size for own in parts.values()])
+        axes.barh(list(parts), width, left=left, color=COLOURS[i % 8], label=name, edgecolor="white", height=0.7)
+        left += width
+    for row, total in enumerate(left):
+        axes.annotate(f"{total:.1f}", (total, row), xytext=(4, 0), textcoords="offset points", va="center")
+    axes.invert_yaxis()
+    axes.margins(x=0.08)
+    axes.set_xlim(left=0)
+    axes.set_xlabel(f"memory in {unit}")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(loc="lower left", bbox_to_anchor=(0, 1.0), ncols=len(names), frameon=False, columnspacing=1.2)
+    return _figure(axes)
+
+
+def _axes(width: float, height: float) -> Axes:
+    # Not pyplot's, which would keep the figure and may want a display.
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), layout="constrained").subplots()
+
+
+def _figure(axes: Axes) -> Figure:
+    # Of a subfigure the whole.
+    figure: Figure = axes.figure.figure
+    return figure
+
+
+def _height(monitor: Monitor) -> float:
+    return min(max(2.0 + 0.14 * len(monitor.names), 4.0), 11.0)
+
+
+def _kinds(monitor: Monitor) -> list[str]:
+    """Return what each module is called within its layer: `q_proj`, or as much more as tells kinds apart."""
+    kinds = []
+    for name, layer in zip(monitor.names, monitor.layer, strict=True):
+        own = re.sub(r"\[rows .*", "", name)
+        if layer >= 0:
+            own = own.removeprefix(monitor.layers[layer]).lstrip(".") or "layer"
+        kinds.append(re.sub(r"\d+", "#", own))
+    short = {kind: kind.rsplit(".", 1)[-1] for kind in kinds}
+    return [short[kind] for kind in kinds] if len({*short.values()}) == len(short) else kinds
+
+
+def _by_round(monitor: Monitor, value: Any) -> npt.NDArray[np.float64]:
+    """Return a number for each module (row) in each round (column); NaN in rounds that have no record."""
+    first = monitor.rounds[0].round
+    found = np.full((len(monitor.names), monitor.rounds[-1].round - first + 1), np.nan)
+    for record in monitor.rounds:
+        found[:, record.round - first] = value(record)
+    return found
+
+
+def _heatmap(
+    monitor: Monitor, axes: Axes, values: npt.NDArray[np.float64], cells: dict[str, Any], meaning: str
+) -> tuple[list[int], float]:
+    """Draw modules × rounds: a group of rows for each kind, in it layer 0 at the bottom.
+
+    Returns:
+        The module of each row from the bottom, and the shorter side of a cell in points.
+    """
+    from matplotlib.ticker import MaxNLocator
+
+    kinds = _kinds(monitor)
+    place = {kind: i for i, kind in enumerate(dict.fromkeys(kinds))}
+    order = sorted(range(len(kinds)), key=lambda i: (-place[kinds[i]], monitor.layer[i], i))
+    first, rounds = monitor.rounds[0].round, values.shape[1]
+    extent = (first - 0.5, first + rounds - 0.5, -0.5, len(order) - 0.5)
+    box, dpi = axes.get_window_extent(), axes.figure.dpi
+    points = 72 / dpi * np.array([box.width / rounds, box.height / len(order)])
+    # Cells below a pixel would vanish here and there: their mean does not.
+    smooth = "auto" if points.min() < 72 / dpi else "nearest"
+    image = axes.imshow(values[order], extent=extent, aspect="auto", origin="lower", interpolation=smooth, **cells)
+    ticks: dict[int, str] = {}
+    for kind, group in groupby(range(len(order)), lambda row: kinds[order[row]]):
+        rows = list(group)
+        axes.axhline(rows[0] - 0.5, color="white", linewidth=1.4)
+        axes.axhline(rows[0] - 0.5, color="#666666", linewidth=0.6)
+        axes.annotate(
+            kind, (0, np.mean(rows)), xycoords=axes.get_yaxis_transform(), xytext=(-28, 0), textcoords="offset points",
+            ha="right", va="center",
+        )  # fmt: skip
+        # The bottom row of each layer, as far as the labels have room.
+        bottoms = {int(monitor.layer[order[row]]): row for row in reversed(rows)}
+        layers = sorted(layer for layer in bottoms if layer >= 0)
+        room = max(1, int(len(rows) * points[1] // 9))
+        ticks |= {bottoms[layer]: str(layer) for layer in layers[:: -(-len(layers) // room)]}
+    axes.set_yticks(list(ticks), list(ticks.values()), fontsize=7)
+    axes.set_ylabel("kind of module, and its layer (0 nearest the input)", labelpad=16 + 6 * max(map(len, place)))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    axes.set_xlabel("round")
+    axes.figure.colorbar(image, ax=axes, pad=0.015, fraction=0.04, aspect=40, label=meaning)
+    return order, float(points.min())
