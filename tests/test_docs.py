@@ -184,3 +184,15 @@ def test_the_table_of_the_step_is_that_of_the_record() -> None:
             ratio = ours["times_ours"]["median"]
             expected += [f"{ours['ms']['median']:.1f}", "1" if ratio == 1 else f"{ratio:.2f}"]
         assert f"| {name} | {' | '.join(expected)} |" in text
+
+
+def test_shares_of_improvement_are_those_of_the_record() -> None:
+    record = (ROOT / "benchmarks" / "results" / "quality.md").read_text()
+    text = (ROOT / "docs" / "choosing.md").read_text()
+    rows = re.findall(r"^\| gradients (released|held), (\S+) \| (\S+) \| (.*?) \| (\d+) \|$", text, flags=re.MULTILINE)
+    assert len(rows) > 4
+    for gradients, state, delta, share, seeds in rows:
+        method = "MISA" + ", released" * (gradients == "released")
+        row = rf"\| {method} \| {re.escape(state)} \| 0{delta} \|.*\| {share} \|.*\| {seeds} \|"
+        assert re.search(row, record), row
+    assert set(re.findall(r"\d+\.\d ± \d\.\d", text)) <= set(re.findall(r"\d+\.\d ± \d\.\d", record))
