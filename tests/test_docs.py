@@ -69,9 +69,8 @@ def test_every_name_that_users_write_is_in_the_api_reference(explained: set[str]
     for path in [*EVERYWHERE, *(ROOT / "examples").glob("*.py")]:
         for module, imported in re.findall(r"from (misa_kernels[\w.]*) import ([\w, ]+)", path.read_text()):
             wanted |= {f"{module}.{name.strip()}" for name in imported.split(",")}
-    wanted.discard("misa_kernels.__main__.main")
     assert len(wanted) > 40
-    assert not wanted - explained
+    assert not sorted(wanted - explained)
 
 
 @pytest.mark.slow
@@ -89,7 +88,7 @@ def test_pages_have_no_markup_left(html: Path) -> None:
             continue
         text = re.sub(r"<(script|style|pre|code).*?</\1>", "", page.read_text(), flags=re.DOTALL)
         text = re.sub(r"<[^>]*>", "", text)
-        left = re.findall(r".*(?:\|---|\*\*|```|:\w+:`|\]\(|``).*", text)
+        left = re.findall(r".*(?:\|---|\*\*[a-zA-Z ]+\*\*|```|:\w+:`|\]\(|``).*", text)
         assert not left, f"{page.name}: {left[:3]}"
         assert "problematic" not in page.read_text()
 
