@@ -136,14 +136,14 @@ def losses(monitor: Monitor, values: Sequence[float], axes: Axes | None = None) 
         axes.legend(frameon=False, loc="upper right")
     rounds = [record for record in monitor.rounds if record.first_step < len(loss)]
     # So many lines can be told apart; the ticks above name some of the rounds that begin there.
-    every = -(-len(rounds) // 60)
+    every = -(-len(rounds) // 60) or 1
     for record in rounds[::every]:
         axes.axvline(record.first_step + 0.5, color="#bbbbbb", linewidth=0.7, zorder=0)
-    named = rounds[:: -(-len(rounds) // 12)] if rounds else []
+    named = rounds[:: -(-len(rounds) // 12) or 1]
     above = axes.secondary_xaxis("top")
     above.xaxis.set_major_locator(FixedLocator([record.first_step + 0.5 for record in named]))
     above.set_xticklabels([str(record.round) for record in named])
-    above.set_xlabel("beginning of round" + ("" if every <= 1 else f" (a line every {every} rounds)"))
+    above.set_xlabel("beginning of round" + ("" if every == 1 else f" (a line every {every} rounds)"))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlim(0, len(loss) + 1)
     axes.set_xlabel("step")
@@ -251,7 +251,7 @@ def _heatmap(
         bottoms = {int(monitor.layer[order[row]]): row for row in reversed(rows)}
         layers = sorted(layer for layer in bottoms if layer >= 0)
         room = max(1, int(len(rows) * points[1] // 9))
-        ticks |= {bottoms[layer]: str(layer) for layer in layers[:: -(-len(layers) // room)]}
+        ticks |= {bottoms[layer]: str(layer) for layer in layers[:: -(-len(layers) // room) or 1]}
     axes.set_yticks(list(ticks), list(ticks.values()), fontsize=7)
     axes.set_ylabel("kind of module, and its layer (0 nearest the input)", labelpad=16 + 6 * max(map(len, place)))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
