@@ -1,6 +1,6 @@
 """How much do δ, T and perplexity matter? The demo's fine-tuning with MISA, one of the three changed at a time.
 
-From the repository's root: `python docs/choices.py` trains what is missing in out/choices.jsonl, as often as it is
+From the repository's root: `python docs/choices.py` trains what is missing in docs/choices.jsonl, as often as it is
 started, and prints the tables of docs/choosing.md; `--table` only prints. A run takes about 40 s of one core.
 """
 
@@ -22,7 +22,8 @@ from examples.runs import Settings, new_model, pretrain
 from examples.train import mean_loss, train
 from misa_kernels import MISA, ImportanceSampler, param_groups
 
-OUT = Path("out/choices.jsonl")
+ROOT = Path(__file__).resolve().parent.parent
+OUT = ROOT / "docs" / "choices.jsonl"
 LR = METHODS["MISA"].lr
 # What `inner_steps="auto"` takes for 600 steps at this δ.
 BASE = {"delta": DELTA, "inner_steps": 26, "perplexity": 0.5}
@@ -45,7 +46,6 @@ SEEDS = (0, 1)
 
 def main() -> None:
     """Train what is missing, unless `--table` is given, and print the tables."""
-    OUT.parent.mkdir(exist_ok=True)
     done = [json.loads(line) for line in OUT.read_text().splitlines()] if OUT.exists() else []
     settings = Settings()
     if "--table" not in sys.argv:
@@ -63,8 +63,9 @@ def main() -> None:
 
 def pretrained(settings: Settings) -> dict[str, torch.Tensor]:
     """Return the demo's pre-trained weights, kept for the next start."""
-    path = OUT.with_suffix(".pt")
+    path = ROOT / "out" / "choices.pt"
     if not path.exists():
+        path.parent.mkdir(exist_ok=True)
         torch.save(pretrain(settings, "cpu", lambda _: None), path)
     return torch.load(path)
 

@@ -195,3 +195,14 @@ def test_shares_of_improvement_are_those_of_the_record() -> None:
         row = rf"\| {method} \| {re.escape(state)} \| 0{delta} \|.*\| {share} \|.*\| {seeds} \|"
         assert re.search(row, record), row
     assert set(re.findall(r"\d+\.\d ± \d\.\d", text)) <= set(re.findall(r"\d+\.\d ± \d\.\d", record))
+
+
+def test_tables_of_choices_are_those_of_their_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    spec = importlib.util.spec_from_file_location("choices", ROOT / "docs" / "choices.py")
+    assert spec and spec.loader
+    choices = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(choices)
+    runs = [json.loads(line) for line in choices.OUT.read_text().splitlines()]
+    for name in choices.BASE:
+        choices.table(name, runs)
+    assert capsys.readouterr().out.strip() in (ROOT / "docs" / "choosing.md").read_text()
