@@ -4,6 +4,7 @@ In a page, a fence ```py is a script and a fence ```pycon a session: both run, i
 session's output is compared. A fence ```python is shown only.
 """
 
+import doctest
 import sys
 from pathlib import Path
 
@@ -32,6 +33,9 @@ python_maximum_signature_line_length = 100
 
 myst_heading_anchors = 3
 myst_fence_as_directive = ["py", "pycon"]
+
+# Messages of errors are compared, too.
+doctest_default_flags = doctest.ELLIPSIS
 
 autodoc_member_order = "bysource"
 autodoc_typehints_format = "short"
