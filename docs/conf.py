@@ -27,8 +27,8 @@ html_title = f"misa_kernels {release}"
 # No copy of every page's source, which the checkout has.
 html_copy_source = False
 highlight_language = "none"
-# Quotes stand around values that are to be typed.
-smartquotes = False
+# Dashes only: quotes stand around values that are to be typed.
+smartquotes_action = "D"
 python_maximum_signature_line_length = 100
 
 myst_heading_anchors = 3
