@@ -160,6 +160,24 @@ def kept_by_layer(run: Run, active: Set[str], reached: bool) -> dict[str, int]:
     return kept
 
 
+def passing_bytes(run: Run, kept: Mapping[str, int]) -> float:
+    """Return the most that the backward pass of an MLP, the widest part of a layer, holds beyond what was kept.
+
+    Args:
+        run: The run.
+        kept: What `kept_by_layer` says of the layer.
+    """
+    e, a, h, f = run.element, run.adapter_element, run.shape.hidden, run.shape.intermediate
+    # The gradient of what leaves the layer, of silu * up, of silu, and of up; the input of down_proj is gone by then.
+    gated = e * (h + 3 * f) - sum(size for name, size in kept.items() if name.startswith("silu * up"))
+    # Before that, down_proj's: the gradient of its input, and of an adapter's copy, which is cast and added.
+    down = e * (h + f)
+    if run.rank:
+        down = e * (h + 2 * f) if a == e else (e + a) * h + (3 * e + a) * f
+    dequantised = e * max(run.shape.matrix_numel.values()) + run.tokens * e * (h + f) if run.quantised else 0
+    return max(run.tokens * max(gated, down), dequantised)
+
+
 def count(run: Run) -> Memory:
     """Return the bytes of each part and of the peak.
 
@@ -168,7 +186,7 @@ def count(run: Run) -> Memory:
     at its end. FSDP2 shards what lasts, and holds its whole units (`fsdp.unsharded`) all the while.
     """
     shape, e, n = run.shape, run.element, run.tokens
-    h, f, layers = shape.hidden, shape.intermediate, range(shape.layers)
+    h, layers = shape.hidden, range(shape.layers)
     matrices = {name: e * numel for name, numel in shape.matrix_numel.items()}
     adapters = run.adapter_element * shape.lora_numel(run.rank) // shape.layers
     vectors = e * (shape.layers * shape.vector_numel + h)
@@ -179,10 +197,10 @@ def count(run: Run) -> Memory:
     trained = [run.active.get(layer, set()) for layer in layers]
     everywhere = run.dense or run.outside or run.rank
     lowest = 0 if everywhere else min((layer for layer in layers if trained[layer]), default=shape.layers)
-    inside = [
-        n * sum(kept_by_layer(run, trained[layer], layer > lowest or run.outside).values()) if layer >= lowest else 0
-        for layer in layers
+    tensors = [
+        kept_by_layer(run, trained[layer], layer > lowest or run.outside) if layer >= lowest else {} for layer in layers
     ]
+    inside = [n * sum(each.values()) for each in tensors]
     # A layer that is checkpointed keeps its input, whether that needs a gradient or not.
     kept = [n * h * e if layer >= lowest else 0 for layer in layers] if run.checkpointing else inside
     # Input of the last norm, its output where the chunks of the loss share it or the head is trained, and the
@@ -204,10 +222,7 @@ def count(run: Run) -> Memory:
     moments: list[tuple[float, float]] = [(0, sum(kept) + kept_last + loss)]
     for layer in layers:
         above = 0 if run.released else sum(gradients[layer + 1 :]) + head_gradient
-        # The MLP's backward: the gradient of what leaves the layer, of silu * up, of silu, and of up.
-        passing = n * e * (h + 3 * f) if layer >= lowest else 0
-        if run.quantised:
-            passing += max(matrices.values())
+        passing = passing_bytes(run, tensors[layer]) if layer >= lowest else 0
         last = matrices["down_proj"] if "down_proj" in trained[layer] else 0
         again = inside[layer] if run.checkpointing else 0
         moments.append((above / run.ranks + last, sum(kept[: layer + 1]) + again + passing))
