@@ -50,7 +50,9 @@ def main(argv: list[str] | None = None) -> int:
     command.add_arguments(own)
     options = own.parse_args(args.arguments)
     try:
-        return int(command.run(options))
+        code = int(command.run(options))
+        sys.stdout.flush()
+        return code
     except BrokenPipeError:
         # Whoever reads, such as `head`, has had enough; what is left in the buffer has nowhere to go.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

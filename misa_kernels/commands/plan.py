@@ -161,7 +161,12 @@ def draw(path: Path, title: str, methods: Mapping[str, Mapping[str, float]], cap
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ValueError("--plot needs matplotlib: pip install matplotlib") from error
-    parts = {"weights": "weights", "states": "states", "peak_gradients": "gradients", "peak_activations": "activations"}
+    parts = {
+        "weights": "weights",
+        "states": "states",
+        "peak_gradients": "gradients",
+        "peak_activations": "activations, loss",
+    }
     figure = Figure(figsize=(9, 4.5), layout="constrained")
     axes = figure.subplots()
     names, left = list(methods), [0.0] * len(methods)
@@ -170,7 +175,9 @@ def draw(path: Path, title: str, methods: Mapping[str, Mapping[str, float]], cap
         axes.barh(names, sizes, left=left, label=label, color=colour)
         left = [before + size for before, size in zip(left, sizes, strict=True)]
     for row, total in enumerate(left):
-        axes.annotate(f"{total:.1f}", (total, row), (4, 0), textcoords="offset points", va="center")
+        # White behind it, since the line of the card may run through.
+        box = {"facecolor": "white", "edgecolor": "none", "pad": 1}
+        axes.annotate(f"{total:.1f}", (total, row), (4, 0), textcoords="offset points", va="center", bbox=box)
     if cap is not None:
         axes.axvline(cap / GIB, color="black", linestyle="--", label=f"room on the card, {cap / GIB:.1f}")
     axes.invert_yaxis()
