@@ -4,15 +4,16 @@ python -m benchmarks.gpu --stage smoke --out DIR    the tests marked gpu
 python -m benchmarks.gpu --stage test --out DIR     those tests, then a few of them under compute-sanitizer
 python -m benchmarks.gpu --stage bench --out DIR    the tests of the step, then its time beside torch's AdamW
 python -m benchmarks.gpu --stage formats --out DIR  the same of compressed moments, beside other packages' AdamWs
+python -m benchmarks.gpu --stage growth --out DIR   the step against elements and tensors, a switch against modules
 python -m benchmarks.gpu --stage e2e --out DIR      the tests marked gpu, then tokens per second of training
+python -m benchmarks.gpu --stage caps --out DIR     the same at the largest batch under caps of 24, 48 and 80 GiB
 python -m benchmarks.gpu --stage memory --out DIR   peak memory of training under a cap of 24 GiB, beside its goals
-python -m benchmarks.gpu --stage all --out DIR      test, bench, formats, e2e and memory, each within its own time limit
+python -m benchmarks.gpu --stage all --out DIR      all but smoke, each within its own time limit
 """
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import importlib.util
 import os
 import subprocess
@@ -26,7 +27,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import nvidia, record
+from benchmarks import nvidia, record, wheels
 
 # Below the eight minutes that a stage may take, with room for the last measurement to end.
 TIME_LIMIT_S = 440.0
@@ -70,8 +71,8 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument(
         "--shape",
         action="append",
-        choices=("tiny", "130m", "1b", "8b"),
-        help="may be repeated; e2e, and memory (8b, tiny)",
+        choices=("tiny", "11m", "130m", "1b", "8b"),
+        help="may be repeated; e2e, caps, and memory (8b, tiny)",
     )
     made.add_argument(
         "--checkpointing", action=argparse.BooleanOptionalAction, help="override the shape's plan; e2e only"
@@ -160,7 +161,7 @@ def formats(args: argparse.Namespace, device: torch.device, deadline: float) -> 
 
     What `make wheels` has put into out/peers is found there; packages that the machine has itself go first.
     """
-    from benchmarks import peers, update, wheels
+    from benchmarks import peers, update
 
     sys.path.append(str(wheels.FOLDER))
     cases = update.FORMAT_CASES[device.type]
@@ -217,40 +218,50 @@ def time_steps(
 
 def everything(args: argparse.Namespace, device: torch.device, deadline: float) -> int:
     """Run all stages but smoke, which is part of test, in turn, each with the whole time limit."""
-    stages = (test, bench, formats, e2e, memory)
+    stages = (test, bench, formats, growth, e2e, caps, memory)
     return max(stage(args, device, time.monotonic() + args.time_limit) for stage in stages)
 
 
 def e2e(args: argparse.Namespace, device: torch.device, deadline: float) -> int:
-    """Time whole training iterations and write them to e2e.json after every measurement.
+    """Time whole training iterations at equal batch and write them to e2e.json after every measurement.
 
     On a GPU its tests must pass first: no number is reported of an optimizer that is wrong there.
     """
-    # Not at the top: `make gpu STAGE=smoke` must report on a package that does not import.
-    from benchmarks.e2e import PLANS, measure, table
+    return iterations(args, device, deadline, caps=False)
 
-    content = record.environment(device) | {"stage": "e2e", "shapes": []}
+
+def caps(args: argparse.Namespace, device: torch.device, deadline: float) -> int:
+    """The same at the largest batch under caps of 24, 48 and 80 GiB, to caps.json."""
+    return iterations(args, device, deadline, caps=True)
+
+
+def iterations(args: argparse.Namespace, device: torch.device, deadline: float, caps: bool) -> int:
+    """Run the GPU tests, then what `e2e` and `caps` are for."""
+    # Not at the top: `make gpu STAGE=smoke` must report on a package that does not import.
+    from benchmarks.e2e import OURS, run
+
+    sys.path.append(str(wheels.FOLDER))
+    found: dict[str, Any] = {}
     if device.type == "cuda":
-        content["tests"] = run_gpu_tests(deadline)
-        if not content["tests"]["ok"]:
-            print(f"no timings: the GPU tests must pass first; {record.write(args.out, 'e2e', content)}")
+        found["tests"] = run_gpu_tests(deadline, STEP_TESTS if caps else ())
+        if not found["tests"]["ok"]:
+            path = record.write(args.out, "caps" if caps else "e2e", record.environment(device) | found)
+            print(f"no timings: the GPU tests must pass first; {path}")
             return 1
-    for name in args.shape or ["8b", "1b", "130m"]:
-        plan = PLANS[name]
-        if args.checkpointing is not None:
-            plan = dataclasses.replace(plan, checkpointing=args.checkpointing)
-        content["shapes"].append(None)
-        for measured in measure(plan, device, deadline):
-            content["shapes"][-1] = measured
-            path = record.write(args.out, "e2e", content)
-    left_out = [line for shape in content["shapes"] for line in shape["left_out"]]
-    if left_out:
-        print(f"left out at the time limit of {args.time_limit:.0f} s: {'; '.join(left_out)}")
-    print(f"commit {content['commit']}, {content['device']['name']}, torch {torch.__version__}; {path}")
-    print(table(content["shapes"]))
+    if args.checkpointing is not None:
+        found["plan"] = {"checkpointing": args.checkpointing}
+    names = args.shape or (["8b", "1b"] if caps else ["8b", "1b", "130m"])
+    shapes = run(names, device, deadline, caps, args.out, **found)
     # Peers may be missing or too large for the device; MISA may not.
-    ours = [p for s in content["shapes"] for name, p in s["peers"].items() if name not in ("adamw", "lora")]
+    ours = [peer for shape in shapes for name, peer in shape["peers"].items() if name in OURS]
     return 1 if any("error" in peer for peer in ours) else 0
+
+
+def growth(args: argparse.Namespace, device: torch.device, deadline: float) -> int:
+    """Time the step against elements and tensors, a switch against modules; write growth.json and growth.png."""
+    from benchmarks.growth import run
+
+    return run(device, deadline, args.out)
 
 
 def memory(args: argparse.Namespace, device: torch.device, deadline: float) -> int:
@@ -281,7 +292,9 @@ STAGES = {
     "test": test,
     "bench": bench,
     "formats": formats,
+    "growth": growth,
     "e2e": e2e,
+    "caps": caps,
     "memory": memory,
     "all": everything,
 }

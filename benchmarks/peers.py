@@ -130,6 +130,43 @@ def optimi(weights: list[Tensor]) -> torch.optim.Optimizer:
     return AdamW(weights, lr=LR, betas=(0.9, 0.999), eps=1e-8, triton=weights[0].is_cuda)
 
 
+def badam_block(weights: list[Tensor]) -> torch.optim.Optimizer:
+    """The BlockOptimizer of BAdam's package, all weights in one block that never changes: AdamW of float32 copies."""
+    import contextlib
+    import io
+    import warnings
+
+    from badam import BlockOptimizer
+
+    named = [(f"layers.0.{number}", weight) for number, weight in enumerate(weights)]
+    # It prints the block, and warns of float32 weights.
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        warnings.simplefilter("ignore")
+        made: torch.optim.Optimizer = BlockOptimizer(fused(weights), named, [["layers.0."]], 10**9)
+    # Its step takes the gradients away.
+    gradients = [weight.grad for weight in weights]
+
+    def give_back(*arguments: Any) -> None:
+        for weight, gradient in zip(weights, gradients, strict=True):
+            weight.grad = gradient
+
+    made.register_step_post_hook(give_back)
+    return made
+
+
+def galore(rank: int) -> Callable[[list[Tensor]], torch.optim.Optimizer]:
+    """GaLore's AdamW between two projections: those of the warm-up's first step, for the next million."""
+
+    def make(weights: list[Tensor]) -> torch.optim.Optimizer:
+        from galore_torch import GaLoreAdamW
+
+        options = {"rank": rank, "update_proj_gap": 10**6, "scale": 0.25, "proj_type": "std"}
+        made: torch.optim.Optimizer = GaLoreAdamW([{"params": weights, **options}], lr=LR, weight_decay=1e-2)
+        return made
+
+    return make
+
+
 class Masters:
     """Mixed precision as it is done without a kernel of one's own: fp32 copies, fused AdamW, and back."""
 

@@ -17,7 +17,7 @@ import torch
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("torch", "triton", "numpy", "transformers", "peft", "deepspeed")
-PACKAGES += ("bitsandbytes", "torchao", "flashoptim", "torch-optimi")
+PACKAGES += ("bitsandbytes", "torchao", "flashoptim", "torch-optimi", "badam", "galore-torch")
 
 
 def environment(device: torch.device) -> dict[str, Any]:
@@ -44,7 +44,17 @@ def describe_device(device: torch.device) -> dict[str, Any]:
             "memory_bytes": properties.total_memory,
             "driver": drivers[0],
         }
-    return described | {"name": platform.processor() or platform.machine(), "driver": None}
+    return described | {"name": processor(), "driver": None}
+
+
+def processor() -> str:
+    """Return the name of the processor, and how many of them there are."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return f"{names[0] if names else platform.machine()}, {os.cpu_count()} cores"
 
 
 def version(package: str) -> str | None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 
+import numpy as np
 import pytest
 import torch
+from tables import missing
 
 from benchmarks import cpu
 from benchmarks.peers import PEERS, Peer
@@ -17,9 +20,11 @@ CASE = cpu.Case(6400, 5)
 
 @pytest.fixture
 def content(tmp_path, monkeypatch):
-    # DeepSpeed's compiles for a minute at its first use.
-    monkeypatch.setattr(cpu, "CPU_PEERS", {n: peer for n, peer in cpu.CPU_PEERS.items() if "deepspeed" not in n})
-    monkeypatch.setattr(cpu, "CASES", (CASE,))
+    # DeepSpeed's and torchao's compile for a minute at their first use, and the rest users need not have.
+    packages = ("deepspeed", "torchao", "bnb", "badam", "optimi", "flashoptim", "galore")
+    kept = {n: peer for n, peer in cpu.CPU_PEERS.items() if not any(package in n for package in packages)}
+    monkeypatch.setattr(cpu, "CPU_PEERS", kept)
+    monkeypatch.setattr(cpu, "CASES", {"130M": CASE})
     monkeypatch.setattr(cpu, "HOST_REPEATS", 3)
     threads = torch.get_num_threads()
     assert cpu.main(["--out", str(tmp_path), "--repeats", "3", "--threads", "1"]) == 0
@@ -28,7 +33,7 @@ def content(tmp_path, monkeypatch):
 
 
 @needs_library
-def test_every_peer_is_measured_beside_ours(content, capsys):
+def test_every_peer_is_measured_beside_ours(content, tmp_path):
     assert content["device"]["threads"] == 1 and content["commit"] and content["instructions"]
     assert [case["elements"] for case in content["cases"]] == [CASE.numel()] * 2
     peers = {name: peer for case in content["cases"] for name, peer in case["peers"].items()}
@@ -37,7 +42,9 @@ def test_every_peer_is_measured_beside_ours(content, capsys):
         assert "error" not in peer, (name, peer)
         for key in ("ms", "times_ours"):
             assert 0 < peer[key]["p10"] <= peer[key]["median"] <= peer[key]["p90"]
+        assert peer["extra_bytes"] >= 0 and peer["of_copy"] >= 0
         assert peer["gb_per_s"] == pytest.approx(peer["bytes"] * CASE.numel() / peer["ms"]["median"] / 1e6)
+    assert (tmp_path / "cpu.png").stat().st_size > 10_000
     for name in ("fp32 misa", "fp32 misa clip", "bf16 misa"):
         assert peers[name]["times_ours"] == {"median": 1.0, "p10": 1.0, "p90": 1.0}
     assert content["host"]["peers"]["fp32 fused"]["us"]["median"] > 0
@@ -98,6 +105,79 @@ def test_goals_of_known_figures():
         "fp32 deepspeed+norm / fp32 misa": True,
     }
     assert not cpu.goals({"cases": [], "host": host})[0]["met"]
+
+
+PACKAGES = {
+    "bitsandbytes": ("fp32 bnb 32bit", "fp32 bnb 8bit", "bf16 bnb 8bit"),
+    "badam": ("fp32 badam", "bf16 badam"),
+    "optimi": ("fp32 optimi", "bf16 optimi"),
+    "galore_torch": ("fp32 galore", "bf16 galore"),
+    "torchao": ("fp32 torchao fp8",),
+}
+
+
+@needs_library
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    "package", [pytest.param(name, marks=pytest.mark.slow if name == "torchao" else ()) for name in PACKAGES]
+)
+def test_other_packages_do_the_same_as_ours(package, monkeypatch):
+    if importlib.util.find_spec(package) is None:
+        missing(f"needs {package}")
+    peers = cpu.CPU_PEERS
+    for name in PACKAGES[package]:
+        kept = {n: peers[n] for n in (cpu.counterpart(name), name)}
+        monkeypatch.setattr(cpu, "CPU_PEERS", kept)
+        peer = cpu.measure(cpu.Case(12 * 4096, 3, columns=256), kept[name].dtype, repeats=1)["peers"][name]
+        assert "error" not in peer, (name, peer)
+
+
+@needs_library
+def test_an_update_of_another_direction_is_not_timed(monkeypatch):
+    """Where moments are kept otherwise the update is what is compared."""
+
+    class Backwards(torch.optim.SGD):
+        def step(self):
+            for weight in self.param_groups[0]["params"]:
+                weight.data += 1e-4 * weight.grad.sign()
+
+    other = Peer(torch.float32, 28, lambda weights: Backwards(weights, lr=1.0))
+    monkeypatch.setattr(cpu, "CPU_PEERS", {"fp32 misa": cpu.CPU_PEERS["fp32 misa"], "fp32 other": other})
+    case = cpu.Case(256 * 4096, 4, columns=256)
+    error = cpu.measure(case, torch.float32, repeats=1)["peers"]["fp32 other"]["error"]
+    assert error.startswith("ArithmeticError: the update's cosine to MISA's is -")
+
+
+def test_sittings_hold_what_the_memory_does_and_always_ours(monkeypatch):
+    peers = {name: cpu.CPU_PEERS[name] for name in ("fp32 misa", "fp32 fused", "fp32 fused+clip", "fp32 foreach")}
+    assert list(cpu.sittings(CASE, peers)) == [
+        ["fp32 misa", "fp32 fused", "fp32 misa clip", "fp32 fused+clip", "fp32 foreach"]
+    ]
+    monkeypatch.setattr(cpu, "MEMORY_BYTES", 1)
+    assert list(cpu.sittings(CASE, peers)) == [
+        ["fp32 misa", "fp32 fused"],
+        ["fp32 misa clip", "fp32 fused+clip"],
+        ["fp32 misa", "fp32 foreach"],
+    ]
+
+
+def test_those_that_would_take_too_long_are_left_out():
+    smaller = {
+        "elements": 100,
+        "tensors": 4,
+        "peers": {"fp32 fused": {"prepare_s": 1.0}, "fp32 slow": {"prepare_s": 9}},
+    }
+    smaller["peers"]["fp32 misa"] = {"prepare_s": 99.0}
+    large = cpu.Case(100 * 64 * 10, 10)
+    assert cpu.too_slow(large, smaller | {"elements": large.numel() // 10}) == {
+        "fp32 slow": {"error": "left out: 3 first steps of 4 tensors took 9.0 s"}
+    }
+
+
+def test_slow_tasks_sit_out_the_turns_beyond_their_time(monkeypatch):
+    monkeypatch.setattr(cpu, "SECONDS", 0.0)
+    times = cpu.take_turns({"slow": lambda: None}, 5)["slow"]
+    assert np.isnan(times).tolist() == [False, False, False, True, True]
 
 
 def test_turns_alternate_their_order():

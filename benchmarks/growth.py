@@ -1,0 +1,249 @@
+"""How does the cost of a step grow with elements and with tensors, and that of a switch with modules?
+
+python -m benchmarks.growth --device cpu --out DIR    DIR/growth.json with the slopes, DIR/growth.png
+
+Host and device together, from an idle device to an idle device. A slope is that of a straight line through the larger
+half of the points, both axes logarithmic: 1 where twice as much costs twice the time, 0 where it costs no more.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import os
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from benchmarks import charts, record
+from benchmarks.peers import LR
+from benchmarks.update import quantiles
+from misa_kernels import MISA
+
+# Where a series ends on a device: bytes of a float32 step's weights, gradients and moments, and torch's beside ours.
+BYTES_AN_ELEMENT = 2 * 16
+MEMORY_BYTES = {"cpu": 14 * 2**30, "cuda": 72 * 2**30}
+ELEMENTS = [1024 * 4**power for power in range(11)]
+TENSORS = [1, 10, 100, 1000, 5000, 20_000]
+MODULES = [100, 300, 1000, 3000, 10_000, 20_000]
+# Of a tensor in the series over tensors and modules: so small that the host's time is what counts.
+SMALL = 64
+# Of the modules that are active: as many as at a delta of 1 %.
+DELTA = 0.01
+# A measurement goes on for as long, and takes as many repetitions at least and at most.
+SECONDS, FEWEST, MOST = 1.0, 7, 200
+Series = Iterator[tuple[int, dict[str, Callable[[], object]]]]
+
+
+def optimizers(weights: list[Tensor]) -> dict[str, Callable[[], object]]:
+    """Return the steps of MISA and of torch's fused AdamW, on weights and gradients of their own."""
+    steps: dict[str, Callable[[], object]] = {}
+    for name in ("MISA", "torch fused"):
+        own = [weight.clone().requires_grad_() for weight in weights]
+        for weight in own:
+            weight.grad = torch.full_like(weight, 1e-3)
+        if name == "MISA":
+            steps[name] = MISA(own, lr=LR, delta=1.0, inner_steps=10**9).step
+        else:
+            steps[name] = torch.optim.AdamW(own, lr=LR, fused=True).step
+    return steps
+
+
+def over_elements(device: torch.device, largest: int | None) -> Series:
+    """Yield, for more and more elements in eight tensors, the steps on them."""
+    limit = MEMORY_BYTES[device.type] // BYTES_AN_ELEMENT
+    for elements in ELEMENTS:
+        if elements <= min(limit, largest or limit):
+            yield elements, optimizers([torch.ones(8, elements // 64, device=device) for _ in range(8)])
+
+
+def over_tensors(device: torch.device, largest: int | None) -> Series:
+    """Yield, for more and more small tensors, the steps on them."""
+    for tensors in TENSORS:
+        if tensors <= (largest or tensors):
+            yield tensors, optimizers([torch.ones(8, SMALL // 8, device=device) for _ in range(tensors)])
+
+
+def over_modules(device: torch.device, largest: int | None) -> Series:
+    """Yield, for more and more small modules, a step that ends a round, and one that does not."""
+    for modules in MODULES:
+        if modules <= (largest or modules):
+            found: dict[str, Callable[[], object]] = {}
+            for name, inner_steps in (("step that switches", 1), ("step within a round", 10**9)):
+                weights = [torch.ones(8, SMALL // 8, device=device, requires_grad=True) for _ in range(modules)]
+                found[name] = switching(weights, MISA(weights, lr=LR, delta=DELTA, inner_steps=inner_steps))
+            yield modules, found
+
+
+def switching(weights: list[Tensor], optimizer: MISA) -> Callable[[], object]:
+    """Return a step; gradients of what is active come back after it, outside the clock, see `seconds_of`."""
+    gradient = torch.full_like(weights[0], 1e-3, requires_grad=False)
+
+    def prepare() -> None:
+        for number in optimizer.active:
+            weights[number].grad = gradient
+
+    prepare()
+
+    def step() -> None:
+        optimizer.step()
+
+    step.prepare = prepare  # type: ignore[attr-defined]
+    return step
+
+
+SERIES: dict[str, tuple[str, Callable[[torch.device, int | None], Series]]] = {
+    "elements": ("active parameters, in 8 tensors", over_elements),
+    "tensors": (f"active tensors of {SMALL} elements", over_tensors),
+    "modules": (f"modules, of which {DELTA:.0%} are active", over_modules),
+}
+
+
+def seconds_of(steps: dict[str, Callable[[], object]], device: torch.device) -> dict[str, np.ndarray]:
+    """Return the seconds of each repetition of each step, taking turns, until their time is up."""
+    times: dict[str, list[float]] = {name: [] for name in steps}
+
+    def once(name: str) -> None:
+        getattr(steps[name], "prepare", lambda: None)()
+        wait(device)
+        started = time.perf_counter()
+        steps[name]()
+        wait(device)
+        times[name].append(time.perf_counter() - started)
+
+    for name in steps:
+        # The first allocates, the second reads what it wrote; a round's first is slower too.
+        for _ in range(3):
+            once(name)
+        times[name].clear()
+    begun = time.monotonic()
+    for number in range(MOST):
+        if number >= FEWEST and time.monotonic() - begun > SECONDS:
+            break
+        for name in list(steps)[:: -1 if number % 2 else 1]:
+            once(name)
+    return {name: np.array(seconds) for name, seconds in times.items()}
+
+
+def wait(device: torch.device) -> None:
+    """Wait until the device is idle."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def slope(points: list[tuple[float, float]]) -> float | None:
+    """Return the slope of the larger half of the points on logarithmic axes; None of fewer than two."""
+    upper = points[len(points) // 2 :] if len(points) > 2 else points
+    if len(upper) < 2:
+        return None
+    x, y = np.log(np.array(upper, dtype=np.float64).T)
+    return float(np.polyfit(x, y, 1)[0])
+
+
+def measure(device: torch.device, deadline: float, largest: int | None = None) -> Iterator[dict[str, Any]]:
+    """Measure all series, and yield what there is after each point.
+
+    Args:
+        device: Where.
+        deadline: Reading of `time.monotonic` after which no point is begun.
+        largest: Of every series; None for what the device has memory for.
+
+    Yields:
+        By series, "axis", "lines": by name the points as "n" and "us" with median, p10 and p90, and the "slopes".
+    """
+    found: dict[str, Any] = {}
+    for name, (axis, series) in SERIES.items():
+        lines: dict[str, list[dict[str, Any]]] = {}
+        found[name] = {"axis": axis, "lines": lines, "slopes": {}, "left_out": []}
+        points = series(device, largest)
+        while True:
+            if time.monotonic() > deadline:
+                found[name]["left_out"] = ["time limit"]
+                break
+            try:
+                n, steps = next(points)
+                taken = seconds_of(steps, device)
+            except StopIteration:
+                break
+            except torch.OutOfMemoryError as error:
+                found[name]["left_out"] = [f"{error}".splitlines()[0]]
+                break
+            # Before the next ones are built.
+            steps.clear()
+            gc.collect()
+            for line, seconds in taken.items():
+                lines.setdefault(line, []).append({"n": n, "us": quantiles(seconds * 1e6)})
+            found[name]["slopes"] = {line: slope(pairs(of)) for line, of in lines.items()}
+            yield found
+    yield found
+
+
+def pairs(points: list[dict[str, Any]]) -> list[tuple[float, float]]:
+    """Return the points of a line as (n, median)."""
+    return [(point["n"], point["us"]["median"]) for point in points]
+
+
+def table(series: dict[str, Any]) -> str:
+    """Return the medians as lines of text, and the slopes."""
+    text = []
+    for found in series.values():
+        text.append(found["axis"] + "".join(f"; {reason}" for reason in found["left_out"]))
+        for name, points in found["lines"].items():
+            of = found["slopes"][name]
+            text.append(
+                f"  {name:<20}"
+                + "".join(f"{point['n']:>12,}: {point['us']['median']:,.0f}" for point in points)
+                + ("" if of is None else f" us; slope {of:.2f}")
+            )
+    return "\n".join(text)
+
+
+def draw(series: dict[str, Any], path: Path) -> Path | None:
+    """Draw all series; None without matplotlib."""
+    panels = {}
+    for name, found in series.items():
+        lines = {f"{line}: {found['slopes'][line] or 0:.2f}": pairs(points) for line, points in found["lines"].items()}
+        if lines:
+            title = "a switch against modules" if name == "modules" else f"a step against {name}"
+            panels[f"{title}, with slopes"] = (found["axis"], lines)
+    return charts.lines(path, panels, "microseconds, median", source=series) if panels else None
+
+
+def run(device: torch.device, deadline: float, out: Path | None, largest: int | None = None) -> int:
+    """Measure, write growth.json after every point and growth.png at the end, print the table."""
+    content = record.environment(device) | {"load_before": os.getloadavg()[0], "series": {}}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "MISA samples")
+        for series in measure(device, deadline, largest):
+            content["series"] = series
+            if out is not None:
+                record.write(out, "growth", content)
+    print(table(content["series"]))
+    if out is not None:
+        print(record.write(out, "growth", content), draw(content["series"], out / "growth.png"))
+    return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Measure what the command line names."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.growth", description=__doc__.splitlines()[0])
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--out", type=Path, help="folder of the record and the chart")
+    parser.add_argument("--largest", type=int, help="leave out whatever is larger")
+    parser.add_argument("--threads", type=int, help="of a CPU; default what torch takes")
+    parser.add_argument("--time-limit", type=float, default=440.0, help="seconds after which nothing new starts")
+    args = parser.parse_args(argv)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    return run(torch.device(args.device), time.monotonic() + args.time_limit, args.out, args.largest)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
