@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable
 
@@ -11,21 +12,19 @@ from examples.data import pretraining_corpus, random_batches
 from examples.model import Llama, LlamaConfig
 from examples.train import train
 from misa_kernels import MISA, param_groups
-from misa_kernels.monitor import Round
+from misa_kernels.monitor import Monitor
 
 FOLDER = "out/logging"
+CURVES = ["active_fraction", "gradient_fraction", "perplexity_fraction", "backward_depth", "skipped_steps"]
+CURVES += ["grad_norm", "update_ratio"]
 
 
-def figures(record: Round) -> dict[str, float]:
-    """Return what is worth a curve of a round that has ended."""
-    depth = {} if record.backward_depth is None else {"misa/backward_depth": record.backward_depth}
-    return {
-        "misa/active_fraction": record.active_fraction,
-        "misa/gradient_fraction": record.gradient_fraction,
-        "misa/perplexity_fraction": record.perplexity_fraction,
-        "misa/skipped_steps": record.skipped_steps,
-        **depth,
-    }
+def figures(monitor: Monitor) -> dict[str, float]:
+    """Return what is worth a curve of the round that has ended last."""
+    history = monitor.history()
+    # The last entry is the running round. Where layers are unknown, so is the depth.
+    ended = {f"misa/{name}": float(history[name][-2]) for name in CURVES}
+    return {name: value for name, value in ended.items() if not math.isnan(value)}
 
 
 def to_tensorboard(folder: str) -> Callable[[int, dict[str, float]], None]:
@@ -78,9 +77,9 @@ def main(logger: str = "tensorboard", folder: str = FOLDER, steps: int = 100) ->
     for step, loss in train(model, optimizer, batches, steps):
         losses.append(loss.item())
         values = {"loss": losses[-1]}
-        # The last record is the running round; the one before has ended with this step.
+        # The running round begins after this step, so that one has ended with it.
         if step == optimizer.monitor.current.first_step:
-            values |= figures(optimizer.monitor.rounds[-2])
+            values |= figures(optimizer.monitor)
         log(step, values)
     rounds = len(optimizer.monitor.rounds) - 1
     print(f"loss {losses[0]:.3f} -> {losses[-1]:.3f} nats a byte in {steps} steps; {rounds} rounds logged to {folder}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import matplotlib
 
@@ -12,11 +13,10 @@ matplotlib.use("Agg")
 import numpy as np
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
-from matplotlib.colors import LogNorm
-from matplotlib.ticker import MaxNLocator
 
 from examples.measure import Cost
 from examples.runs import Rounds, Run
+from misa_kernels import plots
 
 # Okabe and Ito's palette, which the colour-blind can tell apart, and markers for print in grey.
 STYLES = {
@@ -57,7 +57,9 @@ def draw(runs: list[Run], costs: dict[str, Cost], title: str, path: Path) -> Non
     )
     drawn = next(run.rounds for run in runs if run.method == "MISA")
     assert drawn is not None
-    _heatmap(axes["rounds"], drawn)
+    plots.importance(_record(drawn), axes["rounds"])
+    axes["rounds"].set_title("MISA: modules trained in each round (dots) and their importance at the draw")
+    axes["rounds"].set_xlabel(f"round, {drawn.inner_steps} steps each")
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
@@ -83,35 +85,12 @@ def _losses(axes: Axes, runs: list[Run], seconds: dict[str, float]) -> None:
     axes.grid(alpha=0.3)
 
 
-def _heatmap(axes: Axes, rounds: Rounds) -> None:
-    """One row a module, those of the layer nearest the output at the top; one column a round."""
-    number, modules = rounds.importance.shape
-    order = sorted(range(modules), key=lambda module: rounds.layer[module])
-    importance = np.ma.masked_invalid(rounds.importance[:, order].T)
-    colours = plt.get_cmap("cividis").with_extremes(bad="#e4e4e4")
-    edges = np.arange(number + 1) + 0.5, np.arange(modules + 1) - 0.5
-    image = axes.pcolormesh(*edges, np.ma.masked_less_equal(importance, 0), cmap=colours, norm=LogNorm())
-    row, column = np.nonzero(rounds.active[:, order].T)
-    axes.plot(column + 1, row, "o", markersize=4, color="white", markeredgecolor="black", markeredgewidth=0.7)
-
-    layers = np.array([rounds.layer[module] for module in order])
-    for layer in np.unique(layers):
-        rows = np.flatnonzero(layers == layer)
-        axes.axhline(rows[0] - 0.5, color="white", linewidth=2)
-        axes.annotate(
-            f"layer {layer}",
-            xy=(0, rows.mean()),
-            xycoords=axes.get_yaxis_transform(),
-            xytext=(-46, 0),
-            textcoords="offset points",
-            rotation=90,
-            ha="center",
-            va="center",
-        )
-    axes.set_yticks(range(modules), [rounds.names[module].rsplit(".", 1)[-1] for module in order], fontsize=7)
-    axes.tick_params(axis="y", length=0)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-    axes.set_xlabel(f"round, {rounds.inner_steps} steps each")
-    axes.set_title("MISA: modules trained in each round (dots)\nand their importance at the draw (grey: no score yet)")
-    bar = axes.figure.colorbar(image, ax=axes, pad=0.015, fraction=0.04, aspect=50)
-    bar.set_label("importance: squared norm of the gradient, mean over a round, then over rounds")
+def _record(rounds: Rounds) -> SimpleNamespace:
+    """Return what of a monitor came back from the process that trained."""
+    layers = [f"layers.{layer}" for layer in range(max(rounds.layer) + 1)]
+    active = [tuple(np.flatnonzero(drawn)) for drawn in rounds.active]
+    records = [
+        SimpleNamespace(round=number, importance=importance, active=drawn)
+        for number, (importance, drawn) in enumerate(zip(rounds.importance, active, strict=True))
+    ]
+    return SimpleNamespace(names=rounds.names, layer=np.array(rounds.layer), layers=layers, rounds=records)

@@ -194,7 +194,7 @@ def _figure(axes: Axes) -> Figure:
 
 
 def _height(monitor: Monitor) -> float:
-    return min(max(2.0 + 0.14 * len(monitor.names), 4.0), 11.0)
+    return min(max(2.0 + 0.14 * len(monitor.names), 5.0), 11.0)
 
 
 def _kinds(monitor: Monitor) -> list[str]:
@@ -253,8 +253,9 @@ def _heatmap(
         room = max(1, int(len(rows) * points[1] // 9))
         ticks |= {bottoms[layer]: str(layer) for layer in layers[:: -(-len(layers) // room) or 1]}
     axes.set_yticks(list(ticks), list(ticks.values()), fontsize=7)
-    axes.set_ylabel("kind of module, and its layer (0 nearest the input)", labelpad=16 + 6 * max(map(len, place)))
+    axes.set_ylabel("kind of module, and its layer (0 nearest the input)", labelpad=24 + 6.5 * max(map(len, place)))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     axes.set_xlabel("round")
-    axes.figure.colorbar(image, ax=axes, pad=0.015, fraction=0.04, aspect=40, label=meaning)
+    if np.ma.count(values):
+        axes.figure.colorbar(image, ax=axes, pad=0.015, fraction=0.04, aspect=40, label=meaning)
     return order, float(points.min())
