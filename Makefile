@@ -19,7 +19,7 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c c
 SOURCES := misa_kernels benchmarks examples tests setup.py
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test slow lint format bench native gpu wheels clean
+.PHONY: help demo test slow lint format docs bench native gpu wheels clean
 
 help:  ## print this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' Makefile
@@ -44,6 +44,9 @@ format: $(VENV)/.dev  ## put sources into the form that lint asks for
 	$(BIN)/ruff check --fix --exit-zero $(SOURCES)
 	$(BIN)/ruff format $(SOURCES)
 	$(BIN)/clang-format -i csrc/* tests/native/* tests/emulation/*
+
+docs: $(VENV)/.dev  ## the documentation, into out/docs/html; a reference that leads nowhere is an error
+	$(BIN)/python -m sphinx -n -W --keep-going -q docs out/docs/html
 
 bench: $(VENV)/.dev  ## on the CPU: a step beside torch's and DeepSpeed's AdamW, a switch of 20,000 modules; tests first
 	$(PYTEST) -q -n 2 $(FAST) $(TIMED)
