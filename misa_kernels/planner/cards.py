@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-# MiB as nvidia-smi prints them, from published listings; none was read here.
+# MiB of the whole memory. None was read off a card here, so that a per cent may be wrong; a size in GB is exact.
 CARDS = {
     "T4": 15_360,
     "RTX 3060": 12_288,
