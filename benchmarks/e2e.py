@@ -14,6 +14,7 @@ import contextlib
 import gc
 import io
 import math
+import os
 import sys
 import time
 import warnings
@@ -100,13 +101,13 @@ PLANS = {
     # Of float32, which CPUs multiply fastest. 1.5, 3 and 5 times the weights' bytes, as 24, 48 and 80 GiB are of 8B's.
     "11m": Plan(
         shape="11m",
-        batch=4,
+        batch=2,
         sequence=128,
         delta=0.05,
         checkpointing=True,
-        inner_steps=3,
+        inner_steps=2,
         rounds=6,
-        steps=18,
+        steps=12,
         turns=4,
         dtype="float32",
         caps_bytes=tuple(int(times * 45_650_000) for times in (1.5, 3, 5)),
@@ -706,7 +707,7 @@ def run(
     """
     name = "caps" if caps else "e2e"
     changed = changes.pop("plan", {})
-    content = record.environment(device) | {"stage": name} | changes | {"shapes": []}
+    content = record.environment(device) | {"stage": name, "load_before": os.getloadavg()[0]} | changes | {"shapes": []}
     for shape in names:
         content["shapes"].append(None)
         for measured in (measure_caps if caps else measure)(replace(PLANS[shape], **changed), device, deadline):
