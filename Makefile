@@ -16,7 +16,7 @@ PYTEST := $(BIN)/python -m pytest -p no:benchmark
 # No figure is printed of what is wrong: the tests of what `make bench` times come first.
 TIMED := tests/test_optimizer.py tests/test_rounds.py tests/test_sampler.py tests/test_native.py tests/test_cpu_benchmark.py
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
-SOURCES := misa_kernels benchmarks examples tests setup.py
+SOURCES := misa_kernels benchmarks docs examples tests setup.py
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test slow lint format docs bench native gpu wheels clean

@@ -102,6 +102,7 @@ CASES = {
     "a layer at a time": (2, "layers", 41, F32, "finetune", {}, None),
     # 3 rows on four ranks leave the last one without any.
     "root only, empty shards, clipped": (4, "root", 3, F32, "pretrain", {"max_grad_norm": 0.3, "delta": 0.4}, None),
+    "a single rank": (1, "layers", 41, F32, "finetune", {"max_grad_norm": 0.3}, None),
     "a NaN on one rank": (2, "layers", 41, F32, "finetune", {"skip_nonfinite": True, "max_grad_norm": 1.0}, 3),
     "the authors' scores, plain PyTorch": (2, "root", 41, F32, "finetune", authors() | {"backend": "reference"}, None),
     "the authors' scores": (2, "layers", 3, F32, "pretrain", authors() | {"max_grad_norm": 0.3, "delta": 0.4}, None),

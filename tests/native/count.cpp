@@ -1,5 +1,5 @@
-// One step of each kind on one thread, for `valgrind --tool=callgrind --collect-atstart=no`: what is dumped under a
-// name is what `misa_cpu_step` ran, and nothing else.
+// One step of each kind on one thread, for `valgrind --tool=callgrind --collect-atstart=no`: what is dumped
+// under a name is what `misa_cpu_step` ran, and nothing else.
 #include <valgrind/callgrind.h>
 
 #include "rows.h"
