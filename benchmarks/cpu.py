@@ -31,6 +31,7 @@ from benchmarks.peers import (
     BF16,
     FORMATS,
     FP32,
+    GALORE_RANK,
     LR,
     MAX_NORM,
     PEERS,
@@ -61,7 +62,6 @@ MEMORY_BYTES, ELEMENT_BYTES = 13 * 2**30, 26
 SECONDS = 6.0
 # Whoever would need longer to be built and warmed up, by the elements, is left out.
 PATIENCE_S = 25.0
-GALORE_RANK = 64
 # So small that a step is all overhead.
 HOST_CASE = Case(300 * 16, 300, columns=16)
 HOST_REPEATS = 100
@@ -119,11 +119,11 @@ CPU_PEERS = {
     "bf16 misa int8": Peer(BF16, 10.125, partial(ours, param_precision="stochastic", state_dtype="int8")),
     **{name: PEERS[name] for name in ("bf16 fused", "bf16 fused+norm", "bf16 fused+clip", "bf16 foreach")},
     "bf16 deepspeed+norm": Peer(BF16, 24, deepspeed, norms),
-    # Gradients to float32 6, AdamW 28, back by way of another copy 10.
-    "bf16 badam": Peer(BF16, 44, badam_block),
     **{name: FORMATS[name] for name in ("bf16 bnb 32bit", "bf16 bnb 8bit", "bf16 torchao 8bit", "bf16 torchao fp8")},
-    **{name: FORMATS[name] for name in ("bf16 torchao 4bit", "bf16 flashoptim", "bf16 optimi")},
-    "bf16 galore": Peer(BF16, 0, galore(GALORE_RANK)),
+    **{
+        name: FORMATS[name]
+        for name in ("bf16 torchao 4bit", "bf16 flashoptim", "bf16 optimi", "bf16 badam", "bf16 galore")
+    },
 }
 # Of theirs, how many times as long as ours a step must take.
 GOALS = {"fp32 fused+norm": 1.6, "fp32 fused+clip": 1.5, "fp32 fused": 1.0, "fp32 deepspeed+norm": 1.5}

@@ -16,6 +16,7 @@ LR = 1e-4
 MAX_NORM = 1.0
 # Bitsandbytes and torchao keep the moments of smaller tensors as they are.
 SMALLEST_COMPRESSED = 4096
+GALORE_RANK = 64
 
 
 def misa(weights: list[Tensor], backend: str = "triton", **options: Any) -> MISA:
@@ -262,4 +263,8 @@ FORMATS = {
     "bf16 bnb 32bit": Peer(BF16, 22, bitsandbytes(32)),
     "bf16 torchao fp8": Peer(BF16, 10.0625, torchao("AdamWFp8", 256)),
     "bf16 torchao 4bit": Peer(BF16, 8.125, torchao("AdamW4bit", 128)),
+    # Gradients to float32 6, AdamW 28, back by way of another copy 10.
+    "bf16 badam": Peer(BF16, 44, badam_block),
+    # Its products' bytes are not counted.
+    "bf16 galore": Peer(BF16, 0, galore(GALORE_RANK)),
 }

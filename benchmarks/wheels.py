@@ -20,12 +20,15 @@ LIMIT_BYTES, TRACKED_BYTES = 64 * 2**20, 4 * 2**20
 PYTHON = "3.12"
 PLATFORMS = ("manylinux_2_28_x86_64", "manylinux_2_24_x86_64", "manylinux2014_x86_64")
 # In the order of their worth, with the shared libraries that stay of each: those of torch's CUDA 13.0. FlashOptim and
-# optimi are Triton, and torchao's optimizers are compiled by torch. What they need, torch's machine has.
+# optimi are Triton, torchao's optimizers are compiled by torch, BAdam's and GaLore's are PyTorch. What they need beyond
+# torch, transformers among it, the machine has to have.
 PACKAGES: dict[str, Collection[str]] = {
     "bitsandbytes==0.50.2": ("libbitsandbytes_cpu.so", "libbitsandbytes_cuda130.so"),
     "torchao==0.18.0": (),
     "flashoptim==0.1.4": (),
     "torch-optimi==0.3.3": (),
+    "badam==1.4": (),
+    "galore-torch==1.0": (),
 }
 
 

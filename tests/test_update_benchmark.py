@@ -122,9 +122,9 @@ def test_formats_stage_measures_every_format(tmp_path):
     content = json.loads((tmp_path / "formats.json").read_text())
     (case,) = content["cases"]
     assert content["stage"] == "formats" and list(case["peers"]) == list(FORMATS)
-    # FlashOptim needs a GPU, and optimi is not among what is installed for development.
+    # FlashOptim needs a GPU, and the rest is not among what is installed for development.
     failed = {name for name, peer in case["peers"].items() if "error" in peer}
-    assert {name.split()[1] for name in failed} <= {"flashoptim", "optimi"}
+    assert {name.split()[1] for name in failed} <= {"flashoptim", "optimi", "badam", "galore"}
     assert set(content["launches"]) == set(FORMATS) - failed
 
 
