@@ -3,8 +3,9 @@
 python -m benchmarks.e2e --device cpu --out DIR           at equal batch: a table, the goals, DIR/e2e.json and .png
 python -m benchmarks.e2e --device cpu --caps --out DIR    at the largest batch under caps of memory: DIR/caps.json
 
-Every peer trains the same model on the same batch in turns of one process, each built anew and freed:
-turn 1 in the order of `PEERS`, turn 2 in reverse, so that a drift of the clocks hits all alike.
+Every peer trains the same model on the same batch in turns of one process, each built anew and freed, or where there is
+room all beside one another: turn 1 in the order of `PEERS`, turn 2 in reverse, so that a drift of the clocks hits all
+alike.
 """
 
 from __future__ import annotations
@@ -69,6 +70,8 @@ class Plan:
             many more as it needs to visit each layer equally often.
         steps: Iterations in a turn of a peer without rounds.
         turns: How often each peer has its turn.
+        together: Whether all peers stay, each with a model of its own, and take short turns of `rounds` rounds, so that
+            what else the machine does hits all alike; turns times rounds are then to visit all layers equally often.
         dtype: Of the weights.
         caps_bytes: Memory under which the largest batch is looked for, up to `largest_batch` sequences.
         largest_batch: Where the search ends.
@@ -83,6 +86,7 @@ class Plan:
     rounds: int
     steps: int = 20
     turns: int = 2
+    together: bool = False
     dtype: str = "bfloat16"
     caps_bytes: tuple[int, ...] = (24 * GIB, 48 * GIB, 80 * GIB)
     largest_batch: int = 16
@@ -106,9 +110,10 @@ PLANS = {
         delta=0.05,
         checkpointing=True,
         inner_steps=2,
-        rounds=6,
-        steps=12,
-        turns=4,
+        rounds=1,
+        steps=2,
+        turns=24,
+        together=True,
         dtype="float32",
         caps_bytes=tuple(int(times * 45_650_000) for times in (1.5, 3, 5)),
     ),
@@ -305,39 +310,50 @@ class Samples:
 
 
 def run_turn(model: Llama, tokens: Tensor, name: str, plan: Plan, turn: int, samples: Samples) -> None:
-    """Build the peer `name`, warm it up for a round, measure its turn into `samples`, and free it.
+    """Build the peer `name`, warm it up, measure its turn into `samples`, and free it; raises as `timed` does."""
+    peer = begin(model, tokens, name, plan, turn)
+    try:
+        timed(model, tokens, peer, plan, peer.rounds, samples)
+    finally:
+        peer.close()
+
+
+def begin(model: Llama, tokens: Tensor, name: str, plan: Plan, turn: int) -> Peer:
+    """Return the peer `name` after a round."""
+    reset(model)
+    peer = PEERS[name](model, plan, turn)
+    for _ in range(plan.inner_steps):
+        iterate(model, tokens, peer.optimizer, Clock(tokens.device))
+    return peer
+
+
+def timed(model: Llama, tokens: Tensor, peer: Peer, plan: Plan, rounds: int, samples: Samples) -> None:
+    """Measure so many rounds of a peer, or a turn of one without rounds, into `samples`.
 
     Raises:
         ArithmeticError: The loss is not finite, so that what was timed was no training.
     """
     clock = Clock(tokens.device)
-    reset(model)
-    peer = PEERS[name](model, plan, turn)
-    iterations = peer.rounds * plan.inner_steps or plan.steps
-    try:
-        for _ in range(plan.inner_steps):
-            iterate(model, tokens, peer.optimizer, clock)
-        clock.wait()
-        if tokens.is_cuda:
-            torch.cuda.reset_peak_memory_stats()
-        started = time.perf_counter()
-        marks = []
-        for _ in range(iterations):
-            marks.append(iterate(model, tokens, peer.optimizer, clock))
-            samples.backward_depth.append(model.backward_depth)
-        clock.wait()
-        samples.wall_s.append(time.perf_counter() - started)
-        if tokens.is_cuda:
-            samples.allocated_bytes.append(torch.cuda.max_memory_allocated())
-            samples.reserved_bytes.append(torch.cuda.max_memory_reserved())
-        with torch.no_grad():
-            samples.loss = float(model(tokens))
-    finally:
-        peer.close()
+    iterations = rounds * plan.inner_steps or plan.steps
+    clock.wait()
+    if tokens.is_cuda:
+        torch.cuda.reset_peak_memory_stats()
+    started = time.perf_counter()
+    marks = []
+    for _ in range(iterations):
+        marks.append(iterate(model, tokens, peer.optimizer, clock))
+        samples.backward_depth.append(model.backward_depth)
+    clock.wait()
+    samples.wall_s.append(time.perf_counter() - started)
+    if tokens.is_cuda:
+        samples.allocated_bytes.append(torch.cuda.max_memory_allocated())
+        samples.reserved_bytes.append(torch.cuda.max_memory_reserved())
+    with torch.no_grad():
+        samples.loss = float(model(tokens))
     if not math.isfinite(samples.loss):
         raise ArithmeticError(f"loss={samples.loss} must be finite: times of diverged weights mean nothing")
     samples.iterations.append(iterations)
-    samples.rounds += peer.rounds
+    samples.rounds += rounds
     for number, (start, forward, backward, end) in enumerate(marks, start=1):
         samples.forward_ms.append(clock.ms(start, forward))
         samples.backward_ms.append(clock.ms(forward, backward))
@@ -468,6 +484,7 @@ def measure(plan: Plan, device: torch.device, deadline: float) -> Iterator[dict[
     flops = model_flops(plan)
     content |= {"peak_flops": peak, "model_flops": flops}
     taken = {name: Samples() for name in PEERS}
+    standing: dict[str, tuple[Llama, Peer]] = {}
     longest = 0.0
     for turn in range(plan.turns):
         for name in list(PEERS)[:: -1 if turn % 2 else 1]:
@@ -479,7 +496,14 @@ def measure(plan: Plan, device: torch.device, deadline: float) -> Iterator[dict[
                 yield content
                 continue
             try:
-                run_turn(model, tokens, name, plan, turn, taken[name])
+                if plan.together:
+                    if name not in standing:
+                        own = build_model(plan, device)
+                        standing[name] = own, begin(own, tokens, name, plan, turn)
+                    own, peer = standing[name]
+                    timed(own, tokens, peer, plan, min(peer.rounds, plan.rounds), taken[name])
+                else:
+                    run_turn(model, tokens, name, plan, turn, taken[name])
                 content["peers"][name] = summary(taken[name], plan.tokens, flops, peak)
             # Whatever one peer fails at, the numbers of the others are kept; the record shows the failure.
             except Exception as error:

@@ -59,6 +59,8 @@ def spread(values: Record | None, digits: int = 1, scale: float = 1.0) -> str:
 
 def goal_lines(found: list[Record]) -> list[str]:
     """Return a table of goals, for those who want to know what was asked for."""
+    if not found:
+        return []
     rows = [
         (
             line["goal"],
@@ -184,7 +186,7 @@ def steps(content: Record) -> list[str]:
             for name, peer in host["peers"].items()
         ),
     )
-    return [*lines, *goal_lines(content["goals"])]
+    return [*lines, *goal_lines(content.get("goals", []))]
 
 
 def grown(content: Record) -> list[str]:
