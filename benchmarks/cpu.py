@@ -441,7 +441,7 @@ def main(argv: list[str] | None = None) -> int:
 def draw(cases: list[dict[str, Any]], path: Path) -> Path | None:
     """Draw how many times as long as MISA's step each takes, up to ten; None without matplotlib."""
     panels = {
-        f"LLaMA of {case.get('model')}, {next(iter(case['peers']))[:4]}": {
+        f"{case['elements'] / M:.0f}M elements in {case['tensors']} tensors, {next(iter(case['peers']))[:4]}": {
             name[5:]: {"time": peer["times_ours"]["median"]}
             for name, peer in case["peers"].items()
             if peer.get("times_ours") and peer["times_ours"]["median"] < 10

@@ -320,6 +320,13 @@ SECTIONS: dict[str, tuple[str, Callable[[Record], list[str]]]] = {
     "compiled": ("torch.compile", compiled),
     "gate": ("Counts that noise cannot touch", counts),
 }
+# What makes those that only a machine without other work can give.
+ON_A_CPU = {
+    "e2e": "python -m benchmarks.e2e --device cpu --out benchmarks/results",
+    "caps": "python -m benchmarks.e2e --device cpu --caps --out benchmarks/results",
+    "cpu": "python -m benchmarks.cpu --out benchmarks/results",
+    "growth": "python -m benchmarks.growth --device cpu --out benchmarks/results",
+}
 # Of the charts that this module draws: the part of the record that they show, and what draws it.
 CHARTS: dict[str, tuple[str, Callable[[Any, Path], Path | None]]] = {
     "e2e": ("shapes", e2e.draw),
@@ -365,8 +372,14 @@ def page(results: Path) -> str:
                     lines += [f"![{title}]({(folder / name).relative_to(results.parent)}.png)", ""]
                 lines += text(content)
     missing = [stage for stage in STAGES if not (results / "gpu" / f"{stage}.json").exists()]
+    unmeasured = [name for name in ON_A_CPU if not (results / f"{name}.json").exists()]
+    if unmeasured:
+        lines += ["## What has not been measured on a CPU", ""]
+        lines += cells(
+            "command | what it measures", ((f"`{ON_A_CPU[name]}`", SECTIONS[name][0]) for name in unmeasured)
+        )
     if missing:
-        lines += ["## What has not been measured", "", "On a GPU nothing of this has run yet:", ""]
+        lines += ["## What has not been measured on a GPU", ""]
         lines += cells(
             "command | what it measures", ((f"`make gpu STAGE={stage}`", STAGES[stage]) for stage in missing)
         )
