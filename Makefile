@@ -48,10 +48,14 @@ format: $(VENV)/.dev  ## put sources into the form that lint asks for
 docs: $(VENV)/.dev  ## the documentation, into out/docs/html; a reference that leads nowhere is an error
 	$(BIN)/python -m sphinx -n -W --keep-going -q docs out/docs/html
 
-bench: $(VENV)/.dev  ## on the CPU: a step beside torch's and DeepSpeed's AdamW, a switch of 20,000 modules; tests first
+bench: $(VENV)/.dev  ## all that is measured on a CPU, half an hour: steps, iterations and growth beside peers; tests first
 	$(PYTEST) -q -n 2 $(FAST) $(TIMED)
 	-$(INSTALL) -e '.[bench]'
 	$(BIN)/python -m benchmarks.cpu --out out
+	$(BIN)/python -m benchmarks.e2e --device cpu --out out
+	$(BIN)/python -m benchmarks.e2e --device cpu --caps --out out
+	$(BIN)/python -m benchmarks.growth --device cpu --out out
+	$(BIN)/python -m benchmarks.gate
 	$(BIN)/python -m pytest -q benchmarks/step.py benchmarks/switch.py
 
 native:  ## build the native libraries into misa_kernels/, without .venv, network or Python; CMAKE_ARGS goes to CMake
@@ -59,7 +63,7 @@ native:  ## build the native libraries into misa_kernels/, without .venv, networ
 	cmake --build build/native --parallel
 
 # No environment, no network: the machine's own Python and torch, this checkout on the path.
-gpu:  ## STAGE=smoke: GPU tests; test: sanitizers; bench, formats: the step; e2e: iterations; all; OUT=folder for JSON
+gpu:  ## STAGE=smoke: GPU tests; test: sanitizers; bench, formats, growth: the step; e2e, caps: iterations; memory; all
 	PYTHONPATH=. $(PYTHON) -m benchmarks.gpu --stage $(STAGE) --out $(OUT) $(ARGS)
 
 wheels:  ## what STAGE=formats compares with, into out/peers, for a GPU machine without network
