@@ -102,7 +102,10 @@ def test_saved_and_loaded_in_mid_round_it_goes_on_to_the_bit(tmp_path):
     resumed[0].load_state(str(tmp_path))
     assert resumed[1].param_groups[0]["lr"] == interrupted[1].param_groups[0]["lr"] != 3e-3
     assert first + train(resumed, loader(start=4 * ACCUMULATE, steps=4)) == expected
-    assert draws(resumed[1]) == draws(whole[1])
+    # The monitor of the second life begins with the round that was running.
+    running = interrupted[1].monitor.current.round
+    assert running > 0
+    assert draws(resumed[1]) == {number: drawn for number, drawn in draws(whole[1]).items() if number >= running}
 
 
 @pytest.mark.slow
