@@ -29,10 +29,11 @@ demo: $(VENV)/.train  ## pre-train and fine-tune a small model with MISA and its
 
 test: $(VENV)/.dev  ## the tests that need neither minutes nor a GPU
 	$(PYTEST) -n 2 $(FAST)
-	TRITON_INTERPRET=1 $(PYTEST) -n 2 $(FAST) tests/test_fused.py tests/test_triton_codec.py
+	TRITON_INTERPRET=1 $(PYTEST) -n 2 $(FAST) tests/test_fused.py
 
 slow: $(VENV)/.dev  ## the tests marked slow
 	$(PYTEST) -m "slow and not gpu" || [ $$? -eq 5 ]
+	TRITON_INTERPRET=1 $(PYTEST) -n 2 $(FAST) tests/test_triton_codec.py
 
 lint: $(VENV)/.dev  ## style, types and formatting; changes nothing
 	$(BIN)/ruff check $(SOURCES)

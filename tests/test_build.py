@@ -105,6 +105,7 @@ def test_without_nvcc_the_cpu_library_is_built(source, no_nvcc, tmp_path):
 
 
 @needs_nvcc
+@pytest.mark.slow
 def test_with_nvcc_both_libraries_are_built(source, tmp_path):
     wheel, output = build_wheel(source, tmp_path)
     assert package_files(wheel) == SOURCES | {CPU, CUDA}
@@ -144,6 +145,7 @@ def test_other_settings_are_refused(source, tmp_path):
     assert "MISA_CUDA='yes' must be 0 (no CUDA library), 1 (fail without one) or unset" in done.stdout
 
 
+@pytest.mark.slow
 def test_a_build_in_place_leaves_nothing_stale(source, tmp_path):
     """What an earlier build left in the checkout is replaced, or removed where it is not built again."""
     checkout = tmp_path / "checkout"
@@ -160,6 +162,7 @@ def test_a_build_in_place_leaves_nothing_stale(source, tmp_path):
     assert not (checkout / CPU).exists()
 
 
+@pytest.mark.slow
 def test_an_nvcc_that_does_not_work_costs_the_cuda_library_only(source, tmp_path):
     done = run([sys.executable, "setup.py", "-q", "build_ext", "-b", str(tmp_path)], source, CUDACXX="/bin/false")
     assert done.returncode == 0, done.stdout

@@ -80,6 +80,7 @@ def train(model, optimizer, rounds: int, evaluate: bool = False) -> tuple[list[f
     return losses, warned
 
 
+@pytest.mark.slow
 def test_layers_level_off_at_sixteen_graphs_and_train_as_eager(dynamo, caplog):
     dynamo.recompile_limit = 32
     sampler = ImportanceSampler(max_per_layer=1)

@@ -77,6 +77,7 @@ def races(tmp_path_factory):
     return build(tmp_path_factory.mktemp("races"), ["-fsanitize=thread"], [ROOT / "tests/native/races.cpp"])
 
 
+@pytest.mark.slow
 def test_no_step_reaches_beyond_its_buffers(memory):
     done = run(memory)
     if "LeakSanitizer has encountered a fatal error" in done.stderr:
@@ -87,6 +88,7 @@ def test_no_step_reaches_beyond_its_buffers(memory):
     assert walks >= 8 * (11 * (8 + 2 * 2) + 4 * 3 * 2) and refusals > 110 and openmp == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "planted, report", [("overrun", "heap-buffer-overflow"), ("overflow", "signed integer overflow")]
 )
@@ -95,12 +97,14 @@ def test_what_is_planted_in_memory_is_seen(memory, planted, report):
     assert done.returncode != 0 and report in done.stderr
 
 
+@pytest.mark.slow
 def test_threads_never_touch_the_same_memory(races):
     done = run(races)
     assert done.returncode == 0 and not done.stderr, done.stderr
     assert re.fullmatch(r"\d+ steps\n", done.stdout)
 
 
+@pytest.mark.slow
 def test_a_planted_race_is_seen(races):
     done = run(races, "race", TSAN_OPTIONS="halt_on_error=1")
     assert done.returncode != 0 and "data race" in done.stderr
