@@ -49,7 +49,7 @@ def bars(path: Path, panels: Mapping[str, Mapping[str, Mapping[str, float]]], la
                 color = COLORS[parts.index(part) % len(COLORS)]
                 axis.barh(row, value, left=left, color=color, height=0.7)
                 left += value
-            axis.text(left, row, f" {left:.3g}", va="center", fontsize=8)
+            axis.text(left, row, f" {left:,.0f}" if left >= 100 else f" {left:.3g}", va="center", fontsize=8)
         axis.set_yticks(range(len(names)), list(names), fontsize=9)
         axis.invert_yaxis()
         axis.margins(x=0.08)
