@@ -307,11 +307,8 @@ class ActiveSet:
         """Scores of this round by slot, over all ranks, as of the last `collect`; all of them must ask for it."""
         assert self.arena is not None
         ranks = self._settings.ranks
-        return (
-            self.arena.score_sum
-            if ranks is None or self._settings.root
-            else self.arena.sum_over(ranks, self.arena.score_sum)
-        )
+        score_sum = self.arena.score_sum
+        return score_sum if ranks is None or self._settings.root else self.arena.sum_over(ranks, score_sum)
 
     def collect(self) -> None:
         """Bring what `state` shows of ages and scores up to date."""

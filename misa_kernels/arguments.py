@@ -231,7 +231,7 @@ def check_unclaimed(groups: list[dict[str, Any]]) -> None:
 
 def check_trainable(partition: Partition, storage: Storage) -> None:
     """Refuse weight dtypes that no step can update."""
-    for block in [*partition.dense, *(block for module in partition.modules for block in module.blocks)]:
+    for block in partition.trained:
         dtype, name = block.param.dtype, partition.names[block.index]
         if dtype not in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
             raise TypeError(
@@ -257,11 +257,11 @@ def check_exchanged(before: Sequence[Tensor], now: Sequence[Tensor], releases_gr
         )
 
 
-def check_cast(dtypes: Sequence[torch.dtype], partition: Partition) -> None:
+def check_cast(dtypes: Sequence[torch.dtype], params: Sequence[Tensor], partition: Partition) -> None:
     """Refuse weights of one dtype at construction of which some have another one now."""
     became: dict[torch.dtype, torch.dtype] = {}
-    for block in [*partition.dense, *(block for module in partition.modules for block in module.blocks)]:
-        before, now = dtypes[block.index], block.param.dtype
+    for block in partition.trained:
+        before, now = dtypes[block.index], params[block.index].dtype
         if became.setdefault(before, now) != now:
             raise RuntimeError(
                 f"{partition.names[block.index]} is {now} now and other weights of {before} are {became[before]}: "
@@ -271,12 +271,20 @@ def check_cast(dtypes: Sequence[torch.dtype], partition: Partition) -> None:
             )
 
 
-def check_sharded(partition: Partition, storage: Storage, release_gradients: bool, v_floor: bool) -> None:
-    """Refuse what sharded parameters do not have in this version."""
-    blocks = [*partition.dense, *(block for module in partition.modules for block in module.blocks)]
-    sharded = [partition.names[block.index] for block in blocks if is_sharded(block.param)]
+def check_sharded(
+    params: Sequence[Tensor], partition: Partition, storage: Storage, release_gradients: bool, v_floor: bool
+) -> None:
+    """Refuse what sharded parameters, by their position in the optimizer, do not have in this version."""
+    blocks = [block for block in partition.trained if is_sharded(params[block.index])]
+    sharded = [partition.names[block.index] for block in blocks]
     if not sharded:
         return
+    for block, name in zip(blocks, sharded, strict=True):
+        if block.stop - block.start < params[block.index].numel():
+            raise ValueError(
+                f"{name} is sharded, is more than one module, and must be one to be sharded: make the groups with "
+                "param_groups(model, experts='whole'), and leave oversized='split' out"
+            )
     if storage.state_dtype not in ("fp32", "bf16"):
         raise ValueError(
             f"state_dtype={storage.state_dtype!r} has scales for groups that shards would cut, and {sharded[0]} is "

@@ -160,9 +160,9 @@ class MISA(torch.optim.Optimizer):
         self._partition = partition(self.param_groups, delta, self.sampler.granularity, self.sampler.oversized)
         self._storage = Storage(state_dtype, param_precision)
         arguments.check_trainable(self._partition, self._storage)
-        arguments.check_sharded(self._partition, self._storage, release_gradients, v_floor)
         self._process_group = process_group
         self._given = [param for group in self.param_groups for param in group["params"]]
+        arguments.check_sharded(self._given, self._partition, self._storage, release_gradients, v_floor)
         self._dtypes = [param.dtype for param in self._given]
         ranks = ranks_of(self._given, group_of(process_group))
         self._slots = Slots(self._partition, self.param_groups, ranks)
@@ -367,6 +367,8 @@ class MISA(torch.optim.Optimizer):
         if len(now) == len(self._given) and all(map(is_, now, self._given)):
             return
         arguments.check_exchanged(self._given, now, bool(self._hooks))
+        arguments.check_cast(self._dtypes, now, self._partition)
+        arguments.check_sharded(now, self._partition, self._storage, bool(self._hooks), self._trained.v_floor)
         new = dict(zip(self._given, now, strict=True))
         ranks = ranks_of(now, group_of(self._process_group))
         for before, after in new.items():
@@ -374,8 +376,6 @@ class MISA(torch.optim.Optimizer):
             if before in self.state:
                 self.state[after] = self.state.pop(before)
         self._partition.exchange(new)
-        arguments.check_cast(self._dtypes, self._partition)
-        arguments.check_sharded(self._partition, self._storage, bool(self._hooks), self._trained.v_floor)
         scores, self._slots = self._slots.scores, Slots(self._partition, self.param_groups, ranks)
         self._slots.scores = scores
         self._trained.exchange(self._slots, ranks)

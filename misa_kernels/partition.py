@@ -85,9 +85,14 @@ class Partition:
     dense_layer: int | None
     split: list[str]
 
+    @property
+    def trained(self) -> list[Block]:
+        """The blocks of all that is ever trained."""
+        return [*self.dense, *(block for module in self.modules for block in module.blocks)]
+
     def exchange(self, new: Mapping[nn.Parameter, nn.Parameter]) -> None:
         """Put other tensors of the same shapes in the place of the parameters, such as their shards."""
-        for block in [*self.dense, *(block for module in self.modules for block in module.blocks)]:
+        for block in self.trained:
             block.param = new[block.param]
         self.frozen[:] = [new[param] for param in self.frozen]
 

@@ -9,13 +9,15 @@ import pytest
 import ranks
 import tiny
 import torch
+import torch.distributed as dist
 from test_shards import weights
+from torch.distributed.tensor import Shard, distribute_tensor
 
 if "CI" not in os.environ:
     for library in ("accelerate", "transformers"):
         pytest.importorskip(library)
 
-from misa_kernels import MISA, param_groups
+from misa_kernels import MISA, ImportanceSampler, param_groups
 
 OPTIONS = {"lr": 1e-2, "delta": 0.2, "inner_steps": 5}
 STEPS = 12
@@ -121,6 +123,33 @@ def test_parameters_of_other_shapes_are_refused_before_anything_is_updated():
     with pytest.raises(RuntimeError, match=r"other parameters than at construction.*fsdp_version: 2"):
         optimizer.step()
     assert all(torch.equal(weight, before[name]) for name, weight in weights(model).items())
+
+
+def sharded_afterwards(rank):
+    model = tiny.build()
+    # A matrix of 40 x 16 does not fit, and is cut.
+    optimizer = MISA(param_groups(model), lr=1e-2, delta=0.04, sampler=ImportanceSampler(oversized="split"))
+    mesh = dist.init_device_mesh("cpu", (1,))
+    for group in optimizer.param_groups:
+        group["params"] = [
+            torch.nn.Parameter(distribute_tensor(param.detach(), mesh, [Shard(0)]), requires_grad=param.requires_grad)
+            for param in group["params"]
+        ]
+    sentences = []
+    # Nothing of it was taken over, so that the second attempt ends as the first one.
+    for attempt in (optimizer.step, optimizer.state_dict):
+        try:
+            attempt()
+        except ValueError as error:
+            sentences.append(str(error))
+    return sentences
+
+
+@pytest.mark.filterwarnings("ignore:oversized='split' cuts")
+def test_row_blocks_that_are_sharded_afterwards_are_refused(tmp_path):
+    (sentences,) = ranks.run(1, tmp_path, sharded_afterwards)
+    assert len(sentences) == 2 and sentences[0] == sentences[1]
+    assert "is sharded, is more than one module, and must be one to be sharded" in sentences[0]
 
 
 def trained_by_trainer(rank, size, folder, resumed_from, steps):

@@ -48,8 +48,8 @@ class MISACallback(TrainerCallback):
     ) -> None:
         """Warn of what can be known now, and watch the backward passes."""
         optimizer = _misa(kwargs["optimizer"])
-        # A look at them, so that the weights that FSDP2 has sharded since then are not kept whole.
-        assert optimizer.modules
+        # The weights that FSDP2 has sharded since then need not stay whole until the first step.
+        optimizer._follow()
         if optimizer._released:
             raise RuntimeError(
                 "train() came again, but MISA was released at the end of the first: set trainer.optimizer = MISA(...) "
