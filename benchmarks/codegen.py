@@ -30,6 +30,14 @@ from misa_kernels.codec import FORMATS
 from misa_kernels.kernels import launch, native
 from misa_kernels.storage import KEYS, PRECISIONS
 
+# An ordinary run compiles one to three of these.
+USUAL = [
+    Variant(torch.float32, torch.float32, master=False),
+    Variant(torch.bfloat16, torch.bfloat16, master=True),
+    Variant(torch.bfloat16, torch.bfloat16, master=False),
+    Variant(torch.bfloat16, torch.bfloat16, master=True, launch="norm"),
+    Variant(torch.bfloat16, torch.bfloat16, master=True, launch="clipped"),
+]
 # What `step_kernel` is given; the pointers that a variant has no use for are None there.
 ARGUMENTS = {
     "program_ptr": "*i32",

@@ -11,15 +11,12 @@ alike.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import gc
-import io
 import math
 import os
 import sys
 import time
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -28,228 +25,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks import charts, llama, record
-from benchmarks.llama import LINEARS, Llama, Shape
+from benchmarks import record
+from benchmarks.e2e_table import ROUND, TIMES, caps_table, draw, goals, table, verdict
+from benchmarks.llama import Llama
 from benchmarks.memory import PeakMemory
-from misa_kernels import MISA, ImportanceSampler, badam, lisa, param_groups
+from benchmarks.trainers import LORA_RANK, LR, PEERS, PLANS, SHAPES, Peer, Plan
+from misa_kernels import MISA
 
-# Small, because the weights are random and only time counts; the update costs the same.
-LR = 1e-5
-LORA_RANK = 16
-GIB = 2**30
-TIMES = ("forward_ms", "backward_ms", "optimizer_ms", "switch_ms")
-# As deep as the small models that people train, and of a size that two cores train on.
-SHAPES = llama.SHAPES | {"11m": Shape(vocab=2048, hidden=192, intermediate=512, layers=24, heads=6, kv_heads=6)}
 # Dense bfloat16 operations a second that the makers state for tensor cores, by a part of the device's name.
 PEAK_FLOPS = {"H100 PCIe": 756e12, "H100": 989.4e12, "H200": 989.4e12, "A100": 312e12, "B200": 2250e12}
-# What was asked for: of tokens per second at equal batch, of the time of an iteration.
-GOALS = (
-    ("misa", "adamw", 1.45),
-    ("misa", "lora", 1.15),
-    ("misa", "badam_package", 1.0),
-    ("misa_window", "misa", 1.25),
-)
-OPTIMIZER_SHARE = 0.01
-# Steps of a round in an ordinary run, MISA's default and BAdam's; the rounds here are shorter, to see many draws.
-ROUND = 50
-OURS = ("badam", "lisa", "misa", "misa_window")
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What is trained, and how long.
-
-    Attributes:
-        shape: A key of `SHAPES`.
-        batch: Sequences in a batch.
-        sequence: Tokens in a sequence.
-        delta: MISA's and BAdam's budget: room for one whole layer, which BAdam needs.
-        checkpointing: Keep the layers' inputs alone and compute activations again in the backward pass.
-        inner_steps: Steps in a round of a sampler: few, so that many draws are seen.
-        rounds: Rounds of a sampler in a turn, an even number for the two halves of the window; BAdam gets as
-            many more as it needs to visit each layer equally often.
-        steps: Iterations in a turn of a peer without rounds.
-        turns: How often each peer has its turn.
-        together: Whether all peers stay, each with a model of its own, and take short turns of `rounds` rounds, so that
-            what else the machine does hits all alike; turns times rounds are then to visit all layers equally often.
-        dtype: Of the weights.
-        caps_bytes: Memory under which the largest batch is looked for, up to `largest_batch` sequences.
-        largest_batch: Where the search ends.
-    """
-
-    shape: str
-    batch: int
-    sequence: int
-    delta: float
-    checkpointing: bool
-    inner_steps: int
-    rounds: int
-    steps: int = 20
-    turns: int = 2
-    together: bool = False
-    dtype: str = "bfloat16"
-    caps_bytes: tuple[int, ...] = (24 * GIB, 48 * GIB, 80 * GIB)
-    largest_batch: int = 16
-
-    @property
-    def tokens(self) -> int:
-        """Tokens in a batch."""
-        return self.batch * self.sequence
-
-
-# In the order of their worth: what the time limit cuts off is at the end.
-PLANS = {
-    "8b": Plan("8b", 2, 2048, delta=0.03, checkpointing=True, inner_steps=2, rounds=12),
-    "1b": Plan("1b", 4, 2048, delta=0.05, checkpointing=False, inner_steps=5, rounds=12),
-    "130m": Plan("130m", 32, 512, delta=0.06, checkpointing=False, inner_steps=5, rounds=12),
-    # Of float32, which CPUs multiply fastest. 1.5, 3 and 5 times the weights' bytes, as 24, 48 and 80 GiB are of 8B's.
-    "11m": Plan(
-        shape="11m",
-        batch=2,
-        sequence=128,
-        delta=0.05,
-        checkpointing=True,
-        inner_steps=2,
-        rounds=1,
-        steps=2,
-        turns=24,
-        together=True,
-        dtype="float32",
-        caps_bytes=tuple(int(times * 45_650_000) for times in (1.5, 3, 5)),
-    ),
-    "tiny": Plan(
-        shape="tiny",
-        batch=2,
-        sequence=32,
-        delta=0.2,
-        checkpointing=True,
-        inner_steps=2,
-        rounds=4,
-        steps=4,
-        caps_bytes=(450_000, 650_000),
-        largest_batch=4,
-    ),
-}
-
-
-@dataclass
-class Peer:
-    """An optimizer at work on the model.
-
-    Attributes:
-        optimizer: What trains.
-        close: Takes back what it changed in the model.
-        rounds: Rounds of a turn, 0 for an optimizer without rounds.
-        early: Steps before the last of a round in which the switch to the next is made.
-    """
-
-    optimizer: torch.optim.Optimizer
-    close: Callable[[], object]
-    rounds: int = 0
-    early: int = 0
-
-
-def nothing() -> None:
-    """Take nothing back."""
-
-
-def full_adamw(model: Llama, plan: Plan, seed: int) -> Peer:
-    """AdamW of every weight; its moments have the weights' dtype, the smallest and fastest it offers."""
-    return Peer(torch.optim.AdamW(model.parameters(), lr=LR, fused=True), nothing)
-
-
-def adamw_8bit(model: Llama, plan: Plan, seed: int) -> Peer:
-    """Bitsandbytes' AdamW of every weight, moments in 8 bits."""
-    from bitsandbytes.optim import AdamW8bit
-
-    return Peer(AdamW8bit(model.parameters(), lr=LR), nothing)
-
-
-def flash_adamw(model: Llama, plan: Plan, seed: int) -> Peer:
-    """FlashOptim's AdamW of every weight, moments in 8 bits, bfloat16 weights with 8 bits of correction."""
-    from flashoptim import FlashAdamW
-
-    bits = 24 if plan.dtype == "bfloat16" else None
-    return Peer(FlashAdamW(model.parameters(), lr=LR, master_weight_bits=bits), nothing)
-
-
-def lora(model: Llama, plan: Plan, seed: int) -> Peer:
-    """AdamW of peft's LoRA adapters on all linear layers of the blocks, in the weights' dtype, its fastest form."""
-    from peft import LoraConfig, get_peft_model
-
-    config = LoraConfig(r=LORA_RANK, lora_alpha=LORA_RANK, target_modules=list(LINEARS))
-    adapted = get_peft_model(model, config, autocast_adapter_dtype=False)
-    trained = [p for p in adapted.parameters() if p.requires_grad]
-    return Peer(torch.optim.AdamW(trained, lr=LR, fused=True), adapted.unload)
-
-
-def sampled(model: Llama, plan: Plan, seed: int, **options: Any) -> Peer:
-    """MISA with the draw that `options` describe."""
-    optimizer = MISA(param_groups(model), lr=LR, delta=plan.delta, inner_steps=plan.inner_steps, seed=seed, **options)
-    return Peer(optimizer, optimizer.release, plan.rounds)
-
-
-def whole_cycles(plan: Plan) -> int:
-    """Return the rounds of a turn in which each layer is visited equally often."""
-    layers = SHAPES[plan.shape].layers
-    return layers * math.ceil(plan.rounds / layers)
-
-
-def badam_package(model: Llama, plan: Plan, seed: int) -> Peer:
-    """BAdam's own package: fused AdamW of float32 copies of one layer's weights and norms, the first layer first."""
-    from badam import BlockOptimizer
-
-    class Quiet(BlockOptimizer):
-        # It prints the names of each layer, whatever `verbose` says.
-        def switch_trainable_params(self, verbose: int | None = 0) -> None:
-            super().switch_trainable_params(verbose)
-
-    base = torch.optim.AdamW(model.parameters(), lr=LR, fused=True)
-    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-        # Float32 weights are not what it is made for, it says.
-        warnings.simplefilter("ignore")
-        optimizer = Quiet(
-            base,
-            list(model.named_parameters()),
-            switch_block_every=plan.inner_steps,
-            switch_mode="ascending",
-            verbose=0,
-        )
-    return Peer(optimizer, nothing, whole_cycles(plan), early=1)
-
-
-def badam_layers(model: Llama, plan: Plan, seed: int) -> Peer:
-    """The BAdam preset: whole layers in turn."""
-    return replace(sampled(model, plan, seed, **badam()), rounds=whole_cycles(plan))
-
-
-def lisa_layers(model: Llama, plan: Plan, seed: int) -> Peer:
-    """The LISA preset: whole layers at random; embedding and head frozen, as with the other samplers here."""
-    return sampled(model, plan, seed, **lisa())
-
-
-def misa_modules(model: Llama, plan: Plan, seed: int) -> Peer:
-    """MISA with its defaults."""
-    return sampled(model, plan, seed)
-
-
-def misa_window(model: Llama, plan: Plan, seed: int) -> Peer:
-    """MISA that draws each round from a window of half the layers."""
-    window = SHAPES[plan.shape].layers // 2
-    return sampled(model, plan, seed, sampler=ImportanceSampler(depth_window=window))
-
-
-PEERS: dict[str, Callable[[Llama, Plan, int], Peer]] = {
-    "adamw": full_adamw,
-    "adamw_8bit": adamw_8bit,
-    "flashoptim": flash_adamw,
-    "lora": lora,
-    "badam_package": badam_package,
-    "badam": badam_layers,
-    "lisa": lisa_layers,
-    "misa": misa_modules,
-    "misa_window": misa_window,
-}
 
 
 class Clock:
@@ -623,97 +407,6 @@ def build_model(plan: Plan, device: torch.device) -> Llama:
             return Llama(SHAPES[plan.shape], plan.checkpointing)
     finally:
         torch.set_default_dtype(default)
-
-
-def goals(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return what was asked for, where, the limit, the figure in rounds of 50 steps, and whether it is met."""
-    found = []
-    for shape in records:
-        peers = {name: peer for name, peer in shape["peers"].items() if "error" not in peer}
-        where = shape["plan"]["shape"]
-        for ours, theirs, limit in GOALS:
-            if peers.keys() >= {ours, theirs}:
-                value, other = (peers[n]["in_rounds_of_50"]["tokens_per_second"] for n in (ours, theirs))
-                value /= other
-                goal = f"tokens/s, {ours} / {theirs}"
-                found.append({"goal": goal, "where": where, "limit": limit, "value": value, "met": value >= limit})
-        if "misa" in peers:
-            value = peers["misa"]["in_rounds_of_50"]["optimizer_share"]
-            goal, met = "optimizer's share of misa's iteration", value <= OPTIMIZER_SHARE
-            found.append({"goal": goal, "where": where, "limit": OPTIMIZER_SHARE, "value": value, "met": met})
-    return found
-
-
-def verdict(found: list[dict[str, Any]]) -> str:
-    """Return a line for each goal."""
-    return "\n".join(
-        f"{'met' if line['met'] else 'NOT MET':<8}{line['value']:>7.3f} "
-        f"{'<=' if line['limit'] == OPTIMIZER_SHARE else '>='} {line['limit']:.2f}  {line['goal']}, {line['where']}"
-        for line in found
-    )
-
-
-def table(records: list[dict[str, Any]]) -> str:
-    """Return the measurements as lines of text, a peer each."""
-    lines = [
-        f"{'shape':<6}{'peer':<14}{'tokens/s':>10}{'forward':>9}{'backward':>10}{'step':>8}{'switch':>8} ms"
-        f"{'share':>7}{'T=50':>9}{'share':>7}{'MFU':>7}{'peak GiB':>10}{'reserved':>9}{'depth':>7}"
-    ]
-    for content in records:
-        for name, peer in content["peers"].items():
-            head = f"{content['plan']['shape']:<6}{name:<14}"
-            if "error" in peer:
-                lines.append(f"{head} {peer['error'][:70]}")
-                continue
-            ordinary = peer["in_rounds_of_50"]
-            times = [peer[key]["mean"] if peer[key] else math.nan for key in TIMES]
-            peak, reserved = ((peer[key] or math.nan) / GIB for key in ("peak_allocated_bytes", "peak_reserved_bytes"))
-            lines.append(
-                f"{head}{peer['tokens_per_second']:>10,.0f}{times[0]:>9.2f}{times[1]:>10.2f}{times[2]:>8.2f}"
-                f"{times[3]:>8.2f}   {peer['optimizer_share']:>7.2%}{ordinary['tokens_per_second']:>9,.0f}"
-                f"{ordinary['optimizer_share']:>7.2%}{peer['mfu']:>7.1%}{peak:>10.1f}{reserved:>9.1f}"
-                f"{peer['backward_depth']['mean']:>7.1f}"
-            )
-    return "\n".join(lines)
-
-
-def caps_table(records: list[dict[str, Any]]) -> str:
-    """Return what was measured under caps as lines of text, a peer each: sequences in a batch, tokens per second."""
-    lines = []
-    for content in records:
-        caps = content["plan"]["caps_bytes"]
-        lines.append(f"{content['plan']['shape']:<20}" + "".join(f"{cap / 2**20:>16,.1f} MiB" for cap in caps))
-        for name, peer in content["peers"].items():
-            if "error" in peer:
-                lines.append(f"{name:<20}{peer['error'][:70]}")
-                continue
-            reached = (
-                "does not fit" if cap["batch"] is None else f"{cap['batch']} x: {cap['tokens_per_second']:,.0f}"
-                for cap in peer["caps"]
-            )
-            lines.append(f"{name:<20}" + "".join(f"{text:>20}" for text in reached))
-    return "\n".join(lines)
-
-
-def draw(records: list[dict[str, Any]], path: Path) -> Path | None:
-    """Draw the mean times of an iteration as bars; None without matplotlib."""
-    charted = {
-        f"{content['plan']['shape']}, {content['plan']['tokens']} tokens a batch": {
-            name: {key: peer[key]["mean"] * share for key, share in parts(peer)}
-            for name, peer in content["peers"].items()
-            if "error" not in peer
-        }
-        for content in records
-    }
-    label = f"milliseconds of an iteration, mean in rounds of {ROUND} steps"
-    return charts.bars(path, charted, label, source=records)
-
-
-def parts(peer: dict[str, Any]) -> list[tuple[str, float]]:
-    """Return the times of an iteration with the share of iterations that have them, in rounds of `ROUND` steps."""
-    switches = 1 / ROUND if peer["rounds"] else 0.0
-    shares = zip(TIMES, (1.0, 1.0, 1.0 - switches, switches), strict=True)
-    return [(name, share) for name, share in shares if peer[name] is not None]
 
 
 def run(

@@ -84,18 +84,9 @@ def run(command: list[str]) -> None:
 def machine_code() -> Figures:
     """Return registers, spills and instructions an element of the variants of the GPU step in README.md, for sm_90."""
     # Imported here: the other counts need no compiler for GPUs.
-    from benchmarks.assembly import Variant
-    from benchmarks.codegen import compile_all, stored
+    from benchmarks.codegen import USUAL, compile_all, stored
 
-    fp32, bf16 = torch.float32, torch.bfloat16
-    variants = [
-        Variant(fp32, fp32, master=False),
-        Variant(bf16, bf16, master=True),
-        Variant(bf16, bf16, master=False),
-        Variant(bf16, bf16, master=True, launch="norm"),
-        Variant(bf16, bf16, master=True, launch="clipped"),
-        *(stored(format_)[-1] for format_ in ("int8", "fp8", "int8+int4")),
-    ]
+    variants = [*USUAL, *(stored(format_)[-1] for format_ in ("int8", "fp8", "int8+int4"))]
     found: Figures = {}
     for code in compile_all([(variant, CAPABILITY) for variant in variants], processes=2):
         for name in ("registers", "spills", "instructions"):

@@ -238,7 +238,8 @@ def caps(args: argparse.Namespace, device: torch.device, deadline: float) -> int
 def iterations(args: argparse.Namespace, device: torch.device, deadline: float, caps: bool) -> int:
     """Run the GPU tests, then what `e2e` and `caps` are for."""
     # Not at the top: `make gpu STAGE=smoke` must report on a package that does not import.
-    from benchmarks.e2e import OURS, run
+    from benchmarks.e2e import run
+    from benchmarks.trainers import OURS
 
     sys.path.append(str(wheels.FOLDER))
     found: dict[str, Any] = {}

@@ -13,7 +13,8 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import charts, cpu, e2e, growth, record
+from benchmarks import charts, cpu, e2e_table, growth, record
+from benchmarks.e2e_table import ROUND
 
 RESULTS = Path("benchmarks/results")
 PAGE = Path("benchmarks/README.md")
@@ -85,7 +86,7 @@ def iterations(content: Record) -> list[str]:
             f"checkpointing {'on' if plan['checkpointing'] else 'off'}, "
             f"δ = {plan['delta']:g}, LoRA of rank {plan['lora_rank']}, rounds of {plan['inner_steps']} steps; each "
             f"peer had {plan['turns']} turns. Means, in parentheses p10 to p90. A switch is the step that ends a "
-            f'round; "in rounds of {e2e.ROUND}" counts it once in so many steps, as in an ordinary run. Utilization '
+            f'round; "in rounds of {ROUND}" counts it once in so many steps, as in an ordinary run. Utilization '
             "is of a forward and a full backward pass (6 operations a weight and token, attention besides), whoever "
             f"does less, over {shape['peak_flops'] / 1e9:,.0f} GFLOP/s: {shape['peak_flops_from']}.",
             "",
@@ -109,7 +110,7 @@ def iterations(content: Record) -> list[str]:
                 )
             )
         lines += cells(
-            f"peer | tokens/s in rounds of {e2e.ROUND} | tokens/s measured | forward ms | backward ms | step ms | "
+            f"peer | tokens/s in rounds of {ROUND} | tokens/s measured | forward ms | backward ms | step ms | "
             "switch ms | optimizer's share | utilization | layers of backward",
             rows,
         )
@@ -329,7 +330,7 @@ ON_A_CPU = {
 }
 # Of the charts that this module draws: the part of the record that they show, and what draws it.
 CHARTS: dict[str, tuple[str, Callable[[Any, Path], Path | None]]] = {
-    "e2e": ("shapes", e2e.draw),
+    "e2e": ("shapes", e2e_table.draw),
     "cpu": ("cases", cpu.draw),
     "growth": ("series", growth.draw),
 }

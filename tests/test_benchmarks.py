@@ -18,20 +18,9 @@ import torch.nn.functional as F
 from tables import missing
 
 from benchmarks import e2e, gpu, wheels
-from benchmarks.e2e import (
-    OURS,
-    PEERS,
-    PLANS,
-    SHAPES,
-    Samples,
-    build_model,
-    in_rounds,
-    measure,
-    model_flops,
-    run_turn,
-    summary,
-)
+from benchmarks.e2e import Samples, build_model, in_rounds, measure, model_flops, run_turn, summary
 from benchmarks.llama import Llama
+from benchmarks.trainers import OURS, PEERS, PLANS, SHAPES
 
 # What users need not have, of which BAdam's collects garbage for a second at every switch.
 PACKAGES = {"adamw_8bit": "bitsandbytes", "flashoptim": "flashoptim", "badam_package": "badam"}

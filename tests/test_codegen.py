@@ -5,24 +5,14 @@ from __future__ import annotations
 import re
 
 import pytest
-import torch
 import triton
 
 from benchmarks import nvcc
 from benchmarks.assembly import CAPABILITIES, Code, Variant
-from benchmarks.codegen import compile_all, compile_library, main, stored, variants
+from benchmarks.codegen import USUAL, compile_all, compile_library, main, stored, variants
 from misa_kernels.codec import FORMATS
 from misa_kernels.kernels import launch
 
-FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
-# An ordinary run compiles one to three of these.
-USUAL = [
-    Variant(FP32, FP32, master=False),
-    Variant(BF16, BF16, master=True),
-    Variant(BF16, BF16, master=False),
-    Variant(BF16, BF16, master=True, launch="norm"),
-    Variant(BF16, BF16, master=True, launch="clipped"),
-]
 # Bytes of shared memory: one float64 a warp for the sum of squares, where a change of layouts would take
 # kilobytes. And loads and stores of it: of one sum, of two and the word who came last, of none. Triton 3.6 and
 # 3.7 take these many, 3.8 and 3.9 half; a change of layouts would add 12 a block.
