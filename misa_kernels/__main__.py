@@ -9,7 +9,7 @@ import sys
 from typing import NoReturn
 
 COMMANDS = {
-    "demo": "train a small real model by seven methods and draw what happened (5 minutes on two cores)",
+    "demo": "train a small real model by seven methods and draw what happened (5 to 10 minutes on two cores)",
     "plan": "how much memory a training will need, by method, and what fits into a card; allocates nothing",
     "bench": "MISA's step beside torch's AdamW on this machine, in less than a minute",
     "info": "what was built, for which processors, and what each device will use",

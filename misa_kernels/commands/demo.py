@@ -11,7 +11,7 @@ import misa_kernels
 
 EXAMPLES = """examples:
   python -m misa_kernels demo --quick            a minute, rough figures
-  python -m misa_kernels demo --out out/demo     5 minutes on two cores
+  python -m misa_kernels demo --out out/demo     5 to 10 minutes on two cores
 
 It runs examples/demo.py of a checkout: the current folder, or the one that is installed with `pip install -e .`.
 """
