@@ -80,6 +80,7 @@ def scaled(variant: Variant) -> bool:
 BEFORE_37 = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(BEFORE_37, reason="Triton 3.6 brings the scales of a block together in shared memory")
 @pytest.mark.parametrize("state_dtype", FORMATS)
 def test_formats_on_every_gpu(state_dtype):
