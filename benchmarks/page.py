@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import charts, cpu, e2e_table, growth, record
+from benchmarks import charts, cpu, e2e_table, growth, record, regime_table
 from benchmarks.e2e_table import ROUND
 
 RESULTS = Path("benchmarks/results")
@@ -229,6 +229,16 @@ def quality(content: Record) -> list[str]:
     return [*cells(header, rows), "Learning rates, losses and what is missing: [quality.md](results/quality.md).", ""]
 
 
+def regime(content: Record) -> list[str]:
+    """Share of AdamW's improvement, and time, where δ is small and the model deep."""
+    lines: list[str] = []
+    for task in dict.fromkeys(row["task"] for row in content["rows"]):
+        chosen = [row for row in content["rows"] if row["task"] == task]
+        lines += [f"{task.capitalize()}:", "", *regime_table.table(chosen)]
+    lines += goal_lines(content["goals"])
+    return [*lines, "What the columns mean, and losses by learning rate: [regime.md](results/regime.md).", ""]
+
+
 def memory(content: Record) -> list[str]:
     """Peaks of whole steps beside the formula."""
     wanted = [case for case in content["cases"] if case["checkpointing"]]
@@ -316,6 +326,7 @@ SECTIONS: dict[str, tuple[str, Callable[[Record], list[str]]]] = {
     "cpu": ("The step on a CPU", steps),
     "growth": ("How cost grows", grown),
     "quality": ("Quality at equal training bytes", quality),
+    "regime": ("Quality where δ is small and the model deep", regime),
     "training_memory": ("Memory of a training step", memory),
     "classify": ("A pretrained encoder", classified),
     "compiled": ("torch.compile", compiled),
@@ -327,12 +338,14 @@ ON_A_CPU = {
     "caps": "python -m benchmarks.e2e --device cpu --caps --out benchmarks/results",
     "cpu": "python -m benchmarks.cpu --out benchmarks/results",
     "growth": "python -m benchmarks.growth --device cpu --out benchmarks/results",
+    "regime": "python -m benchmarks.regime run && python -m benchmarks.regime table",
 }
 # Of the charts that this module draws: the part of the record that they show, and what draws it.
 CHARTS: dict[str, tuple[str, Callable[[Any, Path], Path | None]]] = {
     "e2e": ("shapes", e2e_table.draw),
     "cpu": ("cases", cpu.draw),
     "growth": ("series", growth.draw),
+    "regime": ("curves", regime_table.draw),
 }
 
 

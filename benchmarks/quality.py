@@ -8,14 +8,10 @@ it needs `pip install bitsandbytes galore-torch`.
 from __future__ import annotations
 
 import argparse
-import json
-import math
-import multiprocessing
 import time
-from collections.abc import Iterable
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -23,6 +19,7 @@ from torch import nn
 from benchmarks import record
 from benchmarks.equal_bytes import METHODS
 from benchmarks.quality_table import draw, markdown, summary
+from benchmarks.searches import Search, come_to, read, reported, run_all, wanted
 from examples.data import finetuning_corpus, random_batches, tuning_and_reporting, validation_batches
 from examples.runs import Settings, new_model, pretrain
 from examples.train import mean_loss, train
@@ -61,19 +58,9 @@ class Job:
     seed: int
 
 
-@dataclass(frozen=True)
-class Search:
-    """The search for a method's learning rate, done in one budget with one format, and what uses it.
-
-    Attributes:
-        stage: Searches of a lower stage come first, with all their seeds.
-        first: The run in the middle of the first three.
-        arms: Formats, methods and budgets that use the learning rate found, and the number of seeds to report.
-    """
-
-    stage: int
-    first: Job
-    arms: tuple[tuple[str, str, int, int], ...]
+def arms(*kinds: tuple[str, str, int, int]) -> tuple[tuple[dict[str, Any], int], ...]:
+    """Return a search's arms from format, method, budget and number of seeds of each."""
+    return tuple(({"state": state, "method": method, "rank": rank}, seeds) for state, method, rank, seeds in kinds)
 
 
 def small(method: str, state: str, power: int) -> Job:
@@ -91,80 +78,35 @@ MISA_FP32, GALORE_RANK4 = small("MISA", "fp32", 1), replace(GALORE_INT8, rank=4)
 DEEP_MISA = deep("MISA", "int8", 0)
 # A search may come up in several stages; its runs are shared.
 SEARCHES = (
-    Search(1, small("AdamW", "fp32", 0), (("fp32", "AdamW", 8, 3),)),
-    Search(1, MISA_INT8, (("int8", "MISA, released", 4, 3), ("int8", "MISA", 8, 3))),
+    Search(1, small("AdamW", "fp32", 0), arms(("fp32", "AdamW", 8, 3))),
+    Search(1, MISA_INT8, arms(("int8", "MISA, released", 4, 3), ("int8", "MISA", 8, 3))),
     # The same δ as with int8 states in half the bytes.
-    Search(1, MISA_FP32, (("int8", "MISA", 4, 3),)),
-    Search(1, GALORE_RANK4, (("int8", "GaLore", 4, 3),)),
-    Search(1, LORA_INT8, (("int8", "LoRA, released", 4, 3), ("int8", "LoRA", 4, 3), ("int8", "LoRA", 8, 3))),
-    Search(1, GALORE_INT8, (("int8", "GaLore", 8, 3),)),
-    Search(3, MISA_INT8, (("int8+int4", "MISA, released", 4, 3), ("fp8", "MISA, released", 4, 3))),
-    Search(3, MISA_FP32, (("bf16", "MISA, released", 4, 3), ("fp32", "MISA, released", 4, 3))),
-    Search(8, DEEP_MISA, (("int8", "MISA", 1, 3), ("int8", "MISA, released", 1, 3))),
-    Search(8, deep("AdamW", "fp32", 0), (("fp32", "AdamW", 1, 3),)),
-    Search(8, deep("GaLore", "int8", 0), (("int8", "GaLore", 1, 3),)),
-    Search(8, deep("LoRA", "int8", 1), (("int8", "LoRA", 1, 3), ("int8", "LoRA, released", 1, 3))),
-    Search(7, small("AdamW", "fp32", 0), (("fp32", "AdamW", 8, 5),)),
-    Search(7, MISA_INT8, (("int8", "MISA, released", 4, 5), ("int8", "MISA", 8, 5))),
-    Search(7, MISA_FP32, (("int8", "MISA", 4, 5),)),
-    Search(7, GALORE_RANK4, (("int8", "GaLore", 4, 5),)),
-    Search(7, LORA_INT8, (("int8", "LoRA, released", 4, 5), ("int8", "LoRA", 4, 5), ("int8", "LoRA", 8, 5))),
-    Search(7, GALORE_INT8, (("int8", "GaLore", 8, 5),)),
-    Search(5, MISA_INT8, tuple((state, "MISA", 8, 3) for state in ("int8+int4", "fp8", "bf16"))),
-    Search(5, MISA_INT8, (("int8", "uniform", 8, 3),)),
-    Search(5, MISA_FP32, (("fp32", "MISA", 8, 3),)),
-    Search(5, small("LoRA", "fp32", 2), (("fp32", "LoRA", 8, 3),)),
-    Search(5, small("BAdam", "int8", 1), (("int8", "BAdam", 8, 3),)),
+    Search(1, MISA_FP32, arms(("int8", "MISA", 4, 3))),
+    Search(1, GALORE_RANK4, arms(("int8", "GaLore", 4, 3))),
+    Search(1, LORA_INT8, arms(("int8", "LoRA, released", 4, 3), ("int8", "LoRA", 4, 3), ("int8", "LoRA", 8, 3))),
+    Search(1, GALORE_INT8, arms(("int8", "GaLore", 8, 3))),
+    Search(3, MISA_INT8, arms(("int8+int4", "MISA, released", 4, 3), ("fp8", "MISA, released", 4, 3))),
+    Search(3, MISA_FP32, arms(("bf16", "MISA, released", 4, 3), ("fp32", "MISA, released", 4, 3))),
+    Search(8, DEEP_MISA, arms(("int8", "MISA", 1, 3), ("int8", "MISA, released", 1, 3))),
+    Search(8, deep("AdamW", "fp32", 0), arms(("fp32", "AdamW", 1, 3))),
+    Search(8, deep("GaLore", "int8", 0), arms(("int8", "GaLore", 1, 3))),
+    Search(8, deep("LoRA", "int8", 1), arms(("int8", "LoRA", 1, 3), ("int8", "LoRA, released", 1, 3))),
+    Search(7, small("AdamW", "fp32", 0), arms(("fp32", "AdamW", 8, 5))),
+    Search(7, MISA_INT8, arms(("int8", "MISA, released", 4, 5), ("int8", "MISA", 8, 5))),
+    Search(7, MISA_FP32, arms(("int8", "MISA", 4, 5))),
+    Search(7, GALORE_RANK4, arms(("int8", "GaLore", 4, 5))),
+    Search(7, LORA_INT8, arms(("int8", "LoRA, released", 4, 5), ("int8", "LoRA", 4, 5), ("int8", "LoRA", 8, 5))),
+    Search(7, GALORE_INT8, arms(("int8", "GaLore", 8, 5))),
+    Search(5, MISA_INT8, arms(*((state, "MISA", 8, 3) for state in ("int8+int4", "fp8", "bf16")))),
+    Search(5, MISA_INT8, arms(("int8", "uniform", 8, 3))),
+    Search(5, MISA_FP32, arms(("fp32", "MISA", 8, 3))),
+    Search(5, small("LoRA", "fp32", 2), arms(("fp32", "LoRA", 8, 3))),
+    Search(5, small("BAdam", "int8", 1), arms(("int8", "BAdam", 8, 3))),
     # The other ranks at which people use LoRA, 4 and 16.
-    Search(6, small("LoRA", "fp32", 2), (("fp32", "LoRA", 4, 3), ("fp32", "LoRA", 16, 3))),
-    Search(6, LORA_INT8, (("int8", "LoRA", 16, 3),)),
-    Search(6, MISA_INT8, (("int8", "MISA", 16, 3),)),
+    Search(6, small("LoRA", "fp32", 2), arms(("fp32", "LoRA", 4, 3), ("fp32", "LoRA", 16, 3))),
+    Search(6, LORA_INT8, arms(("int8", "LoRA", 16, 3))),
+    Search(6, MISA_INT8, arms(("int8", "MISA", 16, 3))),
 )
-
-
-def wanted(searches: Iterable[Search], tuning_losses: dict[Job, float]) -> list[Job]:
-    """Return the runs that the results so far call for, those that come first in front.
-
-    Every search tries three neighbouring learning rates, and the next one beyond while the best lies at an end. Its
-    arms follow at the best.
-
-    Args:
-        searches: What the table needs.
-        tuning_losses: Loss on the tuning text of all finished runs.
-    """
-    # In a stage tuning comes first, as seed 0, from the middle outwards, then all arms' first seed, and so on.
-    jobs: list[tuple[int, int, int, Job]] = []
-    for search in searches:
-        powers, best = come_to(search.first, tuning_losses)
-        tuning = [replace(search.first, power=power) for power in powers]
-        jobs += [(search.stage, 0, abs(job.power - search.first.power), job) for job in tuning]
-        if best is not None:
-            jobs += [(search.stage, job.seed, 0, job) for job in reported(search, best)]
-    jobs.sort(key=lambda entry: entry[:3])
-    return [job for job in dict.fromkeys(job for *_, job in jobs) if job not in tuning_losses]
-
-
-def come_to(first: Job, tuning_losses: dict[Job, float]) -> tuple[list[int], int | None]:
-    """Return the powers that a search has come to, and the best one if the search is over."""
-    low, high = first.power - 1, first.power + 1
-    while True:
-        powers = list(range(low, high + 1))
-        jobs = {power: replace(first, power=power) for power in powers}
-        if not all(job in tuning_losses for job in jobs.values()):
-            return powers, None
-        best = min(powers, key=lambda power: tuning_losses[jobs[power]])
-        if low < best < high:
-            return powers, best
-        low, high = low - (best == low), high + (best == high)
-
-
-def reported(search: Search, power: int) -> list[Job]:
-    """Return the runs that a search's arms consist of."""
-    return [
-        replace(search.first, method=method, state=state, rank=rank, power=power, seed=seed)
-        for state, method, rank, seeds in search.arms
-        for seed in range(1, seeds + 1)
-    ]
 
 
 def lr_of(power: int) -> float:
@@ -228,43 +170,6 @@ def execute(job: Job) -> dict:
     }
 
 
-def read(path: Path) -> dict[Job, dict]:
-    """Return the finished runs by their keys."""
-    lines = path.read_text().splitlines() if path.exists() else []
-    return {Job(**{name: run[name] for name in Job.__dataclass_fields__}): run for run in map(json.loads, lines)}
-
-
-def run_all(workers: int) -> None:
-    """Run what is wanted until nothing is, appending each result to OUT/runs.jsonl as it ends."""
-    path = OUT / "runs.jsonl"
-    results = read(path)
-    running: dict[Future, Job] = {}
-    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
-        while True:
-            # A loss that is not finite loses against all others, but JSON and min() must be able to hold it.
-            losses = {job: run["tuning_loss"] for job, run in results.items()}
-            ready = [job for job in wanted(SEARCHES, losses) if job not in running.values()]
-            for job in ready[: workers - len(running)]:
-                pretrained(job.model)
-                running[pool.submit(execute, job)] = job
-            if not running:
-                return
-            done, _ = wait(running, return_when=FIRST_COMPLETED)
-            for future in done:
-                job, run = running.pop(future), future.result()
-                for name in ("tuning_loss", "loss"):
-                    run[name] = run[name] if math.isfinite(run[name]) else 1e9
-                results[job] = run
-                with path.open("a") as file:
-                    file.write(json.dumps(run) + "\n")
-                print(
-                    f"{time.strftime('%H:%M:%S')} {job.model} {job.method} {job.state} budget r{job.rank} "
-                    f"size {run['size']:.4g} lr {run['lr']:.4f} seed {job.seed}: {run['tuning_loss']:.4f} "
-                    f"{run['loss']:.4f} nats, {run['seconds']} s",
-                    flush=True,
-                )
-
-
 def main(arguments: list[str] | None = None) -> None:
     """Run or tabulate with the command-line arguments given, those of the process if None."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.quality", description=__doc__.splitlines()[0])
@@ -272,7 +177,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--workers", type=int, default=1, help="processes of one thread each (%(default)s)")
     options = parser.parse_args(arguments)
     if options.command == "run":
-        run_all(options.workers)
+        for model in MODELS:
+            pretrained(model)
+        run_all(SEARCHES, execute, OUT / "runs.jsonl", Job, options.workers)
     else:
         write_table(RESULTS)
 
@@ -283,7 +190,7 @@ def write_table(folder: Path) -> None:
     Args:
         folder: Where to write to.
     """
-    results = read(OUT / "runs.jsonl")
+    results = read(OUT / "runs.jsonl", Job)
     losses = {job: run["tuning_loss"] for job, run in results.items()}
     found = [(search, come_to(search.first, losses)[1]) for search in SEARCHES]
     reporting = dict.fromkeys(job for search, best in found if best is not None for job in reported(search, best))

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from torch import nn
 
 from benchmarks import llama
 from benchmarks.llama import LINEARS, Llama, Shape
@@ -167,6 +168,18 @@ def whole_cycles(plan: Plan) -> int:
 
 def badam_package(model: Llama, plan: Plan, seed: int) -> Peer:
     """BAdam's own package: fused AdamW of float32 copies of one layer's weights and norms, the first layer first."""
+    base = torch.optim.AdamW(model.parameters(), lr=LR, fused=True)
+    return Peer(block_optimizer(model, base, plan.inner_steps), nothing, whole_cycles(plan), early=1)
+
+
+def block_optimizer(model: nn.Module, base: torch.optim.Optimizer, inner_steps: int) -> torch.optim.Optimizer:
+    """Return the optimizer of the badam package, which takes the layers in turn, without all that it prints.
+
+    Args:
+        model: Its layers are recognised by the names of their parameters.
+        base: What updates the parameters of a layer.
+        inner_steps: Steps with a layer.
+    """
     from badam import BlockOptimizer
 
     class Quiet(BlockOptimizer):
@@ -174,18 +187,16 @@ def badam_package(model: Llama, plan: Plan, seed: int) -> Peer:
         def switch_trainable_params(self, verbose: int | None = 0) -> None:
             super().switch_trainable_params(verbose)
 
-    base = torch.optim.AdamW(model.parameters(), lr=LR, fused=True)
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
         # Float32 weights are not what it is made for, it says.
         warnings.simplefilter("ignore")
-        optimizer = Quiet(
+        return Quiet(
             base,
             list(model.named_parameters()),
-            switch_block_every=plan.inner_steps,
+            switch_block_every=inner_steps,
             switch_mode="ascending",
             verbose=0,
         )
-    return Peer(optimizer, nothing, whole_cycles(plan), early=1)
 
 
 def badam_layers(model: Llama, plan: Plan, seed: int) -> Peer:

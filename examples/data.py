@@ -101,12 +101,17 @@ def finetuning_corpus() -> Corpus:
 
 @cache
 def tuning_and_reporting() -> tuple[Tensor, Tensor]:
-    """Return the C++ validation text in two parts without a file in common, uint8, shape (bytes,).
+    """Return the C++ validation text in two parts, see `halves`."""
+    return halves(header_files())
+
+
+def halves(files: list[Path]) -> tuple[Tensor, Tensor]:
+    """Return the validation text of files in two parts without a file in common, uint8, shape (bytes,).
 
     Learning rates chosen on the first say nothing about the second.
     """
-    files = split(header_files())[1]
-    tuning, reporting = (b"\n".join(path.read_bytes() for path in files[half::2]) for half in (0, 1))
+    validation = split(files)[1]
+    tuning, reporting = (b"\n".join(path.read_bytes() for path in validation[half::2]) for half in (0, 1))
     return _tensor(tuning), _tensor(reporting)
 
 

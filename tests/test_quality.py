@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import quality
 from benchmarks.equal_bytes import METHODS
-from benchmarks.quality import TUNING_SEED, Job, Search
+from benchmarks.quality import TUNING_SEED, Job, arms
 from benchmarks.quality_table import markdown, summary
+from benchmarks.searches import Search, run_all, wanted
 from examples.data import finetuning_corpus, header_files, split, tuning_and_reporting
 from examples.model import Llama, LlamaConfig
 from examples.train import batch_loss
@@ -93,14 +93,14 @@ def test_tuning_and_reporting_text_share_no_file_and_are_the_validation_text() -
 
 
 FIRST = Job("8 layers", "MISA", "int8", 8, "fp32", 1, TUNING_SEED)
-SEARCH = Search(2, FIRST, (("fp32", "uniform", 8, 1), ("int8", "MISA", 4, 2)))
-EARLIER = Search(1, replace(FIRST, method="LoRA"), (("int8", "LoRA", 8, 1),))
+SEARCH = Search(2, FIRST, arms(("fp32", "uniform", 8, 1), ("int8", "MISA", 4, 2)))
+EARLIER = Search(1, replace(FIRST, method="LoRA"), arms(("int8", "LoRA", 8, 1)))
 
 
 def powers_asked(optimum: int) -> list[int]:
     """Return the powers, in order, that are run where the loss grows with the distance from an optimum."""
     losses: dict[Job, float] = {}
-    while tuning := [job for job in quality.wanted([SEARCH], losses) if job.seed == TUNING_SEED]:
+    while tuning := [job for job in wanted([SEARCH], losses) if job.seed == TUNING_SEED]:
         losses[tuning[0]] = abs(tuning[0].power - optimum)
     return [job.power for job in losses]
 
@@ -113,26 +113,23 @@ def test_search_goes_on_until_the_best_has_worse_neighbours(optimum: int, powers
 def test_runs_go_by_stage_and_in_a_stage_by_seed() -> None:
     losses = {replace(FIRST, power=power): float(abs(power - 2)) for power in range(4)}
     lora = [replace(EARLIER.first, power=power) for power in (1, 0, 2)]
-    arms = [
+    found = [
         Job("8 layers", "uniform", "fp32", 8, "fp32", 2, 1),
         Job("8 layers", "MISA", "int8", 4, "fp32", 2, 1),
         Job("8 layers", "MISA", "int8", 4, "fp32", 2, 2),
     ]
-    assert quality.wanted([SEARCH, EARLIER], losses) == lora + arms
-    losses |= {job: abs(job.power - 1.0) for job in lora} | {arms[0]: 1.0}
+    assert wanted([SEARCH, EARLIER], losses) == lora + found
+    losses |= {job: abs(job.power - 1.0) for job in lora} | {found[0]: 1.0}
     reported = Job("8 layers", "LoRA", "int8", 8, "fp32", 1, 1)
-    assert quality.wanted([SEARCH, EARLIER], losses) == [reported, *arms[1:]]
+    assert wanted([SEARCH, EARLIER], losses) == [reported, *found[1:]]
 
 
-def test_finished_runs_are_not_run_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(quality, "OUT", tmp_path)
-    monkeypatch.setattr(quality, "SEARCHES", (SEARCH,))
+def test_finished_runs_are_not_run_again(tmp_path: Path) -> None:
     losses = {replace(FIRST, power=power): float(abs(power - 2)) for power in range(4)}
-    losses |= dict.fromkeys(quality.wanted([SEARCH], losses), 1.0)
+    losses |= dict.fromkeys(wanted([SEARCH], losses), 1.0)
     before = "".join(json.dumps(asdict(job) | {"tuning_loss": loss}) + "\n" for job, loss in losses.items())
     (tmp_path / "runs.jsonl").write_text(before)
-    monkeypatch.setattr(quality, "execute", lambda job: pytest.fail(f"{job} was run again"))
-    quality.run_all(1)
+    run_all([SEARCH], lambda job: pytest.fail(f"{job} was run again"), tmp_path / "runs.jsonl", Job, 1)
     assert (tmp_path / "runs.jsonl").read_text() == before
 
 
