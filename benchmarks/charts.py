@@ -25,7 +25,7 @@ def pyplot() -> Any:
 
 
 def bars(path: Path, panels: Mapping[str, Mapping[str, Mapping[str, float]]], label: str, source: Any) -> Path | None:
-    """Draw a panel for each title, a bar for each name, cut into parts.
+    """Draw a panel for each title, in two columns if they are many, and a bar for each name, cut into parts.
 
     Args:
         path: The PNG file.
@@ -37,12 +37,20 @@ def bars(path: Path, panels: Mapping[str, Mapping[str, Mapping[str, float]]], la
     panels = {title: names for title, names in panels.items() if names}
     if plt is None or not panels:
         return None
-    heights = [0.6 + 0.32 * len(names) for names in panels.values()]
+    columns = 2 if len(panels) > 3 else 1
+    sizes = [0.6 + 0.32 * len(names) for names in panels.values()]
+    heights = [max(sizes[first : first + columns]) for first in range(0, len(sizes), columns)]
     figure, axes = plt.subplots(
-        len(panels), 1, figsize=(9, sum(heights) + 0.6 * len(panels)), height_ratios=heights, squeeze=False
+        len(heights),
+        columns,
+        figsize=(9 if columns == 1 else 13, sum(heights) + 0.6 * len(heights)),
+        height_ratios=heights,
+        squeeze=False,
     )
+    for axis in axes.flat[len(panels) :]:
+        axis.set_axis_off()
     parts = list(dict.fromkeys(part for names in panels.values() for cut in names.values() for part in cut))
-    for axis, (title, names) in zip(axes[:, 0], panels.items(), strict=True):
+    for axis, (title, names) in zip(axes.flat, panels.items(), strict=False):
         for row, cut in enumerate(names.values()):
             left = 0.0
             for part, value in cut.items():
@@ -55,7 +63,8 @@ def bars(path: Path, panels: Mapping[str, Mapping[str, Mapping[str, float]]], la
         axis.margins(x=0.08)
         axis.set_title(title, fontsize=10, loc="left")
         axis.spines[["top", "right"]].set_visible(False)
-    axes[-1, 0].set_xlabel(label)
+    for axis in axes[-1]:
+        axis.set_xlabel(label)
     if len(parts) > 1:
         handles = [plt.Rectangle((0, 0), 1, 1, color=COLORS[i % len(COLORS)]) for i in range(len(parts))]
         names = [part.removesuffix("_ms") for part in parts]
