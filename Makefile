@@ -19,7 +19,7 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c c
 SOURCES := misa_kernels benchmarks docs examples tests setup.py
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test slow lint format docs bench native gpu wheels clean
+.PHONY: help demo test slow lint format docs bench quality native gpu wheels clean
 
 help:  ## print this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' Makefile
@@ -58,6 +58,13 @@ bench: $(VENV)/.dev  ## all that is measured on a CPU, half an hour: steps, iter
 	$(BIN)/python -m benchmarks.growth --device cpu --out out
 	$(BIN)/python -m benchmarks.gate
 	$(BIN)/python -m pytest -q benchmarks/step.py benchmarks/switch.py
+
+quality: $(VENV)/.dev  ## share of AdamW's improvement in equal bytes, and at small delta: hours; goes on where it was stopped
+	-$(INSTALL) -e '.[bench]'
+	$(BIN)/python -W ignore -m benchmarks.regime run --workers 2
+	$(BIN)/python -W ignore -m benchmarks.quality run --workers 2
+	$(BIN)/python -m benchmarks.regime table
+	$(BIN)/python -m benchmarks.quality table
 
 native:  ## build the native libraries into misa_kernels/, without .venv, network or Python; CMAKE_ARGS goes to CMake
 	cmake -S . -B build/native -DCMAKE_LIBRARY_OUTPUT_DIRECTORY='$(CURDIR)/misa_kernels' $(CMAKE_ARGS)

@@ -26,6 +26,8 @@ from examples.train import mean_loss, train
 
 OUT = Path("out/quality")
 RESULTS = Path("benchmarks/results")
+# Of all finished runs, a line each: whoever has the repository goes on from there.
+RUNS = RESULTS / "quality-runs.jsonl"
 # Learning rates are this base times a power of the ratio; the power is the job's `power`.
 LR_BASE, LR_RATIO = 4e-3, 1.5
 TUNING_SEED = 100
@@ -179,7 +181,7 @@ def main(arguments: list[str] | None = None) -> None:
     if options.command == "run":
         for model in MODELS:
             pretrained(model)
-        run_all(SEARCHES, execute, OUT / "runs.jsonl", Job, options.workers)
+        run_all(SEARCHES, execute, RUNS, Job, options.workers)
     else:
         write_table(RESULTS)
 
@@ -190,7 +192,7 @@ def write_table(folder: Path) -> None:
     Args:
         folder: Where to write to.
     """
-    results = read(OUT / "runs.jsonl", Job)
+    results = read(RUNS, Job)
     losses = {job: run["tuning_loss"] for job, run in results.items()}
     found = [(search, come_to(search.first, losses)[1]) for search in SEARCHES]
     reporting = dict.fromkeys(job for search, best in found if best is not None for job in reported(search, best))

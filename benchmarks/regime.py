@@ -36,6 +36,8 @@ from misa_kernels import MISA, UniformSampler, lisa, param_groups
 
 OUT = Path("out/regime")
 RESULTS = Path("benchmarks/results")
+# Of all finished runs, a line each: whoever has the repository goes on from there.
+RUNS = RESULTS / "regime-runs.jsonl"
 TUNING_SEED = 100
 # Learning rates are AdamW's guess times powers of two.
 LR_BASE, LR_RATIO = 2e-3, 2.0
@@ -229,7 +231,7 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     if options.command == "run":
         base_weights()
-        run_all(SEARCHES, execute, OUT / "runs.jsonl", Job, options.workers)
+        run_all(SEARCHES, execute, RUNS, Job, options.workers)
     else:
         write_table(RESULTS)
 
@@ -240,7 +242,7 @@ def write_table(folder: Path) -> None:
     Args:
         folder: Where to write to.
     """
-    results = read(OUT / "runs.jsonl", Job)
+    results = read(RUNS, Job)
     losses = {job: run["tuning_loss"] for job, run in results.items()}
     found = [(search, come_to(search.first, losses)[1]) for search in SEARCHES]
     reporting = dict.fromkeys(job for search, best in found if best is not None for job in reported(search, best))
