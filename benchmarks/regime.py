@@ -32,7 +32,7 @@ from examples.data import (
 )
 from examples.model import Llama, LlamaConfig
 from examples.train import mean_loss, train
-from misa_kernels import MISA, UniformSampler, lisa, param_groups
+from misa_kernels import MISA, ImportanceSampler, UniformSampler, lisa, param_groups
 
 OUT = Path("out/regime")
 RESULTS = Path("benchmarks/results")
@@ -59,7 +59,8 @@ class Job:
 
     Attributes:
         task: One of `TASKS`.
-        method: "AdamW", "LoRA", "GaLore", "BAdam" (its package), "LISA", "uniform" or "MISA".
+        method: "AdamW", "LoRA", "GaLore", "BAdam" (its package), "LISA", "uniform", "MISA", or "MISA, window", which
+            draws each round from a window of half the layers.
         state: Format of the optimizer states.
         delta: Budget δ; of LoRA and GaLore that of the MISA which has as many training bytes with the same states.
             BAdam and LISA train one layer, whatever it says, and AdamW everything.
@@ -87,15 +88,16 @@ def at(seeds: int, *deltas: float, **changes: Any) -> tuple[tuple[dict[str, Any]
     return tuple(({"delta": delta, **changes}, seeds) for delta in deltas)
 
 
+OTHER_DRAWS = (*at(3, 0.03, method="uniform"), *at(3, 0.03, method="MISA, window"))
 # BAdam and LISA visit every layer once, and some once more.
 LAYER_STEPS = 16
 SEARCHES = (
     Search(1, first("AdamW", "fp32", 1.0, power=0), at(3, 1.0)),
-    Search(1, first("MISA"), (*at(3, 0.03, 0.01, 0.05), *at(3, 0.03, method="uniform"))),
+    Search(1, first("MISA"), (*at(3, 0.03, 0.01, 0.05), *OTHER_DRAWS)),
     Search(1, first("MISA", delta=0.25), at(3, 0.25)),
     Search(1, first("LoRA", power=2), at(3, 0.03, 0.25)),
     Search(1, first("BAdam", "fp32", inner_steps=LAYER_STEPS), at(3, 0.03)),
-    Search(1, first("MISA"), at(3, 0.03, inner_steps=25)),
+    Search(1, first("MISA", inner_steps=25), at(3, 0.03)),
     Search(2, first("LISA", "fp32", inner_steps=LAYER_STEPS), at(3, 0.03)),
     Search(2, first("MISA"), at(3, 0.03, 0.01, 0.05, state="fp32")),
     Search(2, first("MISA", delta=0.25), at(3, 0.25, state="fp32")),
@@ -139,7 +141,7 @@ def training_bytes(job: Job, model: Llama) -> int:
     if job.method == "BAdam":
         # Its float32 copies of the layer, their gradients and two moments.
         return math.ceil(size * equal_bytes.parameters(model) * 4 * equal_bytes.FP32_BYTES)
-    name = "MISA" if job.method in ("uniform", "LISA") else job.method
+    name = job.method if job.method in ("AdamW", "LoRA", "GaLore") else "MISA"
     return equal_bytes.METHODS[name].training_bytes(model, job.state, size)
 
 
@@ -150,7 +152,12 @@ def build(job: Job, model: Llama) -> tuple[nn.Module, torch.optim.Optimizer]:
         return equal_bytes.METHODS[job.method].build(model, job.state, size, lr, STEPS, job.seed)
     if job.method == "BAdam":
         return model, block_optimizer(model, torch.optim.AdamW(model.parameters(), lr=lr), job.inner_steps)
-    presets: dict[str, dict[str, Any]] = {"uniform": {"sampler": UniformSampler()}, "LISA": lisa(), "MISA": {}}
+    presets: dict[str, dict[str, Any]] = {
+        "uniform": {"sampler": UniformSampler()},
+        "LISA": lisa(),
+        "MISA": {},
+        "MISA, window": {"sampler": ImportanceSampler(depth_window=SHAPE.layers // 2)},
+    }
     rounds = {"inner_steps": job.inner_steps} if job.inner_steps else {"total_steps": STEPS}
     # Room for a whole layer must not be lost to rounding.
     delta = size * (1 + 1e-9)

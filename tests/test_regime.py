@@ -13,7 +13,7 @@ from benchmarks.regime import TUNING_SEED, Job
 from examples.model import Llama
 
 MISA_JOB = Job("fine-tuning", "MISA", "int8", 0.03, 0, 1, 1)
-METHODS = ("AdamW", "LoRA", "GaLore", "BAdam", "LISA", "uniform", "MISA")
+METHODS = ("AdamW", "LoRA", "GaLore", "BAdam", "LISA", "uniform", "MISA", "MISA, window")
 
 
 def run_of(job: Job, loss: float, seconds: float = 50.0) -> dict:
@@ -82,11 +82,11 @@ def test_every_search_asks_for_jobs_that_exist(model: Llama) -> None:
 
 
 @pytest.mark.parametrize("task", regime.TASKS)
-@pytest.mark.parametrize("method", ["AdamW", "BAdam", "LISA", "uniform", "MISA"])
+@pytest.mark.parametrize("method", ["AdamW", "BAdam", "LISA", "uniform", "MISA", "MISA, window"])
 def test_what_is_trained_is_what_the_task_says(task: str, method: str, model: Llama) -> None:
     if method == "BAdam":
         pytest.importorskip("badam")
-    state = "int8" if method in ("uniform", "MISA") else "fp32"
+    state = "fp32" if method in ("AdamW", "BAdam", "LISA") else "int8"
     fresh = regime.new_model()
     job = Job(task, method, state, 0.05, 16 if method in ("BAdam", "LISA") else 0, 0, 1)
     trained, optimizer = regime.build(job, fresh)
