@@ -166,7 +166,7 @@ def markdown(content: Mapping[str, Any]) -> str:
         f"| {'met' if line['met'] else '**not met**'} |"
         for line in content["goals"]
     ]
-    lines += ["", "### Learning rates, loss on the tuning text", "", "| task | of | lr: nats |", "|---|---|---|"]
+    lines += ["", "### Losses by learning rate, on the tuning text", "", "| task | of | lr: nats |", "|---|---|---|"]
     for search in content["tuning"]:
         tried = ", ".join(f"{lr}: {loss:.4f}" for lr, loss in search["losses"].items())
         lines.append(f"| {search['task']} | {name_of(search)} | {tried} |")

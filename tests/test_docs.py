@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 
 import misa_kernels
+from benchmarks import regime_table
 from misa_kernels.__main__ import COMMANDS, main
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -199,7 +200,24 @@ def test_shares_of_improvement_are_those_of_the_record() -> None:
         method = "MISA" + ", released" * (gradients == "released")
         row = rf"\| {method} \| {re.escape(state)} \| 0{delta} \|.*\| {share} \|.*\| {seeds} \|"
         assert re.search(row, record), row
+    record += (ROOT / "benchmarks" / "results" / "regime.md").read_text()
     assert set(re.findall(r"\d+\.\d ± \d\.\d", text)) <= set(re.findall(r"\d+\.\d ± \d\.\d", record))
+
+
+def test_the_table_of_small_deltas_is_that_of_the_record() -> None:
+    rows = json.loads((ROOT / "benchmarks" / "results" / "regime.json").read_text())["rows"]
+    text = (ROOT / "docs" / "choosing.md").read_text()
+    chosen = re.findall(r"^\| (.+), δ = (\.\d+), T = (\d+) \| (.*?) \| (.*?) \|$", text, flags=re.MULTILINE)
+    assert len(chosen) > 4
+    for method, delta, rounds, share, time in chosen:
+        (row,) = [
+            row
+            for row in rows
+            if (row["task"], row["state"], row["method"]) == ("fine-tuning", "int8", method)
+            and (row["delta"], row["rounds_of"]) == (float(delta), int(rounds))
+        ]
+        assert share == regime_table.spread(row, "share", 100, 1)
+        assert time == f"{row['time']:.2f}"
 
 
 def test_tables_of_choices_are_those_of_their_runs(capsys: pytest.CaptureFixture[str]) -> None:
