@@ -49,7 +49,7 @@ format: $(VENV)/.dev  ## put sources into the form that lint asks for
 docs: $(VENV)/.dev  ## the documentation, into out/docs/html; a reference that leads nowhere is an error
 	$(BIN)/python -m sphinx -n -W --keep-going -q docs out/docs/html
 
-bench: $(VENV)/.dev  ## all that is measured on a CPU, half an hour: steps, iterations and growth beside peers; tests first
+bench: $(VENV)/.dev  ## what a CPU measures in an hour or so: steps, iterations, growth beside peers; tests first
 	$(PYTEST) -q -n 2 $(FAST) $(TIMED)
 	-$(INSTALL) -e '.[bench]'
 	$(BIN)/python -m benchmarks.cpu --out out
@@ -65,6 +65,7 @@ quality: $(VENV)/.dev  ## share of AdamW's improvement in equal bytes, and at sm
 	$(BIN)/python -W ignore -m benchmarks.quality run --workers 2
 	$(BIN)/python -m benchmarks.regime table
 	$(BIN)/python -m benchmarks.quality table
+	$(BIN)/python -m benchmarks.page
 
 native:  ## build the native libraries into misa_kernels/, without .venv, network or Python; CMAKE_ARGS goes to CMake
 	cmake -S . -B build/native -DCMAKE_LIBRARY_OUTPUT_DIRECTORY='$(CURDIR)/misa_kernels' $(CMAKE_ARGS)
