@@ -19,7 +19,7 @@ from torch import nn
 from benchmarks import record
 from benchmarks.equal_bytes import METHODS
 from benchmarks.quality_table import draw, markdown, summary
-from benchmarks.searches import Search, come_to, read, reported, run_all, wanted
+from benchmarks.searches import Search, outcome, read, run_all
 from examples.data import finetuning_corpus, random_batches, tuning_and_reporting, validation_batches
 from examples.runs import Settings, new_model, pretrain
 from examples.train import mean_loss, train
@@ -192,20 +192,13 @@ def write_table(folder: Path) -> None:
     Args:
         folder: Where to write to.
     """
-    results = read(RUNS, Job)
-    losses = {job: run["tuning_loss"] for job, run in results.items()}
-    found = [(search, come_to(search.first, losses)[1]) for search in SEARCHES]
-    reporting = dict.fromkeys(job for search, best in found if best is not None for job in reported(search, best))
-    content = summary(
-        [run for job, run in results.items() if job.seed == TUNING_SEED],
-        [results[job] for job in reporting if job in results],
-    )
-    missing = wanted(SEARCHES, losses)
-    record.write(folder, "quality", record.environment(torch.device("cpu")) | {"missing": len(missing)} | content)
+    tuning, reporting, missing = outcome(SEARCHES, results := read(RUNS, Job))
+    content = summary(tuning, reporting)
+    record.write(folder, "quality", record.environment(torch.device("cpu")) | {"missing": missing} | content)
     (folder / "quality.md").write_text(markdown(content), encoding="utf-8")
     draw(content, folder / "quality.png")
     print(markdown(content))
-    print(f"{len(results)} runs, {len(missing)} more wanted; written: {folder}/quality.json, .md, .png")
+    print(f"{len(results)} runs, {missing} more wanted; written: {folder}/quality.json, .md, .png")
 
 
 if __name__ == "__main__":

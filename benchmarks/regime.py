@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from benchmarks import equal_bytes, record, regime_table
-from benchmarks.searches import Search, come_to, read, reported, run_all, wanted
+from benchmarks.searches import Search, outcome, read, run_all
 from benchmarks.trainers import block_optimizer
 from examples.data import (
     finetuning_corpus,
@@ -251,19 +251,12 @@ def write_table(folder: Path) -> None:
     Args:
         folder: Where to write to.
     """
-    results = read(RUNS, Job)
-    losses = {job: run["tuning_loss"] for job, run in results.items()}
-    found = [(search, come_to(search.first, losses)[1]) for search in SEARCHES]
-    reporting = dict.fromkeys(job for search, best in found if best is not None for job in reported(search, best))
-    content = regime_table.summary(
-        [run for job, run in results.items() if job.seed == TUNING_SEED],
-        [results[job] for job in reporting if job in results],
-    )
-    content["missing"] = len(wanted(SEARCHES, losses))
+    tuning, reporting, missing = outcome(SEARCHES, results := read(RUNS, Job))
+    content = regime_table.summary(tuning, reporting) | {"missing": missing}
     record.write(folder, "regime", record.environment(torch.device("cpu")) | content)
     (folder / "regime.md").write_text(regime_table.markdown(content), encoding="utf-8")
     print(regime_table.markdown(content), regime_table.draw(content["curves"], folder / "regime.png"))
-    print(f"{len(results)} runs, {content['missing']} more wanted; written: {folder}/regime.json, .md, .png")
+    print(f"{len(results)} runs, {missing} more wanted; written: {folder}/regime.json, .md, .png")
 
 
 if __name__ == "__main__":

@@ -86,6 +86,19 @@ def read(path: Path, kind: type[Job]) -> dict[Job, dict[str, Any]]:
     return {kind(**{name: run[name] for name in names}): run for run in map(json.loads, lines)}
 
 
+def outcome(
+    searches: Iterable[Search], results: Mapping[Job, dict[str, Any]]
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]], int]:
+    """Return the runs of the searches, the finished runs at the rates found, and how many runs are missing."""
+    searches = tuple(searches)
+    losses = {job: run["tuning_loss"] for job, run in results.items()}
+    found = [(search, come_to(search.first, losses)[1]) for search in searches]
+    reporting = dict.fromkeys(job for search, best in found if best is not None for job in reported(search, best))
+    seeds = {search.first.seed for search in searches}
+    tuning = [run for job, run in results.items() if job.seed in seeds]
+    return tuning, [results[job] for job in reporting if job in results], len(wanted(searches, losses))
+
+
 def run_all(
     searches: Iterable[Search], execute: Callable[[Job], dict[str, Any]], path: Path, kind: type[Job], workers: int
 ) -> None:

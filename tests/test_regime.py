@@ -10,6 +10,7 @@ from torch import nn
 
 from benchmarks import equal_bytes, regime, regime_table
 from benchmarks.regime import TUNING_SEED, Job
+from benchmarks.searches import reported
 from examples.model import Llama
 
 MISA_JOB = Job("fine-tuning", "MISA", "int8", 0.03, 0, 1, 1)
@@ -73,7 +74,7 @@ def model() -> Llama:
 
 
 def test_every_search_asks_for_jobs_that_exist(model: Llama) -> None:
-    jobs = {job for search in regime.SEARCHES for job in regime.reported(search, 0)}
+    jobs = {job for search in regime.SEARCHES for job in reported(search, 0)}
     assert {job.task for job in jobs} == set(regime.TASKS) and {job.method for job in jobs} == set(METHODS)
     for job in jobs:
         if job.method in ("LoRA", "GaLore"):
