@@ -30,6 +30,7 @@ from examples.data import (
     random_batches,
     validation_batches,
 )
+from examples.methods import matrices
 from examples.model import Llama, LlamaConfig
 from examples.train import mean_loss, train
 from misa_kernels import MISA, ImportanceSampler, UniformSampler, lisa, param_groups
@@ -59,8 +60,7 @@ class Job:
 
     Attributes:
         task: One of `TASKS`.
-        method: "AdamW", "LoRA", "GaLore", "BAdam" (its package), "LISA", "uniform", "MISA", or "MISA, window", which
-            draws each round from a window of half the layers.
+        method: "AdamW", "LoRA", "GaLore", "BAdam" (its package), "LISA", "uniform", "MISA", or a key of `VARIANTS`.
         state: Format of the optimizer states.
         delta: Budget δ; of LoRA and GaLore that of the MISA which has as many training bytes with the same states.
             BAdam and LISA train one layer, whatever it says, and AdamW everything.
@@ -88,7 +88,17 @@ def at(seeds: int, *deltas: float, **changes: Any) -> tuple[tuple[dict[str, Any]
     return tuple(({"delta": delta, **changes}, seeds) for delta in deltas)
 
 
+# Draws that differ from the default in one option: the window is half of the layers.
+VARIANTS: dict[str, dict[str, Any]] = {
+    "MISA, window": {"depth_window": SHAPE.layers // 2},
+    "MISA, perplexity .25": {"perplexity": 0.25},
+    "MISA, perplexity 1": {"perplexity": 1.0},
+    "MISA, perplexity 2": {"perplexity": 2.0},
+    "MISA, least recent 0": {"least_recent": 0},
+    "MISA, least recent 4": {"least_recent": 4},
+}
 OTHER_DRAWS = (*at(3, 0.03, method="uniform"), *at(3, 0.03, method="MISA, window"))
+OTHER_OPTIONS = tuple(arm for method in VARIANTS if method != "MISA, window" for arm in at(3, 0.03, method=method))
 # BAdam and LISA visit every layer once, and some once more.
 LAYER_STEPS = 16
 SEARCHES = (
@@ -103,12 +113,22 @@ SEARCHES = (
     Search(2, first("LISA", "fp32", inner_steps=LAYER_STEPS), at(3, 0.03)),
     Search(2, first("MISA"), at(3, 0.03, 0.01, 0.05, state="fp32")),
     Search(2, first("MISA", delta=0.25), at(3, 0.25, state="fp32")),
+    Search(3, first("MISA"), OTHER_OPTIONS),
     Search(3, first("GaLore", power=2), at(3, 0.03)),
 )
 SEARCHES += tuple(
     Search(4 + search.stage, replace(search.first, task="pre-training"), search.arms)
     for search in SEARCHES
-    if search.first.method in ("AdamW", "MISA", "LISA")
+    if search.first.method in ("AdamW", "MISA", "LISA") and search.stage < 3
+)
+# At the paper's budget for pre-training.
+SEARCHES += tuple(
+    Search(7, replace(job, task="pre-training"), at(3, job.delta))
+    for job in (
+        first("BAdam", "fp32", delta=0.25, inner_steps=LAYER_STEPS),
+        first("LoRA", delta=0.25),
+        first("GaLore", delta=0.25),
+    )
 )
 
 
@@ -121,6 +141,12 @@ def new_model() -> Llama:
     """Return the model with random weights, always the same."""
     torch.manual_seed(0)
     return Llama(SHAPE)
+
+
+def always_trained(model: Llama) -> dict[str, nn.Parameter]:
+    """Return by name what pre-training trains at every step: embedding and norms."""
+    sampled = {id(matrix.weight) for matrix in matrices(model).values()}
+    return {name: parameter for name, parameter in model.named_parameters() if id(parameter) not in sampled}
 
 
 def layer_share(model: Llama) -> float:
@@ -150,16 +176,25 @@ def training_bytes(job: Job, model: Llama) -> int:
 def build(job: Job, model: Llama) -> tuple[nn.Module, torch.optim.Optimizer]:
     """Return what to train (LoRA wraps the model) and its optimizer."""
     lr, size = lr_of(job.power), size_of(job, model)
+    always = always_trained(model) if job.task == "pre-training" else {}
     if job.method in ("AdamW", "LoRA", "GaLore"):
-        return equal_bytes.METHODS[job.method].build(model, job.state, size, lr, STEPS, job.seed)
+        trained, optimizer = equal_bytes.METHODS[job.method].build(model, job.state, size, lr, STEPS, job.seed)
+        if always and job.method != "AdamW":
+            for parameter in always.values():
+                parameter.requires_grad_(True)
+            optimizer.add_param_group({"params": list(always.values())})
+            if job.method == "GaLore":
+                equal_bytes.update_in_backward(optimizer, list(always.values()))
+        return trained, optimizer
     if job.method == "BAdam":
-        return model, block_optimizer(model, torch.optim.AdamW(model.parameters(), lr=lr), job.inner_steps)
+        base = torch.optim.AdamW(model.parameters(), lr=lr)
+        return model, block_optimizer(model, base, job.inner_steps, list(always))
     presets: dict[str, dict[str, Any]] = {
         "uniform": {"sampler": UniformSampler()},
         "LISA": lisa(),
         "MISA": {},
-        "MISA, window": {"sampler": ImportanceSampler(depth_window=SHAPE.layers // 2)},
     }
+    presets |= {method: {"sampler": ImportanceSampler(**options)} for method, options in VARIANTS.items()}
     rounds = {"inner_steps": job.inner_steps} if job.inner_steps else {"total_steps": STEPS}
     # Room for a whole layer must not be lost to rounding.
     delta = size * (1 + 1e-9)

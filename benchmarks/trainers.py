@@ -6,7 +6,7 @@ import contextlib
 import io
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -172,13 +172,16 @@ def badam_package(model: Llama, plan: Plan, seed: int) -> Peer:
     return Peer(block_optimizer(model, base, plan.inner_steps), nothing, whole_cycles(plan), early=1)
 
 
-def block_optimizer(model: nn.Module, base: torch.optim.Optimizer, inner_steps: int) -> torch.optim.Optimizer:
+def block_optimizer(
+    model: nn.Module, base: torch.optim.Optimizer, inner_steps: int, always: Sequence[str] = ()
+) -> torch.optim.Optimizer:
     """Return the optimizer of the badam package, which takes the layers in turn, without all that it prints.
 
     Args:
         model: Its layers are recognised by the names of their parameters.
         base: What updates the parameters of a layer.
         inner_steps: Steps with a layer.
+        always: Names of parameters that are trained with every layer.
     """
     from badam import BlockOptimizer
 
@@ -195,6 +198,7 @@ def block_optimizer(model: nn.Module, base: torch.optim.Optimizer, inner_steps: 
             list(model.named_parameters()),
             switch_block_every=inner_steps,
             switch_mode="ascending",
+            active_modules=list(always),
             verbose=0,
         )
 

@@ -12,9 +12,10 @@ from benchmarks import equal_bytes, regime, regime_table
 from benchmarks.regime import TUNING_SEED, Job
 from benchmarks.searches import reported
 from examples.model import Llama
+from misa_kernels import MISA, ImportanceSampler
 
 MISA_JOB = Job("fine-tuning", "MISA", "int8", 0.03, 0, 1, 1)
-METHODS = ("AdamW", "LoRA", "GaLore", "BAdam", "LISA", "uniform", "MISA", "MISA, window")
+METHODS = ("AdamW", "LoRA", "GaLore", "BAdam", "LISA", "uniform", "MISA", *regime.VARIANTS)
 
 
 def run_of(job: Job, loss: float, seconds: float = 50.0) -> dict:
@@ -100,11 +101,43 @@ def test_what_is_trained_is_what_the_task_says(task: str, method: str, model: Ll
     pairs = zip(model.named_parameters(), fresh.named_parameters(), strict=True)
     moved = {name: new.numel() for (name, old), (_, new) in pairs if not torch.equal(old, new)}
     matrices = [name for name in moved if "layers." in name and fresh.get_parameter(name).dim() == 2]
-    always = method == "AdamW" or (task == "pre-training" and method != "BAdam")
-    assert ("embedding.weight" in moved) == always
+    always = method == "AdamW" or task == "pre-training"
+    assert all((name in moved) == always for name in ("embedding.weight", "norm.weight"))
     if method == "AdamW":
         assert len(matrices) == 168
     else:
         whole = regime.layer_share(model) if method in ("BAdam", "LISA") else 0.05
         budget = whole * equal_bytes.parameters(model)
         assert 0.5 * budget < sum(moved[name] for name in matrices) <= budget + 1
+
+
+@pytest.mark.parametrize("task", regime.TASKS)
+@pytest.mark.parametrize(("method", "package"), [("LoRA", "peft"), ("GaLore", "galore_torch")])
+def test_low_rank_methods_train_the_rest_in_pretraining_alone(task: str, method: str, package: str) -> None:
+    for name in (package, "bitsandbytes"):
+        pytest.importorskip(name)
+    fresh = regime.new_model()
+    begin = {name: parameter.detach().clone() for name, parameter in fresh.named_parameters()}
+    trained, optimizer = regime.build(Job(task, method, "int8", 0.25, 0, 0, 1), fresh)
+    tokens = torch.randint(256, (1, 17), generator=torch.Generator().manual_seed(0))
+    # LoRA's B begins at zero, so that A has no gradient in the first step.
+    for _ in range(2):
+        nn.functional.cross_entropy(trained(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    now = {name.removeprefix("base_model.model."): parameter for name, parameter in trained.named_parameters()}
+    rest = regime.always_trained(regime.new_model())
+    assert all(torch.equal(now[name], begin[name]) != (task == "pre-training") for name in rest)
+    if method == "LoRA":
+        frozen = "layers.0.attention.q_proj.base_layer.weight"
+        assert torch.equal(now[frozen], begin[frozen.replace("base_layer.", "")])
+        assert all(parameter.any() for name, parameter in now.items() if "lora_B" in name)
+    else:
+        assert not any(torch.equal(now[name], begin[name]) for name in begin if name not in rest)
+
+
+def test_variants_are_draws_of_another_kind() -> None:
+    default = ImportanceSampler()
+    for method, options in regime.VARIANTS.items():
+        _, optimizer = regime.build(Job("fine-tuning", method, "int8", 0.03, 0, 0, 1), regime.new_model())
+        assert isinstance(optimizer, MISA) and optimizer.sampler == replace(default, **options) != default
