@@ -1,6 +1,6 @@
 """How much memory does a training step take with MISA and with its peers, beside what the formula says?
 
-python -m benchmarks.training_memory --out benchmarks/results    training_memory.json and .md, in minutes on a CPU
+python -m benchmarks.training_memory --out benchmarks/results    training_memory.json and .md, ten minutes on a CPU
 python -m benchmarks.training_memory peer NAME --plan 8b --device cuda    one peer under the cap, a line of JSON
 
 On the CPU the model is Llama 3 8B at a 32nd of its widths, all 32 layers, on a 32nd of 2048 tokens, so that weights,
