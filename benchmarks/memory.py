@@ -15,7 +15,8 @@ class PeakMemory:
 
     On CUDA the figures come from PyTorch's caching allocator. On the CPU PyTorch's profiler reports every
     allocation and release, those inside an operator included, and their running sum is taken. The size of
-    the process would say little: it contains the libraries and whatever the C library has kept back.
+    the process would say little: it contains the libraries and whatever the C library has kept back. oneDNN is off
+    meanwhile: on processors that multiply bfloat16 it packs whole matrices, and figures would depend on the machine.
 
     Memory that was there before the context does not count. Its release inside counts against `held_bytes`, on the
     CPU only if an earlier context saw an allocation at its address: what is made in one context and freed in the
@@ -56,6 +57,7 @@ class PeakMemory:
             torch.cuda.reset_peak_memory_stats(self.device)
             self._before_bytes = torch.cuda.memory_allocated(self.device)
         else:
+            self._onednn = _switch_onednn(False)
             self._profiler = torch.autograd.profiler.profile(profile_memory=True)
             with _silent():
                 self._profiler.__enter__()
@@ -72,6 +74,7 @@ class PeakMemory:
         else:
             with _silent():
                 self._profiler.__exit__(kind, error, trace)
+            _switch_onednn(self._onednn)
             self.peak_bytes, self.held_bytes = self._sum_cpu_events()
 
     def _sum_cpu_events(self) -> tuple[int, int]:
@@ -85,6 +88,12 @@ class PeakMemory:
             held += event.nbytes()
             peak = max(peak, held)
         return peak, held
+
+
+def _switch_onednn(on: bool) -> bool:
+    # Returns whether it was on. The flags' own context manager warns of a TF32 that it sets too.
+    was: bool = torch.backends.mkldnn.set_flags(on, _fp32_precision=None)[0]
+    return was
 
 
 @contextmanager

@@ -180,11 +180,8 @@ def planned(name: str, plan: Plan, fused_norms: bool) -> dict[str, float]:
     }
 
 
-@torch.backends.mkldnn.flags(enabled=False)
 def measured(name: str, plan: Plan) -> dict[str, int]:
     """Count the bytes of a peer's training step on the CPU, in the costliest round it may draw.
-
-    Without oneDNN: on processors that multiply bfloat16 it packs matrices, in as many bytes again, as no GPU does.
 
     Returns:
         "weights", those of the model and LoRA's; "states"; "activations", what a forward pass leaves; "gradients", held

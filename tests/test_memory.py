@@ -73,6 +73,16 @@ def test_it_can_be_used_again_and_passes_errors_on() -> None:
     assert memory.peak_bytes == 0
 
 
+def test_a_bfloat16_product_costs_its_result_on_every_processor() -> None:
+    x = torch.ones(256, 256, dtype=torch.bfloat16)
+    before = torch._C._get_mkldnn_enabled()
+    with PeakMemory() as memory:
+        product = x @ x
+    assert memory.peak_bytes == memory.held_bytes == product.nbytes
+    # And outside the context such products are as fast as they were.
+    assert torch._C._get_mkldnn_enabled() == before
+
+
 def test_a_device_without_allocations_is_refused() -> None:
     with pytest.raises(ValueError, match="device=meta must be a cpu or cuda device"):
         PeakMemory("meta")
