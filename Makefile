@@ -72,7 +72,7 @@ native:  ## build the native libraries into misa_kernels/, without .venv, networ
 	cmake --build build/native --parallel
 
 # No environment, no network: the machine's own Python and torch, this checkout on the path.
-gpu:  ## STAGE=smoke: GPU tests; test: sanitizers; bench, formats, growth: the step; e2e, caps: iterations; memory; all
+gpu:  ## STAGE=smoke: GPU tests; test: sanitizers; bench, formats, growth: the step; e2e, caps; memory; regime: quality; all
 	PYTHONPATH=. $(PYTHON) -m benchmarks.gpu --stage $(STAGE) --out $(OUT) $(ARGS)
 
 wheels:  ## what STAGE=formats compares with, into out/peers, for a GPU machine without network

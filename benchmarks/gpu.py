@@ -8,6 +8,7 @@ python -m benchmarks.gpu --stage growth --out DIR   the step against elements an
 python -m benchmarks.gpu --stage e2e --out DIR      the tests marked gpu, then tokens per second of training
 python -m benchmarks.gpu --stage caps --out DIR     the same at the largest batch under caps of 24, 48 and 80 GiB
 python -m benchmarks.gpu --stage memory --out DIR   peak memory of training under a cap of 24 GiB, beside its goals
+python -m benchmarks.gpu --stage regime --out DIR   share of AdamW's improvement at small δ; goes on where it stopped
 python -m benchmarks.gpu --stage all --out DIR      all but smoke, each within its own time limit
 """
 
@@ -218,7 +219,7 @@ def time_steps(
 
 def everything(args: argparse.Namespace, device: torch.device, deadline: float) -> int:
     """Run all stages but smoke, which is part of test, in turn, each with the whole time limit."""
-    stages = (test, bench, formats, growth, e2e, caps, memory)
+    stages = (test, bench, formats, growth, e2e, caps, memory, regime)
     return max(stage(args, device, time.monotonic() + args.time_limit) for stage in stages)
 
 
@@ -288,6 +289,21 @@ def memory(args: argparse.Namespace, device: torch.device, deadline: float) -> i
     return 1 if any("error" in peer for peer in ours) else 0
 
 
+def regime(args: argparse.Namespace, device: torch.device, deadline: float) -> int:
+    """Train with MISA and its peers, one run after the other, until all have run or the time is up; see regime.md.
+
+    Finished runs are kept beside it: the next time the stage goes on from there.
+    """
+    # Not at the top, for the same reason as in `e2e`.
+    from benchmarks.regime import on_the_gpu
+    from benchmarks.regime_runs import SCALES
+
+    sys.path.append(str(wheels.FOLDER))
+    content = on_the_gpu(SCALES["128m" if device.type == "cuda" else "tiny"], deadline, args.out)
+    ours = content["failed"].keys() - {"AdamW", "LoRA", "GaLore", "BAdam"}
+    return 1 if ours else 0
+
+
 STAGES = {
     "smoke": smoke,
     "test": test,
@@ -297,6 +313,7 @@ STAGES = {
     "e2e": e2e,
     "caps": caps,
     "memory": memory,
+    "regime": regime,
     "all": everything,
 }
 

@@ -8,6 +8,7 @@ it needs `pip install bitsandbytes galore-torch`.
 from __future__ import annotations
 
 import argparse
+import sys
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -181,7 +182,8 @@ def main(arguments: list[str] | None = None) -> None:
     if options.command == "run":
         for model in MODELS:
             pretrained(model)
-        run_all(SEARCHES, execute, RUNS, Job, options.workers)
+        if failed := run_all(SEARCHES, execute, RUNS, Job, options.workers):
+            sys.exit(f"{len(failed)} runs failed")
     else:
         write_table(RESULTS)
 

@@ -2,16 +2,21 @@
 
 From the repository's root: `python -m benchmarks.regime run [--workers N]` trains what is missing, as often as it is
 started; `python -m benchmarks.regime table` writes benchmarks/results/regime.{json,md,png}. It needs what
-`benchmarks.quality` needs, and `pip install badam`.
+`benchmarks.quality` needs, and `pip install badam`. `make gpu STAGE=regime` does both with a larger model on a GPU.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
+import importlib.util
 import math
 import shutil
+import sys
 import time
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Sequence
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +24,7 @@ import torch
 from torch import nn
 
 from benchmarks import equal_bytes, record, regime_table
+from benchmarks.regime_runs import CPU_SEARCHES, GPU_SEARCHES, LR_RATIO, PACKAGES, SCALES, VARIANTS, Job, Scale
 from benchmarks.searches import Search, outcome, read, run_all
 from benchmarks.trainers import block_optimizer
 from examples.data import (
@@ -31,116 +37,25 @@ from examples.data import (
     validation_batches,
 )
 from examples.methods import matrices
-from examples.model import Llama, LlamaConfig
+from examples.model import Llama
 from examples.train import mean_loss, train
 from misa_kernels import MISA, ImportanceSampler, UniformSampler, lisa, param_groups
 
 OUT = Path("out/regime")
 RESULTS = Path("benchmarks/results")
 # Of all finished runs, a line each: whoever has the repository goes on from there.
-RUNS = RESULTS / "regime-runs.jsonl"
-TUNING_SEED = 100
-# Learning rates are AdamW's guess times powers of two.
-LR_BASE, LR_RATIO = 2e-3, 2.0
-# 24 layers of 7 matrices, 4.9 million parameters.
-SHAPE = LlamaConfig(width=128, hidden=352, layers=24, heads=4, context=128)
-STEPS, BATCH = 400, 2
-# Of AdamW, from random weights to those that are fine-tuned.
-BASE_STEPS, BASE_BATCH = 400, 8
-# A point of the curves is the mean of so many steps.
-WINDOW = 20
-# Batches of 32 sequences of the text for tuning and of that for reporting.
-TUNING_BATCHES, REPORTING_BATCHES = 4, 8
-TASKS = ("fine-tuning", "pre-training")
+RUNS = "regime-runs.jsonl"
 
 
-@dataclass(frozen=True)
-class Job:
-    """One training run; its fields are the key of its result.
-
-    Attributes:
-        task: One of `TASKS`.
-        method: "AdamW", "LoRA", "GaLore", "BAdam" (its package), "LISA", "uniform", "MISA", or a key of `VARIANTS`.
-        state: Format of the optimizer states.
-        delta: Budget δ; of LoRA and GaLore that of the MISA which has as many training bytes with the same states.
-            BAdam and LISA train one layer, whatever it says, and AdamW everything.
-        inner_steps: Steps in a round, 0 for what MISA takes by itself.
-        power: Says the learning rate, see `lr_of`.
-        seed: Seed of the batches, of what is drawn, and of LoRA's adapters.
-    """
-
-    task: str
-    method: str
-    state: str
-    delta: float
-    inner_steps: int
-    power: int
-    seed: int
+def lr_of(job: Job, scale: Scale) -> float:
+    """Return the learning rate of a run."""
+    return scale.lr * LR_RATIO**job.power
 
 
-def first(method: str, state: str = "int8", delta: float = 0.03, inner_steps: int = 0, power: int = 1) -> Job:
-    """Return the run in the middle of a search for a learning rate of fine-tuning."""
-    return Job("fine-tuning", method, state, delta, inner_steps, power, TUNING_SEED)
-
-
-def at(seeds: int, *deltas: float, **changes: Any) -> tuple[tuple[dict[str, Any], int], ...]:
-    """Return arms that differ in δ, each with so many seeds."""
-    return tuple(({"delta": delta, **changes}, seeds) for delta in deltas)
-
-
-# Draws that differ from the default in one option: the window is half of the layers.
-VARIANTS: dict[str, dict[str, Any]] = {
-    "MISA, window": {"depth_window": SHAPE.layers // 2},
-    "MISA, perplexity .25": {"perplexity": 0.25},
-    "MISA, perplexity 1": {"perplexity": 1.0},
-    "MISA, perplexity 2": {"perplexity": 2.0},
-    "MISA, least recent 0": {"least_recent": 0},
-    "MISA, least recent 4": {"least_recent": 4},
-}
-OTHER_DRAWS = (*at(3, 0.03, method="uniform"), *at(3, 0.03, method="MISA, window"))
-OTHER_OPTIONS = tuple(arm for method in VARIANTS if method != "MISA, window" for arm in at(3, 0.03, method=method))
-# BAdam and LISA visit every layer once, and some once more.
-LAYER_STEPS = 16
-SEARCHES = (
-    Search(1, first("AdamW", "fp32", 1.0, power=0), at(3, 1.0)),
-    Search(1, first("MISA"), (*at(3, 0.03, 0.01, 0.05), *OTHER_DRAWS)),
-    Search(1, first("MISA", delta=0.25), at(3, 0.25)),
-    Search(1, first("LoRA", power=2), at(3, 0.03)),
-    Search(1, first("BAdam", "fp32", inner_steps=LAYER_STEPS), at(3, 0.03)),
-    Search(1, first("MISA", inner_steps=25), at(3, 0.03)),
-    # The rate of rank 1 ruins rank 12.
-    Search(2, first("LoRA", delta=0.25, power=0), at(3, 0.25)),
-    Search(2, first("LISA", "fp32", inner_steps=LAYER_STEPS), at(3, 0.03)),
-    Search(2, first("MISA"), at(3, 0.03, 0.01, 0.05, state="fp32")),
-    Search(2, first("MISA", delta=0.25), at(3, 0.25, state="fp32")),
-    Search(3, first("MISA"), OTHER_OPTIONS),
-    Search(3, first("GaLore", power=2), at(3, 0.03)),
-)
-SEARCHES += tuple(
-    Search(4 + search.stage, replace(search.first, task="pre-training"), search.arms)
-    for search in SEARCHES
-    if search.first.method in ("AdamW", "MISA", "LISA") and search.stage < 3
-)
-# At the paper's budget for pre-training.
-SEARCHES += tuple(
-    Search(7, replace(job, task="pre-training"), at(3, job.delta))
-    for job in (
-        first("BAdam", "fp32", delta=0.25, inner_steps=LAYER_STEPS),
-        first("LoRA", delta=0.25),
-        first("GaLore", delta=0.25),
-    )
-)
-
-
-def lr_of(power: int) -> float:
-    """Return the learning rate of a power."""
-    return LR_BASE * LR_RATIO**power
-
-
-def new_model() -> Llama:
+def new_model(scale: Scale) -> Llama:
     """Return the model with random weights, always the same."""
     torch.manual_seed(0)
-    return Llama(SHAPE)
+    return Llama(scale.shape).to(scale.device)
 
 
 def always_trained(model: Llama) -> dict[str, nn.Parameter]:
@@ -173,12 +88,12 @@ def training_bytes(job: Job, model: Llama) -> int:
     return equal_bytes.METHODS[name].training_bytes(model, job.state, size)
 
 
-def build(job: Job, model: Llama) -> tuple[nn.Module, torch.optim.Optimizer]:
+def build(job: Job, model: Llama, scale: Scale) -> tuple[nn.Module, torch.optim.Optimizer]:
     """Return what to train (LoRA wraps the model) and its optimizer."""
-    lr, size = lr_of(job.power), size_of(job, model)
+    lr, size = lr_of(job, scale), size_of(job, model)
     always = always_trained(model) if job.task == "pre-training" else {}
     if job.method in ("AdamW", "LoRA", "GaLore"):
-        trained, optimizer = equal_bytes.METHODS[job.method].build(model, job.state, size, lr, STEPS, job.seed)
+        trained, optimizer = equal_bytes.METHODS[job.method].build(model, job.state, size, lr, scale.steps, job.seed)
         if always and job.method != "AdamW":
             for parameter in always.values():
                 parameter.requires_grad_(True)
@@ -195,7 +110,7 @@ def build(job: Job, model: Llama) -> tuple[nn.Module, torch.optim.Optimizer]:
         "MISA": {},
     }
     presets |= {method: {"sampler": ImportanceSampler(**options)} for method, options in VARIANTS.items()}
-    rounds = {"inner_steps": job.inner_steps} if job.inner_steps else {"total_steps": STEPS}
+    rounds = {"inner_steps": job.inner_steps} if job.inner_steps else {"total_steps": scale.steps}
     # Room for a whole layer must not be lost to rounding.
     delta = size * (1 + 1e-9)
     groups = param_groups(model, "finetune" if job.task == "fine-tuning" else "pretrain")
@@ -204,14 +119,14 @@ def build(job: Job, model: Llama) -> tuple[nn.Module, torch.optim.Optimizer]:
     )
 
 
-def base_weights() -> dict[str, torch.Tensor]:
+def base_weights(scale: Scale) -> dict[str, torch.Tensor]:
     """Return the weights that fine-tuning begins with, trained on Python source if they are not there yet."""
-    path = OUT / "base.pt"
+    path = OUT / f"base-{scale.name}.pt"
     if not path.exists():
-        model = new_model()
-        optimizer = torch.optim.AdamW(model.parameters(), lr=LR_BASE)
-        batches = random_batches(pretraining_corpus().train, BASE_BATCH, SHAPE.context, 0)
-        for _ in train(model, optimizer, batches, BASE_STEPS):
+        model = new_model(scale)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=scale.lr)
+        batches = random_batches(pretraining_corpus().train, scale.base_batch, scale.shape.context, 0)
+        for _ in train(model, optimizer, batches, scale.base_steps):
             pass
         path.parent.mkdir(parents=True, exist_ok=True)
         unfinished = path.with_suffix(".part")
@@ -220,44 +135,57 @@ def base_weights() -> dict[str, torch.Tensor]:
     return torch.load(path)
 
 
-def held_out_losses(job: Job, model: nn.Module) -> list[float]:
+def held_out_losses(job: Job, model: nn.Module, scale: Scale) -> list[float]:
     """Return a model's loss on the tuning text and on the reporting text, in nats a byte."""
     texts = halves(header_files() if job.task == "fine-tuning" else python_files())
     return [
-        mean_loss(model, validation_batches(text, 32, SHAPE.context, batches))
-        for text, batches in zip(texts, (TUNING_BATCHES, REPORTING_BATCHES), strict=True)
+        mean_loss(model, validation_batches(text, 32, scale.shape.context, batches))
+        for text, batches in zip(texts, scale.held_out, strict=True)
     ]
 
 
-def execute(job: Job) -> dict[str, Any]:
+def clock_s(device: str) -> float:
+    """Return the reading of what times a training: the process's CPU time, or on a GPU the time when all is done."""
+    if device == "cpu":
+        return time.process_time()
+    torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def execute(scale: Scale, job: Job) -> dict[str, Any]:
     """Train once and return key and result of the run as plain types."""
     torch.set_num_threads(1)
-    base = new_model()
+    if scale.device == "cuda":
+        torch.set_float32_matmul_precision("high")
+    # Updates in backward hold a model in cycles, and its memory until they are found.
+    gc.collect()
+    base = new_model(scale)
     if job.task == "fine-tuning":
-        base.load_state_dict(base_weights())
-    before = held_out_losses(job, base)
+        base.load_state_dict(base_weights(scale))
+    before = held_out_losses(job, base, scale)
     size, held = size_of(job, base), training_bytes(job, base)
-    model, optimizer = build(job, base)
+    model, optimizer = build(job, base, scale)
     corpus = finetuning_corpus() if job.task == "fine-tuning" else pretraining_corpus()
-    batches = random_batches(corpus.train, BATCH, SHAPE.context, job.seed)
+    batches = random_batches(corpus.train, scale.batch, scale.shape.context, job.seed)
     curve: list[tuple[int, float, float]] = []
     losses: list[torch.Tensor] = []
-    began, cpu_began = time.perf_counter(), time.process_time()
-    for step, loss in train(model, optimizer, batches, STEPS):
+    began, clock_began = time.perf_counter(), clock_s(scale.device)
+    for step, loss in train(model, optimizer, batches, scale.steps):
         losses.append(loss)
-        if step % WINDOW == 0:
-            curve.append((step, round(time.process_time() - cpu_began, 2), round(torch.stack(losses).mean().item(), 4)))
+        if step % scale.window == 0:
+            mean = torch.stack(losses).mean().item()
+            curve.append((step, round(clock_s(scale.device) - clock_began, 2), round(mean, 4)))
             losses.clear()
-    seconds, cpu_seconds = time.perf_counter() - began, time.process_time() - cpu_began
+    training_s, seconds = clock_s(scale.device) - clock_began, time.perf_counter() - began
     if isinstance(optimizer, MISA):
         optimizer.release()
-    tuning_loss, loss_after = held_out_losses(job, model)
+    tuning_loss, loss_after = held_out_losses(job, model, scale)
     return asdict(job) | {
-        "lr": lr_of(job.power),
+        "lr": lr_of(job, scale),
         "size": size,
         "training_bytes": held,
         "seconds": round(seconds, 1),
-        "cpu_seconds": round(cpu_seconds, 1),
+        "training_s": round(training_s, 1),
         "rounds_of": getattr(optimizer, "inner_steps", job.inner_steps) if job.method != "AdamW" else 0,
         "curve": curve,
         "tuning_loss_before": before[0],
@@ -273,25 +201,63 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("command", choices=["run", "table"])
     parser.add_argument("--workers", type=int, default=1, help="processes of one thread each (%(default)s)")
     options = parser.parse_args(arguments)
+    scale = SCALES["5m"]
     if options.command == "run":
-        base_weights()
-        run_all(SEARCHES, execute, RUNS, Job, options.workers)
+        base_weights(scale)
+        if failed := run_all(CPU_SEARCHES, partial(execute, scale), RESULTS / RUNS, Job, options.workers):
+            sys.exit(f"{len(failed)} runs failed")
     else:
-        write_table(RESULTS)
+        write_table(RESULTS, scale, CPU_SEARCHES)
 
 
-def write_table(folder: Path) -> None:
-    """Write regime.json, regime.md and regime.png from the finished runs.
+def on_the_gpu(scale: Scale, deadline: float, folder: Path) -> dict[str, Any]:
+    """Train what is missing until the deadline, one run at a time, and write the table; return its content.
 
     Args:
-        folder: Where to write to.
+        scale: Of the models.
+        deadline: Reading of `time.monotonic` after which no run begins.
+        folder: Of the table and of the finished runs. Where it has none, they are those that the repository has.
+
+    Returns:
+        What regime.json contains: also "absent", the methods whose packages are not installed, and "failed", the errors
+        of runs by method.
     """
-    tuning, reporting, missing = outcome(SEARCHES, results := read(RUNS, Job))
-    content = regime_table.summary(tuning, reporting) | {"missing": missing}
-    record.write(folder, "regime", record.environment(torch.device("cpu")) | content)
+    runs, known = folder / RUNS, RESULTS / "gpu" / RUNS
+    if not runs.exists() and known.exists() and scale.device == "cuda":
+        folder.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(known, runs)
+    needs = {search.first.method: PACKAGES.get(search.first.method, ()) for search in GPU_SEARCHES}
+    absent = {
+        method: f"{package} is not installed"
+        for method, packages in needs.items()
+        for package in packages
+        if importlib.util.find_spec(package) is None
+    }
+    searches = [search for search in GPU_SEARCHES if search.first.method not in absent]
+    base_weights(scale)
+    failed = run_all(searches, partial(execute, scale), runs, Job, 1, deadline)
+    errors = {job.method: error for job, error in failed.items()}
+    return write_table(folder, scale, searches, absent=absent, failed=errors)
+
+
+def write_table(folder: Path, scale: Scale, searches: Sequence[Search], **more: Any) -> dict[str, Any]:
+    """Write regime.json, regime.md and regime.png from the finished runs in a folder; return what the first contains.
+
+    Args:
+        folder: Where to read from and to write to.
+        scale: Of the models.
+        searches: What the table needs.
+        more: Goes into regime.json.
+    """
+    tuning, reporting, missing = outcome(searches, results := read(folder / RUNS, Job))
+    trained = {"scale": asdict(scale) | {"parameters": equal_bytes.parameters(new_model(scale))}}
+    content = trained | regime_table.summary(tuning, reporting) | {"missing": missing} | more
+    content = record.environment(torch.device(scale.device)) | content
+    record.write(folder, "regime", content)
     (folder / "regime.md").write_text(regime_table.markdown(content), encoding="utf-8")
     print(regime_table.markdown(content), regime_table.draw(content["curves"], folder / "regime.png"))
     print(f"{len(results)} runs, {missing} more wanted; written: {folder}/regime.json, .md, .png")
+    return content
 
 
 if __name__ == "__main__":

@@ -15,27 +15,38 @@ KEY = ("task", "method", "state", "delta", "inner_steps")
 GOALS = {0.03: 0.75, 0.05: 0.85, 0.25: 0.95}
 # The best learning rate over AdamW's, at most.
 LR_GOAL = 2.0
-NOTES = (
-    "# Quality where δ is small and the model deep",
-    "",
-    "```",
-    "python -m benchmarks.regime run && python -m benchmarks.regime table",
-    "```",
-    "",
-    "A byte-level LLaMA of 24 layers with 7 matrices each, 4.9 million float32 parameters, on a CPU, 400 steps of 256",
-    "bytes. *Fine-tuning*: from Python source, 400 steps of AdamW, to C++ headers. *Pre-training*: on Python source",
-    "from random weights; embedding and norms are trained at every step by all methods, their bytes left out here.",
-    "LoRA (peft, bitsandbytes' AdamW) and GaLore (`galore-torch`, 8 bits) have the rank that needs as many bytes as",
-    "MISA at this δ with int8 states: states, gradients held at once, extra weights. BAdam is its package and, like",
-    "LISA, trains a whole layer in rounds of 16 steps: it cannot do with less. T is what MISA takes by itself unless",
-    "it is given.",
-    "",
-    "The share is of AdamW's improvement on text that is neither trained nor tuned on, AdamW having had the same",
-    "batches. Time is CPU time of the training, one thread, over AdamW's. Learning rates: steps of a factor 2, three",
-    "and one more while the best lies at an end, on a seed of its own and other validation text; δ and states without",
-    "a search of their own take the rate of the nearest. Mean ± standard deviation over seeds, which move batches,",
-    "draws and adapters.",
-)
+
+
+def notes(content: Mapping[str, Any]) -> list[str]:
+    """Return what was trained and what the columns mean."""
+    scale, on_a_gpu = content["scale"], content["device"]["type"] == "cuda"
+    shape, millions = scale["shape"], scale["parameters"] / 1e6
+    command = "python -m benchmarks.regime run && python -m benchmarks.regime table"
+    where = "in TF32 on a GPU" if on_a_gpu else "on a CPU"
+    return [
+        "# Quality where δ is small and the model deep",
+        "",
+        "```",
+        "make gpu STAGE=regime" if on_a_gpu else command,
+        "```",
+        "",
+        f"A byte-level LLaMA of {shape['layers']} layers with 7 matrices each, {millions:.1f} million float32 "
+        f"parameters, {where}, {scale['steps']} steps of {scale['batch'] * shape['context']:,} bytes. "
+        f"*Fine-tuning*: from Python source, {scale['base_steps']} steps of AdamW, to C++ headers. "
+        "*Pre-training*: on Python source from random weights; embedding and norms are trained at every step by all "
+        "methods, their bytes left out here. LoRA (peft, bitsandbytes' AdamW) and GaLore (`galore-torch`, 8 bits) have "
+        "the rank that needs as many bytes as MISA at this δ with int8 states: states, gradients held at once, extra "
+        "weights. BAdam is its package and, like LISA, trains a whole layer in rounds of 16 steps: it cannot do with "
+        "less. T is what MISA takes by itself unless it is given.",
+        "",
+        "The share is of AdamW's improvement on text that is neither trained nor tuned on, AdamW having had the same "
+        f"batches. Time is {'that of the training' if on_a_gpu else 'CPU time of the training, one thread'}, over "
+        "AdamW's. Learning rates: steps of a factor 2, three and one more while the best lies at an end, on a seed of "
+        "its own and other validation text; δ and states without a search of their own take the rate of the nearest. "
+        "Mean ± standard deviation over seeds, which move batches, draws and adapters.",
+        "",
+        *(f"{method}: {why}." for method, why in (content.get("absent", {}) | content.get("failed", {})).items()),
+    ]
 
 
 def summary(tuning: Runs, reporting: Runs) -> dict[str, Any]:
@@ -54,7 +65,7 @@ def summary(tuning: Runs, reporting: Runs) -> dict[str, Any]:
         gain = reference["loss_before"] - reference["loss"]
         more = {
             "share": (run["loss_before"] - run["loss"]) / gain,
-            "time": run["cpu_seconds"] / reference["cpu_seconds"],
+            "time": run["training_s"] / reference["training_s"],
         }
         arms.setdefault(tuple(run[name] for name in KEY), []).append(run | more)
     rows = [row_of(key, runs) for key, runs in arms.items()]
@@ -107,7 +118,7 @@ def searches(tuning: Runs) -> list[dict[str, Any]]:
 
 
 def curves(arms: Mapping[tuple[Any, ...], Runs]) -> dict[str, dict[str, list[list[float]]]]:
-    """Return by task and arm the points (steps, CPU seconds, training loss) of the curve, means over seeds."""
+    """Return by task and arm the points (steps, seconds, training loss) of the curve, means over seeds."""
     found: dict[str, dict[str, list[list[float]]]] = {}
     for key, runs in arms.items():
         points = zip(*(run["curve"] for run in runs), strict=True)
@@ -157,7 +168,7 @@ def spread(row: Mapping[str, Any], name: str, factor: float, digits: int) -> str
 
 def markdown(content: Mapping[str, Any]) -> str:
     """Return the summary as Markdown tables."""
-    lines = [*NOTES, ""]
+    lines = [*notes(content), ""]
     for task in dict.fromkeys(row["task"] for row in content["rows"]):
         lines += [f"### {task.capitalize()}", "", *table([row for row in content["rows"] if row["task"] == task])]
     lines += ["### Goals", "", "| goal | where | limit | measured | |", "|---|---|---|---|---|"]
@@ -174,14 +185,14 @@ def markdown(content: Mapping[str, Any]) -> str:
 
 
 def draw(content: Mapping[str, Mapping[str, Sequence[Sequence[float]]]], path: Path) -> Path | None:
-    """Draw the training loss against steps and against CPU seconds, a row for each task; None without matplotlib."""
+    """Draw the training loss against steps and against seconds, a row for each task; None without matplotlib."""
     plt = charts.pyplot()
     if plt is None or not content:
         return None
     figure, axes = plt.subplots(len(content), 2, figsize=(12, 4.6 * len(content)), squeeze=False)
     names = list(dict.fromkeys(name for arms in content.values() for name in arms))
     for row, (task, arms) in zip(axes, content.items(), strict=True):
-        for axis, (column, label) in zip(row, enumerate(("steps", "CPU seconds")), strict=True):
+        for axis, (column, label) in zip(row, enumerate(("steps", "seconds of training")), strict=True):
             for name, points in arms.items():
                 number = names.index(name)
                 style = ("-", "--", ":")[number // len(charts.COLORS) % 3]

@@ -100,9 +100,16 @@ def outcome(
 
 
 def run_all(
-    searches: Iterable[Search], execute: Callable[[Job], dict[str, Any]], path: Path, kind: type[Job], workers: int
-) -> None:
+    searches: Iterable[Search],
+    execute: Callable[[Job], dict[str, Any]],
+    path: Path,
+    kind: type[Job],
+    workers: int,
+    deadline: float = math.inf,
+) -> dict[Job, str]:
     """Run what is wanted until nothing is, appending each result to a file as it ends, and printing it.
+
+    A run that fails is printed, too, and what waits for it is left out.
 
     Args:
         searches: What the table needs.
@@ -110,28 +117,39 @@ def run_all(
         path: File of the finished runs.
         kind: Of the jobs.
         workers: Processes, in which `execute` is called.
+        deadline: Reading of `time.monotonic` after which no run begins.
+
+    Returns:
+        The error of each run that failed.
     """
     searches = tuple(searches)
     path.parent.mkdir(parents=True, exist_ok=True)
     results = read(path, kind)
     running: dict[Future[dict[str, Any]], Job] = {}
+    failed: dict[Job, str] = {}
     with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
         while True:
             losses = {job: run["tuning_loss"] for job, run in results.items()}
-            ready = [job for job in wanted(searches, losses) if job not in running.values()]
-            for job in ready[: workers - len(running)]:
+            ready = [job for job in wanted(searches, losses) if job not in running.values() and job not in failed]
+            free = workers - len(running) if time.monotonic() < deadline else 0
+            for job in ready[:free]:
                 running[pool.submit(execute, job)] = job
             if not running:
-                return
+                return failed
             done, _ = wait(running, return_when=FIRST_COMPLETED)
             for future in done:
-                job, run = running.pop(future), future.result()
+                job, error = running.pop(future), future.exception()
+                key = " ".join(str(getattr(job, field.name)) for field in fields(job))
+                if error is not None:
+                    failed[job] = f"{type(error).__name__}: {error}"
+                    print(f"{time.strftime('%H:%M:%S')} {key}: {failed[job]}", flush=True)
+                    continue
+                run = future.result()
                 for name in ("tuning_loss", "loss"):
                     # One that is not finite loses against all others, but JSON and min() must be able to hold it.
                     run[name] = run[name] if math.isfinite(run[name]) else 1e9
                 results[job] = run
                 with path.open("a") as file:
                     file.write(json.dumps(run) + "\n")
-                key = " ".join(str(getattr(job, field.name)) for field in fields(job))
                 figures = f"{run['tuning_loss']:.4f} {run['loss']:.4f} nats, {run['seconds']} s"
                 print(f"{time.strftime('%H:%M:%S')} {key}: {figures}", flush=True)

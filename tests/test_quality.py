@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import operator
+import time
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -131,6 +133,20 @@ def test_finished_runs_are_not_run_again(tmp_path: Path) -> None:
     (tmp_path / "runs.jsonl").write_text(before)
     run_all([SEARCH], lambda job: pytest.fail(f"{job} was run again"), tmp_path / "runs.jsonl", Job, 1)
     assert (tmp_path / "runs.jsonl").read_text() == before
+
+
+def test_a_run_that_fails_is_named_and_what_does_not_wait_for_it_goes_on(tmp_path: Path) -> None:
+    missing = wanted([SEARCH], {})
+    # What fails in another process must come over: a function that both find.
+    failed = run_all([SEARCH], operator.attrgetter("no_such_field"), tmp_path / "runs.jsonl", Job, 1)
+    assert list(failed) == missing and len(missing) == 3
+    assert all(error.startswith("AttributeError: ") and "no_such_field" in error for error in failed.values())
+    assert not (tmp_path / "runs.jsonl").exists()
+
+
+def test_no_run_begins_after_the_deadline(tmp_path: Path) -> None:
+    path = tmp_path / "runs.jsonl"
+    assert run_all([SEARCH], operator.attrgetter("no_such_field"), path, Job, 1, deadline=time.monotonic()) == {}
 
 
 def run_of(method: str, seed: int, loss: float) -> dict:

@@ -2,27 +2,29 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import asdict, replace
 
 import pytest
 import torch
 from torch import nn
 
-from benchmarks import equal_bytes, regime, regime_table
-from benchmarks.regime import TUNING_SEED, Job
+from benchmarks import equal_bytes, gpu, regime, regime_table
+from benchmarks.regime_runs import CPU_SEARCHES, GPU_SEARCHES, LAYERS, SCALES, TASKS, TUNING_SEED, VARIANTS, Job
 from benchmarks.searches import reported
 from examples.model import Llama
 from misa_kernels import MISA, ImportanceSampler
 
+SCALE = SCALES["5m"]
 MISA_JOB = Job("fine-tuning", "MISA", "int8", 0.03, 0, 1, 1)
-METHODS = ("AdamW", "LoRA", "GaLore", "BAdam", "LISA", "uniform", "MISA", *regime.VARIANTS)
+METHODS = ("AdamW", "LoRA", "GaLore", "BAdam", "LISA", "uniform", "MISA", *VARIANTS)
 
 
 def run_of(job: Job, loss: float, seconds: float = 50.0) -> dict:
-    figures = {"lr": regime.lr_of(job.power), "size": 0.5, "training_bytes": 1000, "rounds_of": 5}
+    figures = {"lr": regime.lr_of(job, SCALE), "size": 0.5, "training_bytes": 1000, "rounds_of": 5}
     curve = [(20, seconds / 2, loss + 1), (40, seconds, loss)]
     return asdict(job) | figures | {
-        "cpu_seconds": seconds, "curve": curve, "loss_before": 3.0, "loss": loss, "tuning_loss": loss
+        "training_s": seconds, "curve": curve, "loss_before": 3.0, "loss": loss, "tuning_loss": loss
     }  # fmt: skip
 
 
@@ -30,7 +32,8 @@ def content_of(misa_losses: tuple[float, ...], power: int = 1) -> dict:
     adamw = replace(MISA_JOB, method="AdamW", state="fp32", delta=1.0, power=0)
     runs = [run_of(replace(adamw, seed=seed), 1.0, 100.0) for seed in (1, 2)]
     runs += [run_of(replace(MISA_JOB, power=power, seed=seed), loss) for seed, loss in enumerate(misa_losses, 1)]
-    return regime_table.summary([run_of(replace(MISA_JOB, seed=TUNING_SEED), 1.5)], runs)
+    where = {"scale": asdict(SCALE) | {"parameters": 4_855_936}, "device": {"type": "cpu"}}
+    return where | regime_table.summary([run_of(replace(MISA_JOB, seed=TUNING_SEED), 1.5)], runs)
 
 
 def test_share_and_time_are_over_adamw_of_the_same_seed() -> None:
@@ -56,6 +59,7 @@ def test_the_goal_of_the_learning_rate_is_twice_or_half(power: int, ratio: float
 
 def test_the_table_has_all_arms_and_searches() -> None:
     text = regime_table.markdown(content_of((1.4, 1.6)))
+    assert "24 layers with 7 matrices each, 4.9 million float32 parameters, on a CPU, 400 steps of 256 bytes." in text
     assert "| MISA | int8 | 0.03 | 0.5 | 5 | 1 | 0.004 | 75.0 ± 7.1 | 0.50 | 1.500 ± 0.141 | 2 |" in text
     assert "| share of AdamW's improvement | MISA int8, δ = 0.03 | 0.75 | 0.75 | met |" in text
     assert "| fine-tuning | MISA int8, δ = 0.03 | 0.004: 1.5000 |" in text
@@ -71,27 +75,28 @@ def test_curves_are_means_over_seeds(tmp_path) -> None:
 
 @pytest.fixture(scope="module")
 def model() -> Llama:
-    return regime.new_model()
+    return regime.new_model(SCALE)
 
 
 def test_every_search_asks_for_jobs_that_exist(model: Llama) -> None:
-    jobs = {job for search in regime.SEARCHES for job in reported(search, 0)}
-    assert {job.task for job in jobs} == set(regime.TASKS) and {job.method for job in jobs} == set(METHODS)
+    jobs = {job for search in CPU_SEARCHES for job in reported(search, 0)}
+    assert {job for search in GPU_SEARCHES for job in reported(search, 0)} < jobs
+    assert {job.task for job in jobs} == set(TASKS) and {job.method for job in jobs} == set(METHODS)
     for job in jobs:
         if job.method in ("LoRA", "GaLore"):
             misa = equal_bytes.METHODS["MISA"].training_bytes(model, job.state, job.delta)
             assert 0.6 * misa < regime.training_bytes(job, model) <= misa
 
 
-@pytest.mark.parametrize("task", regime.TASKS)
+@pytest.mark.parametrize("task", TASKS)
 @pytest.mark.parametrize("method", ["AdamW", "BAdam", "LISA", "uniform", "MISA", "MISA, window"])
 def test_what_is_trained_is_what_the_task_says(task: str, method: str, model: Llama) -> None:
     if method == "BAdam":
         pytest.importorskip("badam")
     state = "fp32" if method in ("AdamW", "BAdam", "LISA") else "int8"
-    fresh = regime.new_model()
+    fresh = regime.new_model(SCALE)
     job = Job(task, method, state, 0.05, 16 if method in ("BAdam", "LISA") else 0, 0, 1)
-    trained, optimizer = regime.build(job, fresh)
+    trained, optimizer = regime.build(job, fresh, SCALE)
     tokens = torch.randint(256, (1, 17), generator=torch.Generator().manual_seed(0))
     # The first step of a round of BAdam's package fills its copies; a matrix that is drawn moves at once.
     for _ in range(2):
@@ -111,14 +116,14 @@ def test_what_is_trained_is_what_the_task_says(task: str, method: str, model: Ll
         assert 0.5 * budget < sum(moved[name] for name in matrices) <= budget + 1
 
 
-@pytest.mark.parametrize("task", regime.TASKS)
+@pytest.mark.parametrize("task", TASKS)
 @pytest.mark.parametrize(("method", "package"), [("LoRA", "peft"), ("GaLore", "galore_torch")])
 def test_low_rank_methods_train_the_rest_in_pretraining_alone(task: str, method: str, package: str) -> None:
     for name in (package, "bitsandbytes"):
         pytest.importorskip(name)
-    fresh = regime.new_model()
+    fresh = regime.new_model(SCALE)
     begin = {name: parameter.detach().clone() for name, parameter in fresh.named_parameters()}
-    trained, optimizer = regime.build(Job(task, method, "int8", 0.25, 0, 0, 1), fresh)
+    trained, optimizer = regime.build(Job(task, method, "int8", 0.25, 0, 0, 1), fresh, SCALE)
     tokens = torch.randint(256, (1, 17), generator=torch.Generator().manual_seed(0))
     # LoRA's B begins at zero, so that A has no gradient in the first step.
     for _ in range(2):
@@ -126,7 +131,7 @@ def test_low_rank_methods_train_the_rest_in_pretraining_alone(task: str, method:
         optimizer.step()
         optimizer.zero_grad()
     now = {name.removeprefix("base_model.model."): parameter for name, parameter in trained.named_parameters()}
-    rest = regime.always_trained(regime.new_model())
+    rest = regime.always_trained(regime.new_model(SCALE))
     assert all(torch.equal(now[name], begin[name]) != (task == "pre-training") for name in rest)
     if method == "LoRA":
         frozen = "layers.0.attention.q_proj.base_layer.weight"
@@ -138,6 +143,63 @@ def test_low_rank_methods_train_the_rest_in_pretraining_alone(task: str, method:
 
 def test_variants_are_draws_of_another_kind() -> None:
     default = ImportanceSampler()
-    for method, options in regime.VARIANTS.items():
-        _, optimizer = regime.build(Job("fine-tuning", method, "int8", 0.03, 0, 0, 1), regime.new_model())
+    for method, options in VARIANTS.items():
+        _, optimizer = regime.build(Job("fine-tuning", method, "int8", 0.03, 0, 0, 1), regime.new_model(SCALE), SCALE)
         assert isinstance(optimizer, MISA) and optimizer.sampler == replace(default, **options) != default
+
+
+def test_scales_are_as_large_as_they_are_called(model: Llama) -> None:
+    with torch.device("meta"):
+        large = Llama(SCALES["128m"].shape)
+    assert equal_bytes.parameters(model) == pytest.approx(4.9e6, rel=0.02)
+    assert equal_bytes.parameters(large) == pytest.approx(128e6, rel=0.01)
+    assert {len(Llama(scale.shape).layers) for scale in SCALES.values() if scale.device == "cpu"} == {LAYERS}
+
+
+@pytest.fixture
+def searched(tmp_path, monkeypatch):
+    """A folder with the runs of two searches that are over, each with a run left, and of a third without package."""
+    adamw, misa = (next(search for search in GPU_SEARCHES if search.first.method == name) for name in ("AdamW", "MISA"))
+    lora = next(search for search in GPU_SEARCHES if search.first.method == "LoRA")
+    few = [replace(adamw, arms=(({"delta": 1.0}, 1),)), replace(misa, arms=(({"delta": 0.03}, 1),)), lora]
+    monkeypatch.setattr(regime, "GPU_SEARCHES", few)
+    monkeypatch.setattr(regime, "PACKAGES", {"LoRA": ("no_such_package",)})
+    # Where the weights to begin with are kept.
+    monkeypatch.chdir(tmp_path)
+    tuning = [
+        run_of(replace(search.first, power=search.first.power + offset), 1.0 + offset**2)
+        for search in few[:2]
+        for offset in (-1, 0, 1)
+    ]
+    (tmp_path / regime.RUNS).write_text("".join(json.dumps(run) + "\n" for run in tuning))
+    return tmp_path
+
+
+def stage(folder, *more: str) -> tuple[int, dict]:
+    code = gpu.main(["--stage", "regime", "--device", "cpu", "--out", str(folder), *more])
+    return code, json.loads((folder / "regime.json").read_text())
+
+
+def test_the_stage_trains_what_is_missing_and_goes_on_where_it_stopped(searched) -> None:
+    code, content = stage(searched, "--time-limit", "0")
+    assert (code, content["missing"], content["rows"]) == (0, 2, [])
+    code, content = stage(searched)
+    assert (code, content["missing"], content["failed"]) == (0, 0, {})
+    rows = {row["method"]: row for row in content["rows"]}
+    assert set(rows) == {"AdamW", "MISA"} and rows["AdamW"]["share"] == 1 and rows["MISA"]["seeds"] == [1]
+    assert [point[0] for point in content["curves"]["fine-tuning"]["AdamW"]] == [4, 8]
+    assert content["scale"]["name"] == "tiny" and content["absent"] == {"LoRA": "no_such_package is not installed"}
+    assert "LoRA: no_such_package is not installed." in (searched / "regime.md").read_text()
+    finished = (searched / regime.RUNS).read_text()
+    assert len(finished.splitlines()) == 8
+    assert stage(searched)[1]["rows"] == content["rows"]
+    assert (searched / regime.RUNS).read_text() == finished
+
+
+@pytest.mark.parametrize(("method", "code"), [("MISA", 1), ("uniform", 1), ("LoRA", 0)])
+def test_the_stage_fails_if_a_run_of_ours_fails(method: str, code: int, searched, monkeypatch) -> None:
+    failed = {replace(MISA_JOB, method=method): "ValueError: a reason"}
+    monkeypatch.setattr(regime, "run_all", lambda *arguments: failed)
+    found, content = stage(searched)
+    assert (found, content["failed"]) == (code, {method: "ValueError: a reason"})
+    assert f"{method}: ValueError: a reason." in (searched / "regime.md").read_text()

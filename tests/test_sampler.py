@@ -608,9 +608,9 @@ def test_draw_of_twenty_thousand_is_fast(sampler):
         budget = int(candidates.numel.sum()) // 30
         times = []
         for number in range(5):
-            start = time.perf_counter()
+            start = time.process_time()
             sampler.draw(candidates, budget, number, seed=0)
-            times.append(time.perf_counter() - start)
+            times.append(time.process_time() - start)
         return min(times)
 
     few, many = seconds(20_000), seconds(160_000)
