@@ -137,11 +137,11 @@ CPU_SEARCHES += tuple(
 )
 # At the paper's budget for pre-training.
 CPU_SEARCHES += tuple(
-    Search(7, replace(job, task="pre-training"), at(3, job.delta))
-    for job in (
-        first("BAdam", "fp32", delta=0.25, inner_steps=LAYER_STEPS),
-        first("LoRA", delta=0.25),
-        first("GaLore", delta=0.25),
+    Search(stage, replace(job, task="pre-training"), at(3, job.delta))
+    for stage, job in (
+        (5, first("BAdam", "fp32", delta=0.25, inner_steps=LAYER_STEPS)),
+        (5, first("LoRA", delta=0.25)),
+        (7, first("GaLore", delta=0.25)),
     )
 )
 # What answers most comes first: a stage of `make gpu` ends before they all have.
