@@ -156,6 +156,7 @@ def execute(scale: Scale, job: Job) -> dict[str, Any]:
     """Train once and return key and result of the run as plain types."""
     torch.set_num_threads(1)
     if scale.device == "cuda":
+        # TF32, with which the weights to begin with are trained, too.
         torch.set_float32_matmul_precision("high")
     # Updates in backward hold a model in cycles, and its memory until they are found.
     gc.collect()
@@ -234,7 +235,6 @@ def on_the_gpu(scale: Scale, deadline: float, folder: Path) -> dict[str, Any]:
         if importlib.util.find_spec(package) is None
     }
     searches = [search for search in GPU_SEARCHES if search.first.method not in absent]
-    base_weights(scale)
     failed = run_all(searches, partial(execute, scale), runs, Job, 1, deadline)
     errors = {job.method: error for job, error in failed.items()}
     return write_table(folder, scale, searches, absent=absent, failed=errors)
