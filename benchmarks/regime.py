@@ -187,6 +187,7 @@ def execute(scale: Scale, job: Job) -> dict[str, Any]:
         "training_bytes": held,
         "seconds": round(seconds, 1),
         "training_s": round(training_s, 1),
+        "machine": record.describe_device(torch.device(scale.device))["name"],
         "rounds_of": getattr(optimizer, "inner_steps", job.inner_steps) if job.method != "AdamW" else 0,
         "curve": curve,
         "tuning_loss_before": before[0],

@@ -40,10 +40,11 @@ def notes(content: Mapping[str, Any]) -> list[str]:
         "less. T is what MISA takes by itself unless it is given.",
         "",
         "The share is of AdamW's improvement on text that is neither trained nor tuned on, AdamW having had the same "
-        f"batches. Time is {'that of the training' if on_a_gpu else 'CPU time of the training, one thread'}, over "
-        "AdamW's. Learning rates: steps of a factor 2, three and one more while the best lies at an end, on a seed of "
-        "its own and other validation text; δ and states without a search of their own take the rate of the nearest. "
-        "Mean ± standard deviation over seeds, which move batches, draws and adapters.",
+        f"batches. Time is {'that of the training' if on_a_gpu else 'CPU time of the training, one thread'}, over the "
+        "mean of AdamW's on the same machine, of which there may be several. Learning rates: steps of a factor 2, "
+        "three and one more while the best lies at an end, on a seed of its own and other validation text; arms "
+        "without a search take the rate of the nearest δ. Mean ± standard deviation over seeds, which move batches, "
+        "draws and adapters. The chart leaves out MISA's variants.",
         "",
         *(f"{method}: {why}." for method, why in (content.get("absent", {}) | content.get("failed", {})).items()),
     ]
@@ -57,15 +58,22 @@ def summary(tuning: Runs, reporting: Runs) -> dict[str, Any]:
         reporting: Runs at the rates found; those of a seed without AdamW are left out.
     """
     adamw = {(run["task"], run["seed"]): run for run in reporting if run["method"] == "AdamW"}
+    # Of either task, whose steps are the same: finished runs may come from several machines.
+    adamw_s: dict[str, list[float]] = {}
+    for run in (*tuning, *reporting):
+        if run["method"] == "AdamW":
+            adamw_s.setdefault(run["machine"], []).append(run["training_s"])
     arms: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for run in reporting:
         reference = adamw.get((run["task"], run["seed"]))
         if reference is None:
             continue
         gain = reference["loss_before"] - reference["loss"]
+        whole_s = statistics.mean(adamw_s[run["machine"]]) if run["machine"] in adamw_s else None
         more = {
             "share": (run["loss_before"] - run["loss"]) / gain,
-            "time": run["training_s"] / reference["training_s"],
+            "time": None if whole_s is None else run["training_s"] / whole_s,
+            "curve": [] if whole_s is None else [(step, at_s / whole_s, loss) for step, at_s, loss in run["curve"]],
         }
         arms.setdefault(tuple(run[name] for name in KEY), []).append(run | more)
     rows = [row_of(key, runs) for key, runs in arms.items()]
@@ -79,8 +87,8 @@ def row_of(key: tuple[Any, ...], runs: Runs) -> dict[str, Any]:
     row |= {name: runs[0][name] for name in ("size", "training_bytes", "lr", "rounds_of")}
     row["seeds"] = sorted(run["seed"] for run in runs)
     for name in ("loss", "share", "time"):
-        values = [run[name] for run in runs]
-        row[name] = statistics.mean(values)
+        values = [run[name] for run in runs if run[name] is not None]
+        row[name] = statistics.mean(values) if values else None
         row[name + "_sd"] = statistics.stdev(values) if len(values) > 1 else None
     return row
 
@@ -118,12 +126,19 @@ def searches(tuning: Runs) -> list[dict[str, Any]]:
 
 
 def curves(arms: Mapping[tuple[Any, ...], Runs]) -> dict[str, dict[str, list[list[float]]]]:
-    """Return by task and arm the points (steps, seconds, training loss) of the curve, means over seeds."""
+    """Return by task and arm the points (steps, time over AdamW's whole time, training loss), means over seeds.
+
+    MISA has a curve for each δ alone: a chart of all that is in the table could not be read.
+    """
     found: dict[str, dict[str, list[list[float]]]] = {}
     for key, runs in arms.items():
-        points = zip(*(run["curve"] for run in runs), strict=True)
+        arm = dict(zip(KEY, key, strict=True))
+        default = (arm["state"], arm["inner_steps"]) == ("int8", 0)
+        if arm["method"].startswith("MISA, ") or (arm["method"] == "MISA" and not default):
+            continue
+        points = zip(*(run["curve"] for run in runs if run["curve"]), strict=True)
         means = [[statistics.mean(values) for values in zip(*point, strict=True)] for point in points]
-        found.setdefault(key[0], {})[name_of(dict(zip(KEY, key, strict=True)))] = means
+        found.setdefault(key[0], {})[name_of(arm)] = means
     return found
 
 
@@ -151,7 +166,7 @@ def table(rows: Runs) -> list[str]:
             f"{row['training_bytes'] / 1e3:,.0f}",
             f"{row['lr']:g}",
             spread(row, "share", 100, 1),
-            f"{row['time']:.2f}",
+            "" if row["time"] is None else f"{row['time']:.2f}",
             spread(row, "loss", 1, 3),
             str(len(row["seeds"])),
         )
@@ -185,14 +200,14 @@ def markdown(content: Mapping[str, Any]) -> str:
 
 
 def draw(content: Mapping[str, Mapping[str, Sequence[Sequence[float]]]], path: Path) -> Path | None:
-    """Draw the training loss against steps and against seconds, a row for each task; None without matplotlib."""
+    """Draw the training loss against steps and against time, a row for each task; None without matplotlib."""
     plt = charts.pyplot()
     if plt is None or not content:
         return None
     figure, axes = plt.subplots(len(content), 2, figsize=(12, 4.6 * len(content)), squeeze=False)
     names = list(dict.fromkeys(name for arms in content.values() for name in arms))
     for row, (task, arms) in zip(axes, content.items(), strict=True):
-        for axis, (column, label) in zip(row, enumerate(("steps", "seconds of training")), strict=True):
+        for axis, (column, label) in zip(row, enumerate(("steps", "time, of AdamW's whole training")), strict=True):
             for name, points in arms.items():
                 number = names.index(name)
                 style = ("-", "--", ":")[number // len(charts.COLORS) % 3]
@@ -211,5 +226,5 @@ def draw(content: Mapping[str, Mapping[str, Sequence[Sequence[float]]]], path: P
             ends = [point[2] for points in arms.values() for point in points[len(points) // 10 :]]
             axis.set_ylim(min(ends) * 0.98, max(ends) * 1.01)
         row[0].set_ylabel("training loss, nats a byte")
-        row[1].legend(fontsize=7, loc="upper right")
+        row[1].legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.01, 1))
     return charts.saved(plt, figure, path, charts.digest(content))

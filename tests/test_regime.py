@@ -21,7 +21,7 @@ METHODS = ("AdamW", "LoRA", "GaLore", "BAdam", "LISA", "uniform", "MISA", *VARIA
 
 
 def run_of(job: Job, loss: float, seconds: float = 50.0) -> dict:
-    figures = {"lr": regime.lr_of(job, SCALE), "size": 0.5, "training_bytes": 1000, "rounds_of": 5}
+    figures = {"lr": regime.lr_of(job, SCALE), "size": 0.5, "training_bytes": 1000, "rounds_of": 5, "machine": "this"}
     curve = [(20, seconds / 2, loss + 1), (40, seconds, loss)]
     return asdict(job) | figures | {
         "training_s": seconds, "curve": curve, "loss_before": 3.0, "loss": loss, "tuning_loss": loss
@@ -43,6 +43,32 @@ def test_share_and_time_are_over_adamw_of_the_same_seed() -> None:
     assert rows["MISA"]["share_sd"] == pytest.approx(0.1 / 2**0.5)
     assert (rows["MISA"]["time"], rows["MISA"]["seeds"]) == (0.5, [1, 2])
     assert (rows["AdamW"]["share"], rows["AdamW"]["time"]) == (1.0, 1.0)
+
+
+def test_the_chart_leaves_out_variants_that_the_table_has() -> None:
+    adamw = replace(MISA_JOB, method="AdamW", state="fp32", delta=1.0)
+    changes = ({"state": "fp32"}, {"inner_steps": 25}, {"method": "MISA, window"}, {"delta": 0.01}, {"method": "LISA"})
+    content = regime_table.summary(
+        [], [run_of(job, 1.0) for job in (adamw, *(replace(MISA_JOB, **c) for c in changes))]
+    )
+    assert len(content["rows"]) == 6
+    assert set(content["curves"]["fine-tuning"]) == {"AdamW", "MISA int8, δ = 0.01", "LISA"}
+
+
+def test_time_is_over_that_of_adamw_on_the_same_machine() -> None:
+    """Twice as fast a machine, where AdamW was run in the other task alone, and one where it was not run."""
+    adamw = replace(MISA_JOB, method="AdamW", state="fp32", delta=1.0, power=0)
+    runs = [run_of(adamw, 1.0, 100.0), run_of(replace(adamw, seed=2), 1.0, 140.0)]
+    runs += [run_of(replace(MISA_JOB, seed=1), 1.5, 60.0), run_of(replace(MISA_JOB, seed=2), 1.5, 36.0)]
+    runs[-1]["machine"] = "fast"
+    runs.append(run_of(replace(MISA_JOB, method="uniform"), 1.5, 30.0) | {"machine": "third"})
+    tuning = [run_of(replace(adamw, task="pre-training", seed=TUNING_SEED), 1.0, 60.0) | {"machine": "fast"}]
+    content = regime_table.summary(tuning, runs)
+    rows = {row["method"]: row for row in content["rows"]}
+    assert rows["MISA"]["time"] == pytest.approx((60 / 120 + 36 / 60) / 2)
+    assert rows["uniform"]["time"] is None and rows["uniform"]["share"] == 0.75
+    assert content["curves"]["fine-tuning"]["uniform int8, δ = 0.03"] == []
+    assert "| 75.0 |  | 1.500 | 1 |" in regime_table.table([rows["uniform"]])[-2]
 
 
 @pytest.mark.parametrize(("losses", "met"), [((1.4, 1.5), True), ((1.6, 1.5), False)])
@@ -68,7 +94,7 @@ def test_the_table_has_all_arms_and_searches() -> None:
 def test_curves_are_means_over_seeds(tmp_path) -> None:
     pytest.importorskip("matplotlib")
     curves = content_of((1.4, 1.6))["curves"]
-    assert curves["fine-tuning"]["MISA int8, δ = 0.03"] == [[20, 25.0, 2.5], [40, 50.0, 1.5]]
+    assert curves["fine-tuning"]["MISA int8, δ = 0.03"] == [[20, 0.25, 2.5], [40, 0.5, 1.5]]
     path = regime_table.draw(curves, tmp_path / "regime.png")
     assert path is not None and path.stat().st_size > 10_000
 
