@@ -78,7 +78,7 @@ def rows(with_shares: Runs) -> list[dict[str, Any]]:
     for key, runs in arms.items():
         row = dict(zip(KEY, key, strict=True)) | {name: runs[0][name] for name in ("size", "training_bytes", "lr")}
         row["seeds"] = sorted(run["seed"] for run in runs)
-        for name in ("loss", "share", "cpu_seconds"):
+        for name in ("loss", "share"):
             values = [run[name] for run in runs]
             row[name] = statistics.mean(values)
             row[name + "_sd"] = statistics.stdev(values) if len(values) > 1 else None
@@ -151,13 +151,12 @@ def markdown(content: dict[str, Any]) -> str:
         lines += [
             f"### {model}, the bytes of LoRA with {state} states at rank {rank}",
             "",
-            "| method | states | δ or rank | training kB | lr | share of AdamW's gain, % "
-            "| loss, nats a byte | seeds | CPU s |",
-            "|---|---|---|---|---|---|---|---|---|",
+            "| method | states | δ or rank | training kB | lr | share of AdamW's gain, % | loss, nats a byte | seeds |",
+            "|---|---|---|---|---|---|---|---|",
             *(
                 f"| {row['method']} | {row['state']} | {row['size']:.3g} | {row['training_bytes'] / 1e3:,.0f} "
                 f"| {row['lr']:.4f} | {spread(row, 'share', 100, 1)} | {spread(row, 'loss', 1, 4)} "
-                f"| {len(row['seeds'])} | {row['cpu_seconds']:.0f} |"
+                f"| {len(row['seeds'])} |"
                 for row in chosen
             ),
             "",
