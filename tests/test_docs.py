@@ -19,6 +19,7 @@ import pytest
 
 import misa_kernels
 from benchmarks import regime_table
+from benchmarks.regime_runs import TASKS
 from misa_kernels.__main__ import COMMANDS, main
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -204,20 +205,22 @@ def test_shares_of_improvement_are_those_of_the_record() -> None:
     assert set(re.findall(r"\d+\.\d ± \d\.\d", text)) <= set(re.findall(r"\d+\.\d ± \d\.\d", record))
 
 
-def test_the_table_of_small_deltas_is_that_of_the_record() -> None:
+def test_the_tables_of_small_deltas_are_those_of_the_record() -> None:
     rows = json.loads((ROOT / "benchmarks" / "results" / "regime.json").read_text())["rows"]
     text = (ROOT / "docs" / "choosing.md").read_text()
-    chosen = re.findall(r"^\| (.+), δ = (\.\d+), T = (\d+) \| (.*?) \| (.*?) \|$", text, flags=re.MULTILINE)
-    assert len(chosen) > 4
-    for method, delta, rounds, share, time in chosen:
-        (row,) = [
-            row
-            for row in rows
-            if (row["task"], row["state"], row["method"]) == ("fine-tuning", "int8", method)
-            and (row["delta"], row["rounds_of"]) == (float(delta), int(rounds))
-        ]
-        assert share == regime_table.spread(row, "share", 100, 1)
-        assert time == f"{row['time']:.2f}"
+    table = r"^\| (.+), δ = (\.\d+), T = (\d+) \| (.*?) \| (.*?) \|$"
+    for task, part in zip(TASKS, text.split("**Pre-training"), strict=True):
+        chosen = re.findall(table, part, flags=re.MULTILINE)
+        assert len(chosen) > 4
+        for method, delta, rounds, share, time in chosen:
+            (row,) = [
+                row
+                for row in rows
+                if (row["task"], row["state"], row["method"]) == (task, "int8", method)
+                and (row["delta"], row["rounds_of"]) == (float(delta), int(rounds))
+            ]
+            assert share == regime_table.spread(row, "share", 100, 1)
+            assert time == f"{row['time']:.2f}"
 
 
 def test_tables_of_choices_are_those_of_their_runs(capsys: pytest.CaptureFixture[str]) -> None:
