@@ -179,6 +179,9 @@ def test_scales_are_as_large_as_they_are_called(model: Llama) -> None:
         large = Llama(SCALES["128m"].shape)
     assert equal_bytes.parameters(model) == pytest.approx(4.9e6, rel=0.02)
     assert equal_bytes.parameters(large) == pytest.approx(128e6, rel=0.01)
+    lora = [search.first for search in GPU_SEARCHES if search.first.method == "LoRA"]
+    # A rank is 307,200 parameters of 10.03 bytes; there are 3.8 and 32 million to be trained, of 6.06 bytes.
+    assert {job.delta: regime.size_of(job, large) for job in lora} == {0.03: 7, 0.25: 62}
     assert {len(Llama(scale.shape).layers) for scale in SCALES.values() if scale.device == "cpu"} == {LAYERS}
 
 
