@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -41,17 +42,19 @@ def notes(content: Mapping[str, Any]) -> list[str]:
         "",
         "The share is of AdamW's improvement on text that is neither trained nor tuned on, AdamW having had the same "
         f"batches. Time is {'that of the training' if on_a_gpu else 'CPU time of the training, one thread'}, over the "
-        "mean of AdamW's on the same machine, of which there may be several. Learning rates: steps of a factor 2, "
-        "three and one more while the best lies at an end, on a seed of its own and other validation text; arms "
-        "without a search take the rate of the nearest δ. Mean ± standard deviation over seeds, which move batches, "
-        "draws and adapters. The chart leaves out MISA's variants.",
+        "mean of AdamW's on the same machine. Learning rates: steps of a factor 2, three and one more while the best "
+        "lies at an end, on a seed of its own and other validation text; arms without a search take the rate of the "
+        "nearest δ. Mean ± standard deviation over seeds, which move batches, draws and adapters. The chart leaves out "
+        "MISA's variants.",
+        "",
+        f"Runs by machine: {'; '.join(f'{name}: {runs}' for name, runs in content['machines'].items())}.",
         "",
         *(f"{method}: {why}." for method, why in (content.get("absent", {}) | content.get("failed", {})).items()),
     ]
 
 
 def summary(tuning: Runs, reporting: Runs) -> dict[str, Any]:
-    """Return rows, goals, searches and curves, as plain types.
+    """Return rows, goals, searches, curves and the number of runs by machine, as plain types.
 
     Args:
         tuning: Runs of the searches for learning rates.
@@ -78,7 +81,14 @@ def summary(tuning: Runs, reporting: Runs) -> dict[str, Any]:
         arms.setdefault(tuple(run[name] for name in KEY), []).append(run | more)
     rows = [row_of(key, runs) for key, runs in arms.items()]
     rows.sort(key=lambda row: (row["task"], -row["share"]))
-    return {"rows": rows, "goals": goals(rows), "tuning": searches(tuning), "curves": curves(arms)}
+    machines = dict(Counter(run["machine"] for run in (*tuning, *reporting)))
+    return {
+        "rows": rows,
+        "goals": goals(rows),
+        "tuning": searches(tuning),
+        "curves": curves(arms),
+        "machines": machines,
+    }
 
 
 def row_of(key: tuple[Any, ...], runs: Runs) -> dict[str, Any]:
