@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from operator import attrgetter
-from typing import cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -155,9 +155,10 @@ def addresses(grads: Sequence[Tensor | None], dtypes: list[torch.dtype], copies:
     Raises:
         TypeError: If one is not of its dtype.
     """
+    given: Sequence[Any] = grads
     try:
-        found = list(map(Tensor.data_ptr, cast(Sequence[Tensor], grads)))
-        if list(map(DTYPE, grads)) == dtypes and all(map(Tensor.is_contiguous, cast(Sequence[Tensor], grads))):
+        found = list(map(Tensor.data_ptr, given))
+        if list(map(DTYPE, given)) == dtypes and all(map(Tensor.is_contiguous, given)):
             return found
     except TypeError:
         # None is among them.
