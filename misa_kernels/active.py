@@ -102,7 +102,9 @@ class ActiveSet:
 
         Raises:
             TypeError: For a gradient that is not dense; nothing is changed.
+            RuntimeError: Within the capture of a CUDA graph; nothing is changed.
         """
+        refuse_capture()
         self._adopt()
         grads = [param.grad for param in self._params]
         if self._settings.ranks is not None:
@@ -129,8 +131,9 @@ class ActiveSet:
             param: The parameter whose gradient is complete.
 
         Raises:
-            RuntimeError: If it has had one since the last step.
+            RuntimeError: If it has had one since the last step, or within the capture of a CUDA graph.
         """
+        refuse_capture()
         if param in self._received:
             raise RuntimeError(
                 f"release_gradients=True got a second gradient of shape {tuple(param.shape)} before step(), and the "
@@ -183,8 +186,9 @@ class ActiveSet:
             enter: The sampled slots to begin with.
 
         Raises:
-            RuntimeError: If the weights are on several devices, or on none.
+            RuntimeError: If the weights are on several devices, or on none, or within the capture of a CUDA graph.
         """
+        refuse_capture()
         blocks = self._slots.blocks
         devices = {block.param.device for block in blocks}
         if len(devices) > 1 or "meta" in {device.type for device in devices}:
@@ -431,6 +435,16 @@ class ActiveSet:
                     f"the gradient of {self._names[row.index]} is {grad.layout}: MISA updates dense gradients; use "
                     "sparse=False in the embedding, or give it the role 'frozen'"
                 ) from None
+
+
+def refuse_capture() -> None:
+    """Raise RuntimeError where what is launched would be recorded in a CUDA graph instead of run."""
+    if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():  # type: ignore[no-untyped-call]
+        raise RuntimeError(
+            "a step of MISA is being captured in a CUDA graph, whose replays would repeat its learning rates, its "
+            "noise and the addresses of its round: capture forward and backward alone, anew in every round and "
+            "without release_gradients, and call step() outside"
+        )
 
 
 def adopt_weight(master: Tensor, theta: Tensor) -> None:

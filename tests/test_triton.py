@@ -8,7 +8,11 @@ from unittest.mock import patch
 import numpy as np
 import pytest
 import torch
-from tables import HYPER, OTHER, Kernel, Row, Step, interpreted, mixed_rows, reserve, same_bits, triton_kernel
+from tables import HYPER, OTHER, Kernel, Row, Step, interpreted, missing, mixed_rows, reserve, same_bits, triton_kernel
+from torch import nn
+
+from misa_kernels import MISA
+from misa_kernels.kernels import unusable
 
 
 @pytest.fixture
@@ -116,23 +120,61 @@ def test_steps_never_wait_and_never_compile_again(monkeypatch):
     assert sum(len(cache[0]) for cache in step_kernel.device_caches.values()) == variants
 
 
+def optimizer_of(model: nn.Module, **options) -> MISA:
+    for param in model.parameters():
+        param.grad = torch.ones_like(param)
+    return MISA(list(model.parameters()), delta=1.0, inner_steps=100, **options)
+
+
+def all_bits(model: nn.Module, optimizer: MISA) -> list[torch.Tensor]:
+    state = optimizer.state_dict()["state"]
+    return [x.clone() for x in (*model.parameters(), *(x for own in state.values() for x in own.values()))]
+
+
+@pytest.mark.parametrize("steps", [0, 2])
+@pytest.mark.parametrize("backend", ["reference", "auto"])
+def test_a_step_is_refused_while_a_graph_is_captured(monkeypatch, steps, backend):
+    model, untouched = (nn.Linear(6, 5, bias=False).bfloat16() for _ in range(2))
+    untouched.load_state_dict(model.state_dict())
+    optimizer, expected = (optimizer_of(each, backend=backend) for each in (model, untouched))
+    for _ in range(steps):
+        optimizer.step()
+        expected.step()
+    before = all_bits(model, optimizer)
+    with monkeypatch.context() as capturing:
+        capturing.setattr(torch.cuda, "is_initialized", lambda: True)
+        capturing.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+        with pytest.raises(RuntimeError, match="captured in a CUDA graph.*call step\\(\\) outside"):
+            optimizer.step()
+    assert same_bits(before, all_bits(model, optimizer))
+    optimizer.step()
+    expected.step()
+    assert same_bits(all_bits(untouched, expected), all_bits(model, optimizer))
+
+
+def test_released_gradients_are_refused_while_a_graph_is_captured(monkeypatch):
+    model = nn.Linear(6, 5, bias=False)
+    optimizer = MISA(list(model.parameters()), delta=1.0, release_gradients=True)
+    before = model.weight.detach().clone()
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with pytest.raises(RuntimeError, match="captured in a CUDA graph.*without release_gradients"):
+        model(torch.ones(2, 6)).sum().backward()
+    assert torch.equal(model.weight, before) and optimizer.backend is None
+
+
 @pytest.mark.gpu
-def test_a_captured_step_replays(monkeypatch):
-    kernel = triton_kernel("cuda", monkeypatch)
-    rows = [Row(20_000), Row(77, torch.bfloat16)]
-    captured, eager = (Step(kernel, rows) for _ in range(2))
-    grads = eager.draw()
-    for step in (captured, eager):
-        step.run(grads)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured.run(grads)
-    for _ in range(3):
-        graph.replay()
-        eager.run(grads)
-    captured.run(grads)
-    eager.run(grads)
-    assert same_bits(captured.bits(), eager.bits())
+@pytest.mark.parametrize("backend", ["triton", "cuda", "reference"])
+def test_a_capture_on_a_gpu_is_refused(backend):
+    if unusable(backend):
+        missing(f"{backend} {unusable(backend)}")
+    model = nn.Linear(64, 32, bias=False).cuda()
+    optimizer = optimizer_of(model, backend=backend)
+    optimizer.step()
+    before = all_bits(model, optimizer)
+    with pytest.raises(RuntimeError, match="captured in a CUDA graph"), torch.cuda.graph(torch.cuda.CUDAGraph()):
+        optimizer.step()
+    assert same_bits(before, all_bits(model, optimizer))
 
 
 @pytest.mark.gpu
