@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.memory import PeakMemory
-from benchmarks.peers import PEERS, Peer
+from benchmarks.peers import LR, PEERS, Peer
 from misa_kernels import MISA
 
 # The first update of a state does not read it.
@@ -47,10 +47,37 @@ class Case:
         """Return the shape of one tensor."""
         return max(self.elements // (self.tensors * self.columns), 1), self.columns
 
+    def shapes(self) -> list[tuple[int, int]]:
+        """Return the shapes of all tensors."""
+        return [self.shape()] * self.tensors
+
     def numel(self) -> int:
         """Return the elements there are, which the division leaves somewhat below `elements`."""
-        rows, columns = self.shape()
-        return rows * columns * self.tensors
+        return sum(rows * columns for rows, columns in self.shapes())
+
+
+@dataclass(frozen=True)
+class Matrices:
+    """The active matrices of a model, by shape.
+
+    Attributes:
+        counts: How many there are of each shape.
+    """
+
+    counts: Mapping[tuple[int, int], int]
+
+    def shapes(self) -> list[tuple[int, int]]:
+        """Return the shapes of all tensors."""
+        return [shape for shape, count in self.counts.items() for _ in range(count)]
+
+    def numel(self) -> int:
+        """Return their elements."""
+        return sum(rows * columns for rows, columns in self.shapes())
+
+    @property
+    def tensors(self) -> int:
+        """Their number."""
+        return sum(self.counts.values())
 
 
 M = 2**20
@@ -92,20 +119,22 @@ class Samples:
     host_bound: int = 0
 
 
+def wait(device: torch.device) -> None:
+    """Wait until the device is idle."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
 class Timer:
     """Times steps on one device."""
 
     def __init__(self, device: torch.device) -> None:
+        self._device = device
         self.cuda = device.type == "cuda"
         cache_bytes = torch.cuda.get_device_properties(device).L2_cache_size if self.cuda else 2**16
         self._scratch = torch.empty(4 * cache_bytes // 4, device=device)
         if self.cuda:
             self._start, self._end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-
-    def wait(self) -> None:
-        """Wait until the device is idle."""
-        if self.cuda:
-            torch.cuda.synchronize()
 
     def _flush(self) -> None:
         # Written, so that nothing else is left in the L2; then read, so that the writing back is not the step's.
@@ -118,14 +147,14 @@ class Timer:
             self._flush()
             return self.wall_us(step)[1], False
         for cycles in DELAY_CYCLES:
-            self.wait()
+            wait(self._device)
             torch.cuda._sleep(cycles)
             self._flush()
             self._start.record()
             step()
             self._end.record()
             ahead = not self._start.query()
-            self.wait()
+            wait(self._device)
             if ahead:
                 break
         return self._start.elapsed_time(self._end) * 1e3, not ahead
@@ -133,36 +162,39 @@ class Timer:
     def wall_us(self, step: Callable[[], object]) -> tuple[float, float]:
         """Return the microseconds until a step returns, and until the device is idle again."""
         self._flush()
-        self.wait()
+        wait(self._device)
         started = time.perf_counter()
         step()
         returned = time.perf_counter()
-        self.wait()
+        wait(self._device)
         return (returned - started) * 1e6, (time.perf_counter() - started) * 1e6
 
     def copy_bandwidth(self, repeats: int) -> dict[str, float]:
         """Return bytes read and written a second by a copy on the device."""
-        device = self._scratch.device
-        source = torch.randint(256, (COPY_BYTES[device.type],), dtype=torch.uint8, device=device)
+        size = COPY_BYTES[self._device.type]
+        source = torch.randint(256, (size,), dtype=torch.uint8, device=self._device)
         target = torch.empty_like(source)
         times = [self.device_us(lambda: target.copy_(source))[0] for _ in range(repeats + WARM_UP)][WARM_UP:]
         return quantiles([2 * source.nbytes / us / 1e3 for us in times])
 
 
 def quantiles(values: Sequence[float]) -> dict[str, float]:
-    """Return median, p10 and p90."""
-    p10, median, p90 = np.percentile(values, [10, 50, 90]).tolist()
-    return {"median": median, "p10": p10, "p90": p90}
+    """Return the median, and percentiles by name: p10, p20, p80 and p90."""
+    found = np.percentile(values, [50, 10, 20, 80, 90]).tolist()
+    return dict(zip(("median", "p10", "p20", "p80", "p90"), found, strict=True))
 
 
 def measure(
-    cases: Sequence[Case],
+    cases: Sequence[Case | Matrices],
     device: torch.device,
     deadline: float,
     repeats: int,
     peers: Mapping[str, Peer] = PEERS,
 ) -> Iterator[dict]:
     """Measure all peers in each case, and yield a record of each case.
+
+    Gradients lie elsewhere and the learning rate is another in every step, as in training: a step that finds both as
+    they were has nothing to upload, and its figures would be too good.
 
     Args:
         cases: What to update.
@@ -194,16 +226,21 @@ def measure(
 
 
 def measure_peers(
-    case: Case, timer: Timer, device: torch.device, repeats: int, peers: Mapping[str, Peer]
+    case: Case | Matrices, timer: Timer, device: torch.device, repeats: int, peers: Mapping[str, Peer]
 ) -> dict[str, dict[str, Any]]:
     """Return of each peer its times, bytes moved, and the most memory that a step takes beyond the state."""
     ready, results = prepare(case, timer, device, peers)
     samples = {name: Samples() for name in ready}
+    # The gradients of a step, and those of the next.
+    sets = {dtype: gradients_of(case, dtype, device) for dtype in {peers[name].dtype for name in ready}}
     for number in range(repeats):
         for name in list(ready)[:: -1 if number % 2 else 1]:
-            step, taken = ready[name][0], samples[name]
+            (step, weights, optimizer), taken = ready[name], samples[name]
+            gradients = sets[peers[name].dtype]
             try:
+                renew(weights, optimizer, gradients[0], number)
                 device_us, late = timer.device_us(step)
+                renew(weights, optimizer, gradients[1], number + 0.5)
                 host_us, wall_us = timer.wall_us(step)
             except torch.OutOfMemoryError as error:
                 # What a step needs for itself, the peers built after its warm-up may have taken.
@@ -231,8 +268,22 @@ def measure_peers(
     return {name: results[name] for name in peers}
 
 
+def gradients_of(case: Case | Matrices, dtype: torch.dtype, device: torch.device) -> tuple[list[Tensor], list[Tensor]]:
+    """Return two sets of gradients, at addresses of their own."""
+    generator = torch.Generator(device).manual_seed(1)
+    return random(case, dtype, generator), random(case, dtype, generator)
+
+
+def renew(weights: list[Tensor], optimizer: Any, gradients: list[Tensor], number: float) -> None:
+    """Give the weights these gradients, and the optimizer a learning rate of its own for step `number`."""
+    for weight, gradient in zip(weights, gradients, strict=True):
+        weight.grad = gradient
+    for group in getattr(optimizer, "param_groups", ()):
+        group["lr"] = LR / (1.0 + 1e-3 * number)
+
+
 def prepare(
-    case: Case, timer: Timer, device: torch.device, peers: Mapping[str, Peer]
+    case: Case | Matrices, timer: Timer, device: torch.device, peers: Mapping[str, Peer]
 ) -> tuple[dict[str, Ready], dict[str, dict[str, Any]]]:
     """Build and warm up all peers; return what is to be timed of each with its weights, and errors of the others."""
     generator = torch.Generator(device).manual_seed(0)
@@ -253,7 +304,7 @@ def prepare(
             step = whole_step(peer, weights, optimizer)
             for _ in range(WARM_UP):
                 step()
-            timer.wait()
+            wait(device)
             ready[name] = step, weights, optimizer
         # Whatever one peer fails at, the numbers of the others are kept; the record shows the failure.
         except Exception as error:
@@ -274,12 +325,9 @@ def failure(error: Exception) -> dict[str, Any]:
     return {"error": f"{type(error).__name__}: {error}".splitlines()[0]}
 
 
-def random(case: Case, dtype: torch.dtype, generator: torch.Generator) -> list[Tensor]:
+def random(case: Case | Matrices, dtype: torch.dtype, generator: torch.Generator) -> list[Tensor]:
     """Return tensors of normal numbers."""
-    return [
-        torch.randn(case.shape(), generator=generator, device=generator.device, dtype=dtype)
-        for _ in range(case.tensors)
-    ]
+    return [torch.randn(shape, generator=generator, device=generator.device, dtype=dtype) for shape in case.shapes()]
 
 
 def whole_step(peer: Peer, weights: list[Tensor], optimizer: Any) -> Callable[[], object]:
@@ -290,22 +338,27 @@ def whole_step(peer: Peer, weights: list[Tensor], optimizer: Any) -> Callable[[]
     return lambda: (before(weights), optimizer.step())
 
 
-def launches(case: Case, device: torch.device, peers: Mapping[str, Peer] = PEERS) -> dict[str, dict[str, Any]]:
+def launches(
+    case: Case | Matrices, device: torch.device, peers: Mapping[str, Peer] = PEERS
+) -> dict[str, dict[str, Any]]:
     """Return how many kernels, copies and fills a step of each peer puts on the device, and the kernels by name.
 
     After all timing: the profiler's hooks stay, and would slow down every launch that comes later.
     """
     timer = Timer(device)
-    counts = {}
-    for name, (step, *_) in prepare(case, timer, device, peers)[0].items():
-        with torch.profiler.profile() as profiler:
-            step()
-            timer.wait()
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / "trace.json"
-            profiler.export_chrome_trace(str(path))
-            counts[name] = count_launches(json.loads(path.read_text())["traceEvents"])
-    return counts
+    ready, _ = prepare(case, timer, device, peers)
+    return {name: launches_of(step, device) for name, (step, *_) in ready.items()}
+
+
+def launches_of(step: Callable[[], object], device: torch.device) -> dict[str, Any]:
+    """Return what a step puts on the device, see `count_launches`."""
+    with torch.profiler.profile() as profiler:
+        step()
+        wait(device)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "trace.json"
+        profiler.export_chrome_trace(str(path))
+        return count_launches(json.loads(path.read_text())["traceEvents"])
 
 
 def count_launches(events: Sequence[dict[str, Any]]) -> dict[str, Any]:

@@ -46,7 +46,7 @@ def test_every_peer_is_measured_beside_ours(content, tmp_path):
         assert peer["gb_per_s"] == pytest.approx(peer["bytes"] * CASE.numel() / peer["ms"]["median"] / 1e6)
     assert (tmp_path / "cpu.png").stat().st_size > 10_000
     for name in ("fp32 misa", "fp32 misa clip", "bf16 misa"):
-        assert peers[name]["times_ours"] == {"median": 1.0, "p10": 1.0, "p90": 1.0}
+        assert set(peers[name]["times_ours"].values()) == {1.0}
     assert content["host"]["peers"]["fp32 fused"]["us"]["median"] > 0
     assert len(content["goals"]) == 4
 

@@ -204,6 +204,23 @@ def test_a_step_that_finds_no_memory_once_all_peers_are_there_is_left_out_alone(
     assert case["peers"]["fp32 fused"]["device_us"]["median"] > 0
 
 
+def test_every_timed_step_has_gradients_and_a_learning_rate_of_its_own():
+    """Or there would be nothing to upload, and the figures would be too good."""
+    seen = []
+
+    class Seeing(torch.optim.SGD):
+        def step(self):
+            grads = [param.grad for param in self.param_groups[0]["params"]]
+            seen.append((tuple(grad.data_ptr() for grad in grads), self.param_groups[0]["lr"]))
+
+    peers = {"seeing": update.Peer(torch.float32, 8, lambda weights: Seeing(weights, lr=1e-4))}
+    (case,) = update.measure([update.Matrices({(16, 32): 2, (8, 8): 1})], torch.device("cpu"), math.inf, 3, peers)
+    assert (case["elements"], case["tensors"]) == (1088, 3)
+    # Two a turn, after the warm-up and before the step whose memory is counted.
+    timed = seen[update.WARM_UP : -1]
+    assert len(timed) == 6 and all(a[0] != b[0] and a[1] != b[1] for a, b in zip(timed, timed[1:], strict=False))
+
+
 def test_every_gpu_case_has_about_its_elements():
     for case in update.CASES["cuda"]:
         assert 0.99 * case.elements < case.numel() <= case.elements
@@ -332,7 +349,7 @@ def test_a_tool_is_stopped_with_what_it_started():
 def test_test_stage_writes_what_the_sanitizers_found(monkeypatch, tmp_path, hazards, code):
     passed = {"passed": 3, "failed": 0, "skipped": 0, "ok": True}
     outputs = {"memcheck": (0, MEMCHECK.format(0)), "racecheck": (99 * (hazards > 0), RACECHECK.format(hazards, 0))}
-    monkeypatch.setattr(gpu, "run_gpu_tests", lambda deadline: passed)
+    monkeypatch.setattr(gpu, "run_gpu_tests", lambda deadline, path: passed)
     monkeypatch.setattr(nvidia, "find", lambda tool: f"/cuda/{tool}")
     monkeypatch.setattr(nvidia, "run", lambda command, deadline, **variables: outputs[command[2]])
     assert gpu.main(["--stage", "test", "--device", "cpu", "--out", str(tmp_path)]) == code
