@@ -1,9 +1,10 @@
 # Run by `make NAME`. Everything but gpu works inside .venv, made on first use.
 
 PYTHON ?= python3
-# Set by `make gpu STAGE=bench OUT=folder`; ARGS goes on to the benchmark as it is.
-STAGE ?= smoke
+# Set by `make gpu STAGE=bench OUT=folder`; ARGS goes on to the benchmark as it is. PARTS=step,train are some of first.
+STAGE ?= first
 OUT ?= out/gpu
+PARTS ?=
 ARGS ?=
 # `make demo QUICK=1` takes a minute.
 QUICK ?=
@@ -72,8 +73,8 @@ native:  ## build the native libraries into misa_kernels/, without .venv, networ
 	cmake --build build/native --parallel
 
 # No environment, no network: the machine's own Python and torch, this checkout on the path.
-gpu:  ## STAGE=smoke: GPU tests; test: sanitizers; bench, formats, growth: the step; e2e, caps; memory; regime: quality; all
-	PYTHONPATH=. $(PYTHON) -m benchmarks.gpu --stage $(STAGE) --out $(OUT) $(ARGS)
+gpu:  ## STAGE=first: five minutes; smoke, test: tests; bench, formats, growth: step; e2e, caps; memory; regime: quality; all
+	PYTHONPATH=. $(PYTHON) -m benchmarks.gpu --stage $(STAGE) --out $(OUT) --parts '$(PARTS)' $(ARGS)
 
 wheels:  ## what STAGE=formats compares with, into out/peers, for a GPU machine without network
 	$(PYTHON) -m benchmarks.wheels

@@ -16,7 +16,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -252,13 +252,16 @@ def spread(values: list[float] | list[int]) -> dict[str, float] | None:
     return {"mean": float(np.mean(values)), "p10": float(p10), "p90": float(p90)}
 
 
-def measure(plan: Plan, device: torch.device, deadline: float) -> Iterator[dict[str, Any]]:
-    """Measure all peers on one shape, and yield the record so far after each turn.
+def measure(
+    plan: Plan, device: torch.device, deadline: float, peers: Sequence[str] | None = None
+) -> Iterator[dict[str, Any]]:
+    """Measure peers on one shape, and yield the record so far after each turn.
 
     Args:
         plan: What to train.
         device: Where.
         deadline: Reading of `time.monotonic` after which no turn starts that is not expected to end by then.
+        peers: Keys of `PEERS`; all if None.
 
     Yields:
         A dict with the plan under "plan", a summary of each peer (or its error) under "peers", and the turns
@@ -269,11 +272,12 @@ def measure(plan: Plan, device: torch.device, deadline: float) -> Iterator[dict[
     peak, content["peak_flops_from"] = peak_flops(plan, device)
     flops = model_flops(plan)
     content |= {"peak_flops": peak, "model_flops": flops}
-    taken = {name: Samples() for name in PEERS}
+    names = list(PEERS if peers is None else peers)
+    taken = {name: Samples() for name in names}
     standing: dict[str, tuple[Llama, Peer]] = {}
     longest = 0.0
     for turn in range(plan.turns):
-        for name in list(PEERS)[:: -1 if turn % 2 else 1]:
+        for name in names[:: -1 if turn % 2 else 1]:
             if "error" in content["peers"].get(name, {}):
                 continue
             started = time.monotonic()
@@ -295,8 +299,8 @@ def measure(plan: Plan, device: torch.device, deadline: float) -> Iterator[dict[
             except Exception as error:
                 content["peers"][name] = failure(error)
             longest = max(longest, time.monotonic() - started)
-            # In the order of `PEERS`, which the turns are not.
-            content["peers"] = {peer: content["peers"][peer] for peer in PEERS if peer in content["peers"]}
+            # In their order, which that of the turns is not.
+            content["peers"] = {peer: content["peers"][peer] for peer in names if peer in content["peers"]}
             yield content
 
 

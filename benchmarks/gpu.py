@@ -1,60 +1,60 @@
 """What holds and how fast is it on this GPU: one command for each stage, no network, a JSON record each.
 
+python -m benchmarks.gpu --stage first --out DIR    what the first minutes on a GPU have to show; PARTS chooses of it
 python -m benchmarks.gpu --stage smoke --out DIR    the tests marked gpu
 python -m benchmarks.gpu --stage test --out DIR     those tests, then a few of them under compute-sanitizer
-python -m benchmarks.gpu --stage bench --out DIR    the tests of the step, then its time beside torch's AdamW
+python -m benchmarks.gpu --stage bench --out DIR    the time of the step beside torch's AdamW
 python -m benchmarks.gpu --stage formats --out DIR  the same of compressed moments, beside other packages' AdamWs
 python -m benchmarks.gpu --stage growth --out DIR   the step against elements and tensors, a switch against modules
-python -m benchmarks.gpu --stage e2e --out DIR      the tests marked gpu, then tokens per second of training
+python -m benchmarks.gpu --stage e2e --out DIR      tokens per second of training
 python -m benchmarks.gpu --stage caps --out DIR     the same at the largest batch under caps of 24, 48 and 80 GiB
 python -m benchmarks.gpu --stage memory --out DIR   peak memory of training under a cap of 24 GiB, beside its goals
 python -m benchmarks.gpu --stage regime --out DIR   share of AdamW's improvement at small δ; goes on where it stopped
-python -m benchmarks.gpu --stage all --out DIR      all but smoke, each within its own time limit
+python -m benchmarks.gpu --stage all --out DIR      all but first and smoke, each within its own time limit
+
+No stage prints a figure of a step that is wrong here: `benchmarks.first.parity` looks at it before. Which tests had
+passed at that commit, by the records beside and in benchmarks/results/gpu, its own record says.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib.util
+import json
 import os
 import subprocess
 import sys
-import tempfile
 import time
-import xml.etree.ElementTree as ElementTree
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks import nvidia, record, wheels
+from benchmarks import nvidia, outcomes, record, wheels
+from benchmarks.first.part import kill_tree
+from benchmarks.first.stage import LIMIT_S, PARTS
 
 # Below the eight minutes that a stage may take, with room for the last measurement to end.
 TIME_LIMIT_S = 440.0
-# What binds the step that `bench` times to the reference.
-STEP_TESTS = (
-    "tests/test_steps.py",
-    "tests/test_triton.py",
-    "tests/test_triton_codec.py",
-    "tests/test_cuda.py",
-    "tests/test_fused.py",
-)
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the stage that the command line names; return the exit code."""
+    started = time.monotonic()
     args = parser().parse_args(argv)
-    deadline = time.monotonic() + args.time_limit
+    if args.time_limit is None:
+        args.time_limit = LIMIT_S if args.stage == "first" else TIME_LIMIT_S
+    deadline = started + args.time_limit
     device = torch.device(args.device)
     if device.type == "cuda" and not torch.cuda.is_available():
         print(
-            "no CUDA device: `make gpu` needs one; on a CPU run "
-            "`python -m benchmarks.gpu --stage e2e --device cpu --shape tiny`",
+            "no CUDA device: `make gpu` needs one; on a CPU run `python -m benchmarks.gpu --stage first --device cpu`",
             file=sys.stderr,
         )
         return 2
-    if device.type == "cuda":
+    # Engagement does it beside its looks.
+    if device.type == "cuda" and not (args.stage == "first" and "engagement" in args.parts):
         # In a process of its own: a stage must report on a package that does not import.
         subprocess.run([sys.executable, "-m", "benchmarks.nvcc"], cwd=record.ROOT)
     return STAGES[args.stage](args, device, deadline)
@@ -66,8 +66,10 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--stage", choices=STAGES, default="smoke")
     made.add_argument("--out", type=Path, default=Path("out/gpu"), help="folder of the JSON records")
     made.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    limits = f"default {LIMIT_S:.0f} of first, which ends by then, and {TIME_LIMIT_S:.0f}"
+    made.add_argument("--time-limit", type=float, help=f"of a stage: seconds after which nothing new starts; {limits}")
     made.add_argument(
-        "--time-limit", type=float, default=TIME_LIMIT_S, help="of a stage: seconds after which nothing new starts"
+        "--parts", type=parts_of, default=tuple(PARTS), help=f"of first, separated by commas: {', '.join(PARTS)}"
     )
     made.add_argument(
         "--shape",
@@ -81,36 +83,56 @@ def parser() -> argparse.ArgumentParser:
     return made
 
 
+def parts_of(text: str) -> tuple[str, ...]:
+    """Return the names in a list like "step,train"; all where it is empty."""
+    names = tuple(name for name in text.split(",") if name) or tuple(PARTS)
+    unknown = [name for name in names if name not in PARTS]
+    if unknown:
+        raise argparse.ArgumentTypeError(f"{', '.join(unknown)} must be of {', '.join(PARTS)}")
+    return names
+
+
+def first(args: argparse.Namespace, device: torch.device, deadline: float) -> int:
+    """Run the parts of `benchmarks.first`, each in a process of its own, and write first.json as they report."""
+    from benchmarks.first import stage
+
+    return stage.run(device, args.parts, args.out, deadline)
+
+
 def smoke(args: argparse.Namespace, device: torch.device, deadline: float) -> int:
-    """Run the tests marked gpu and write their counts to smoke.json."""
-    counts = run_gpu_tests(deadline)
+    """Run the tests marked gpu and write their counts to smoke.json, each as it ends to smoke.jsonl."""
+    counts = run_gpu_tests(deadline, args.out / "smoke.jsonl")
     path = record.write(args.out, "smoke", record.environment(device) | {"stage": "smoke", "tests": counts})
     print(f"{counts['passed']} passed, {counts['failed']} failed, {counts['skipped']} skipped; {path}")
     return 0 if counts["ok"] else 1
 
 
-def run_gpu_tests(deadline: float, paths: Sequence[str] = ()) -> dict[str, Any]:
+def run_gpu_tests(deadline: float, path: Path) -> dict[str, Any]:
     """Return the numbers of passed, failed and skipped GPU tests, and "ok" if some ran and none failed.
 
     Args:
-        deadline: Reading of `time.monotonic` at which they are stopped.
-        paths: Their files; all if empty.
+        deadline: Reading of `time.monotonic` at which they are stopped; those that have ended count.
+        path: File that each test writes a line to when it ends.
     """
     started = time.monotonic()
-    with tempfile.TemporaryDirectory() as folder:
-        report = Path(folder) / "report.xml"
-        command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", *paths, f"--junitxml={report}"]
-        # Neither a plugin's benchmarks nor a cache in the checkout belongs here; both options do without it.
-        command += ["-p", "no:benchmark", "-p", "no:cacheprovider"]
-        workers = min((os.cpu_count() or 1) // 2, 8)
-        if workers > 1 and importlib.util.find_spec("xdist"):
-            # Triton compiles some 200 variants, each on one core for a second and more.
-            command += ["-n", str(workers)]
-        try:
-            code = subprocess.run(command, cwd=record.ROOT, timeout=deadline - started).returncode
-        except subprocess.TimeoutExpired:
-            code = None
-        counts = count_tests(report) if report.exists() else dict.fromkeys(("passed", "failed", "skipped"), 0)
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "benchmarks.outcomes", f"--outcomes={path}"]
+    # Neither a plugin's benchmarks nor a cache in the checkout belongs here; both options do without it.
+    command += ["-p", "no:benchmark", "-p", "no:cacheprovider"]
+    workers = min((os.cpu_count() or 1) // 2, 8)
+    if workers > 1 and importlib.util.find_spec("xdist"):
+        # Triton compiles some 200 variants, each on one core for a second and more.
+        command += ["-n", str(workers)]
+    # pytest's own import path begins in the folder of the tests.
+    search = os.pathsep.join([str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])])
+    process = subprocess.Popen(command, cwd=record.ROOT, env=os.environ | {"PYTHONPATH": search})
+    try:
+        code = process.wait(timeout=max(deadline - started, 0.1))
+    except subprocess.TimeoutExpired:
+        code = None
+        # With its workers, which would go on.
+        kill_tree(process.pid)
+        process.wait()
+    counts = outcomes.count(path)
     return counts | {
         "ok": code == 0 and counts["passed"] > 0,
         "exit_code": code,
@@ -119,21 +141,40 @@ def run_gpu_tests(deadline: float, paths: Sequence[str] = ()) -> dict[str, Any]:
     }
 
 
-def count_tests(report: Path) -> dict[str, int]:
-    """Return passed, failed and skipped from a JUnit report; an error at set-up counts as failed."""
-    suites = list(ElementTree.parse(report).getroot().iter("testsuite"))
-    total, failures, errors, skipped = (
-        sum(int(suite.get(name, 0)) for suite in suites) for name in ("tests", "failures", "errors", "skipped")
-    )
-    failed = failures + errors
-    return {"passed": total - failed - skipped, "failed": failed, "skipped": skipped}
+def tests_at(commit: str, folders: Sequence[Path]) -> dict[str, Any]:
+    """Return what the tests said at a commit by the records in folders: counts of `smoke` and `test`."""
+    found: dict[str, Any] = {}
+    for folder in folders:
+        for path in (folder / "smoke.json", folder / "test.json"):
+            content = json.loads(path.read_text()) if path.exists() else {}
+            if content.get("commit") == commit:
+                found.setdefault(path.stem, content["tests"])
+    return found
+
+
+def look(content: dict[str, Any], names: Sequence[str], device: torch.device, out: Path) -> list[str]:
+    """Put into a record which tests had passed, and how the step does in the variants named; return those found wrong.
+
+    A GPU's kernels alone are looked at: on a CPU the tests are run by whoever changes something.
+    """
+    content["tests"] = tests_at(content["commit"], (out, record.ROOT / "benchmarks" / "results" / "gpu"))
+    if device.type == "cpu":
+        return []
+    from benchmarks.first.parity import check_all
+    from benchmarks.first.table import excused
+
+    for variants in check_all(names, device):
+        content["parity"] = variants
+    wrong = [name for name, variant in content["parity"].items() if not (variant["ok"] or excused(variant))]
+    print(f"parity: {len(names) - len(wrong)} of {len(names)} variants right", *wrong, sep="\n  WRONG ")
+    return wrong
 
 
 def test(args: argparse.Namespace, device: torch.device, deadline: float) -> int:
     """Run the tests marked gpu, then a few under compute-sanitizer; write test.json after each."""
-    content = record.environment(device) | {"stage": "test", "tests": run_gpu_tests(deadline), "sanitizer": []}
+    counts = run_gpu_tests(deadline, args.out / "test.jsonl")
+    content = record.environment(device) | {"stage": "test", "tests": counts, "sanitizer": []}
     path = record.write(args.out, "test", content)
-    counts = content["tests"]
     print(f"{counts['passed']} passed, {counts['failed']} failed, {counts['skipped']} skipped; {path}")
     # The second gets what the first leaves of the time, and more of it than nothing.
     left = deadline - time.monotonic()
@@ -147,10 +188,7 @@ def test(args: argparse.Namespace, device: torch.device, deadline: float) -> int
 
 
 def bench(args: argparse.Namespace, device: torch.device, deadline: float) -> int:
-    """Time the step beside torch's AdamW and write bench.json after every case.
-
-    On a GPU the step's tests must pass first: no number is reported of an optimizer that is wrong there.
-    """
+    """Time the step beside torch's AdamW and write bench.json after every case."""
     # Not at the top, for the same reason as in `e2e`.
     from benchmarks import peers, update
 
@@ -178,16 +216,14 @@ def time_steps(
     peers: Mapping[str, Any],
     profiled: str,
 ) -> int:
-    """Time the peers in the cases after the step's tests, count the bytes of the profiled one, write STAGE.json."""
+    """Time the peers in the cases, but ours that are wrong; count the bytes of the profiled one, write STAGE.json."""
     from benchmarks import goals, steps
+    from benchmarks.first.parity import VARIANTS
     from benchmarks.update import REPEATS, launches, measure
 
     content = record.environment(device) | {"stage": stage, "cases": []}
-    if device.type == "cuda":
-        content["tests"] = run_gpu_tests(deadline, STEP_TESTS)
-        if not content["tests"]["ok"]:
-            print(f"no timings: the step's tests must pass first; {record.write(args.out, stage, content)}")
-            return 1
+    wrong = look(content, [name for name in peers if name in VARIANTS], device, args.out)
+    peers = {name: peer for name, peer in peers.items() if name not in wrong}
     content["cold"] = steps.cold(device, deadline)
     for case in measure(cases, device, deadline, REPEATS[device.type], peers):
         content["cases"].append(case)
@@ -214,20 +250,17 @@ def time_steps(
         if name in goals.OURS and "error" in peer and not peer["error"].startswith(excused)
     ]
     print(*failed, sep="\n", end="\n" if failed else "")
-    return 1 if failed else 0
+    return 1 if failed or wrong else 0
 
 
 def everything(args: argparse.Namespace, device: torch.device, deadline: float) -> int:
-    """Run all stages but smoke, which is part of test, in turn, each with the whole time limit."""
+    """Run all stages but first and smoke, which is part of test, in turn, each with the whole time limit."""
     stages = (test, bench, formats, growth, e2e, caps, memory, regime)
     return max(stage(args, device, time.monotonic() + args.time_limit) for stage in stages)
 
 
 def e2e(args: argparse.Namespace, device: torch.device, deadline: float) -> int:
-    """Time whole training iterations at equal batch and write them to e2e.json after every measurement.
-
-    On a GPU its tests must pass first: no number is reported of an optimizer that is wrong there.
-    """
+    """Time whole training iterations at equal batch and write them to e2e.json after every measurement."""
     return iterations(args, device, deadline, caps=False)
 
 
@@ -237,19 +270,17 @@ def caps(args: argparse.Namespace, device: torch.device, deadline: float) -> int
 
 
 def iterations(args: argparse.Namespace, device: torch.device, deadline: float, caps: bool) -> int:
-    """Run the GPU tests, then what `e2e` and `caps` are for."""
+    """Run what `e2e` and `caps` are for, unless the step that all of ours take is wrong."""
     # Not at the top: `make gpu STAGE=smoke` must report on a package that does not import.
     from benchmarks.e2e import run
     from benchmarks.trainers import OURS
 
     sys.path.append(str(wheels.FOLDER))
-    found: dict[str, Any] = {}
-    if device.type == "cuda":
-        found["tests"] = run_gpu_tests(deadline, STEP_TESTS if caps else ())
-        if not found["tests"]["ok"]:
-            path = record.write(args.out, "caps" if caps else "e2e", record.environment(device) | found)
-            print(f"no timings: the GPU tests must pass first; {path}")
-            return 1
+    found: dict[str, Any] = {"commit": record.commit()}
+    if look(found, ["bf16 misa"], device, args.out):
+        path = record.write(args.out, "caps" if caps else "e2e", record.environment(device) | found)
+        print(f"no timings of a step that is wrong; {path}")
+        return 1
     if args.checkpointing is not None:
         found["plan"] = {"checkpointing": args.checkpointing}
     names = args.shape or (["8b", "1b"] if caps else ["8b", "1b", "130m"])
@@ -305,6 +336,7 @@ def regime(args: argparse.Namespace, device: torch.device, deadline: float) -> i
 
 
 STAGES = {
+    "first": first,
     "smoke": smoke,
     "test": test,
     "bench": bench,

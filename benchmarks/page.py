@@ -15,6 +15,7 @@ from typing import Any
 
 from benchmarks import charts, cpu, e2e_table, growth, record, regime_table
 from benchmarks.e2e_table import ROUND
+from benchmarks.first import table as first_table
 
 RESULTS = Path("benchmarks/results")
 PAGE = Path("benchmarks/README.md")
@@ -29,6 +30,7 @@ only figures of one section, taken in turns, can be compared.
 """
 # What a GPU's records are made by, in the order of the page; none of them needs a network.
 STAGES = {
+    "first": "whether the step is right, how long it and whole iterations take, Llama 3 8B under 24 GiB: five minutes",
     "test": "the tests marked gpu, some under compute-sanitizer",
     "bench": "a step beside torch's AdamW, launches, bytes of device memory",
     "formats": "a step with compressed moments beside bitsandbytes, torchao, FlashOptim and optimi",
@@ -296,6 +298,11 @@ def classified(content: Record) -> list[str]:
     return cells("method | accuracy, % | state, MB | peak memory, MB | CPU s", rows)
 
 
+def first(content: Record) -> list[str]:
+    """The table that the stage prints."""
+    return ["```", *first_table.table(content).splitlines(), "```", ""]
+
+
 def counts(content: Record) -> list[str]:
     """What the gate counts."""
     lines = [
@@ -323,6 +330,7 @@ def counts(content: Record) -> list[str]:
 
 # Of each record its title and what makes its text, in the order of the page.
 SECTIONS: dict[str, tuple[str, Callable[[Record], list[str]]]] = {
+    "first": ("The first five minutes", first),
     "e2e": ("Tokens per second", iterations),
     "caps": ("Tokens per second at the largest batch under a cap of memory", capped),
     "cpu": ("The step on a CPU", steps),

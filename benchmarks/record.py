@@ -84,8 +84,12 @@ def output_of(*command: str) -> str | None:
 
 
 def write(folder: Path, name: str, content: dict[str, Any]) -> Path:
-    """Write `content` to folder/name.json and return the path; the folder is made where it is missing."""
+    """Write `content` to folder/name.json and return the path; the folder is made where it is missing.
+
+    Whoever is killed meanwhile leaves what was there before.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{name}.json"
-    path.write_text(json.dumps(content, indent=2) + "\n")
+    path, new = folder / f"{name}.json", folder / f"{name}.json.new"
+    new.write_text(json.dumps(content, indent=2) + "\n")
+    new.replace(path)
     return path

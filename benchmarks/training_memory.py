@@ -15,7 +15,7 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -45,13 +45,14 @@ class Plan:
 
     Attributes:
         shape: A key of `SHAPES`.
-        tokens: In a batch of one sequence.
+        tokens: In a batch.
         chunk: Tokens whose logits are held at once.
         rank: Of LoRA.
         delta: MISA's budget; room for one whole layer, which BAdam and LISA need.
         dtype: Name of the weights' dtype.
         checkpointing: Whether layers keep their inputs alone.
         cap_bytes: What a GPU may give.
+        sequences: In a batch.
     """
 
     shape: str
@@ -62,10 +63,12 @@ class Plan:
     dtype: str = "bfloat16"
     checkpointing: bool = True
     cap_bytes: int = 24 * GIB
+    sequences: int = 1
 
 
 PLANS = {
     "8b": Plan("8b", tokens=4096, chunk=256, rank=16),
+    "8b x 2": Plan("8b", tokens=4096, chunk=256, rank=16, sequences=2),
     "8b/1024": Plan("8b/1024", tokens=64, chunk=8, rank=1),
     "tiny": Plan("tiny", tokens=32, chunk=8, rank=1, delta=0.2),
 }
@@ -259,16 +262,17 @@ def markdown(content: dict[str, Any]) -> str:
 
 
 def rounds_of(name: str, plan: Plan, device: torch.device, rounds: int = 12, inner_steps: int = 2) -> dict[str, Any]:
-    """Train a peer for `rounds` after the rehearsed round and return its peaks in bytes, weights included.
+    """Train a peer for `rounds` after the rehearsed round; return its peaks in bytes, weights included, and its speed.
 
     On a GPU memory is capped, and reserved memory is what the allocator took from the device; nothing calls
-    `empty_cache`, so that it only grows.
+    `empty_cache`, so that it only grows. On a CPU the profiler that counts takes a part of the time.
     """
     cuda = device.type == "cuda"
     if cuda:
         torch.cuda.set_per_process_memory_fraction(plan.cap_bytes / torch.cuda.mem_get_info()[1])
     torch.manual_seed(0)
-    tokens = torch.randint(SHAPES[plan.shape].vocab, (1, plan.tokens), device=device)
+    shape = plan.sequences, plan.tokens // plan.sequences
+    tokens = torch.randint(SHAPES[plan.shape].vocab, shape, device=device)
     with PeakMemory(device) as first:
         model = build(plan, device)
         optimizer = trained_with(model, name, plan, inner_steps)
@@ -276,11 +280,16 @@ def rounds_of(name: str, plan: Plan, device: torch.device, rounds: int = 12, inn
             train_step(model, tokens, optimizer)
     reserved = [torch.cuda.max_memory_reserved() if cuda else first.peak_bytes]
     with PeakMemory(device) as later:
+        started = time.perf_counter()
         for _ in range(rounds * inner_steps):
             train_step(model, tokens, optimizer)
+        if cuda:
+            torch.cuda.synchronize()
+        seconds = time.perf_counter() - started
     reserved.append(torch.cuda.max_memory_reserved() if cuda else first.held_bytes + later.peak_bytes)
     return {
         "rounds": rounds,
+        "tokens_per_second": plan.tokens * rounds * inner_steps / seconds,
         "rehearsed_reserved_bytes": reserved[0],
         "reserved_bytes": max(reserved),
         "allocated_bytes": max(first.peak_bytes, first.held_bytes + later.peak_bytes),
@@ -289,27 +298,30 @@ def rounds_of(name: str, plan: Plan, device: torch.device, rounds: int = 12, inn
     }
 
 
-def under_the_cap(plan_name: str, device: torch.device, deadline: float) -> Iterator[dict[str, Any]]:
-    """Yield the record after every peer, each in a process of its own, in the order of `PEERS`.
+def under_the_cap(
+    plan_name: str, device: torch.device, deadline: float, names: Sequence[str] = tuple(PEERS), rounds: int = 12
+) -> Iterator[dict[str, Any]]:
+    """Yield the record after every peer, each in a process of its own.
 
     Args:
         plan_name: Key of `PLANS`.
         device: Where.
         deadline: Reading of `time.monotonic` at which a peer is stopped, and after which none starts.
+        names: Keys of `PEERS`, in the order in which they run.
+        rounds: How many each trains after the costliest.
     """
     plan = PLANS[plan_name]
     content: dict[str, Any] = {"plan": asdict(plan), "peers": {}, "left_out": [], "goals": []}
-    for name in PEERS:
+    for name in names:
         left = min(deadline - time.monotonic(), PEER_LIMIT_S)
         peer: dict[str, Any] = {"planned": planned(name, plan, fused_norms=device.type == "cuda")}
         command = [sys.executable, "-m", "benchmarks.training_memory", "peer", name, "--plan", plan_name]
+        command += ["--device", device.type, "--rounds", str(rounds)]
         if left <= 0:
             content["left_out"].append(name)
         else:
             try:
-                done = subprocess.run(
-                    [*command, "--device", device.type], cwd=record.ROOT, capture_output=True, text=True, timeout=left
-                )
+                done = subprocess.run(command, cwd=record.ROOT, capture_output=True, text=True, timeout=left)
                 lines = done.stdout.splitlines()
                 failed = {"error": f"exit code {done.returncode}: {done.stderr.strip()[-300:]}"}
                 peer |= json.loads(lines[-1]) if done.returncode == 0 and lines else failed
@@ -357,6 +369,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("peer", nargs="*", help="'peer NAME': one peer's peaks; without, the record of a CPU")
     parser.add_argument("--plan", choices=PLANS, default="8b/1024")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--rounds", type=int, default=12, help="that a peer trains after the costliest")
     parser.add_argument("--out", type=Path, default=Path("out"), help="folder of the record")
     args = parser.parse_args(argv)
     plan, device = PLANS[args.plan], torch.device(args.device)
@@ -364,7 +377,7 @@ def main(argv: list[str] | None = None) -> int:
         if len(args.peer) != 2 or args.peer[0] != "peer" or args.peer[1] not in PEERS:
             parser.error(f"{' '.join(args.peer)!r} must be 'peer NAME', NAME one of {', '.join(PEERS)}")
         try:
-            found = rounds_of(args.peer[1], plan, device)
+            found = rounds_of(args.peer[1], plan, device, args.rounds)
         except torch.OutOfMemoryError as error:
             found = {"error": f"OutOfMemoryError: {error}".splitlines()[0][:300]}
         print(json.dumps(found))

@@ -17,9 +17,11 @@ import torch
 import torch.nn.functional as F
 from tables import missing
 
-from benchmarks import e2e, gpu, wheels
+from benchmarks import e2e, gpu, outcomes, wheels
 from benchmarks.e2e import Samples, build_model, in_rounds, measure, model_flops, run_turn, summary
+from benchmarks.first import parity
 from benchmarks.llama import Llama
+from benchmarks.peers import PEERS as PEERS_OF_THE_STEP
 from benchmarks.trainers import OURS, PEERS, PLANS, SHAPES
 
 # What users need not have, of which BAdam's collects garbage for a second at every switch.
@@ -251,23 +253,23 @@ def test_e2e_keeps_the_others_when_a_peer_fails(monkeypatch):
     assert record["peers"]["misa"]["tokens_per_second"] > 0
 
 
-def test_smoke_counts_tests(tmp_path):
-    report = tmp_path / "report.xml"
-    report.write_text(
-        '<testsuites><testsuite tests="7" failures="1" errors="1" skipped="2"/>'
-        '<testsuite tests="3" failures="0" errors="0" skipped="0"/></testsuites>'
-    )
-    assert gpu.count_tests(report) == {"passed": 6, "failed": 2, "skipped": 2}
+def test_a_test_counts_once_as_the_worst_that_became_of_it(tmp_path):
+    lines = [("a", "passed"), ("b", "failed"), ("c", "passed"), ("c", "failed"), ("d", "skipped"), ("b", "passed")]
+    path = tmp_path / "tests.jsonl"
+    path.write_text("".join(json.dumps({"test": test, "outcome": outcome}) + "\n" for test, outcome in lines))
+    assert outcomes.count(path) == {"passed": 1, "failed": 2, "skipped": 1}
+    assert outcomes.count(tmp_path / "none") == {"passed": 0, "failed": 0, "skipped": 0}
 
 
 @pytest.fixture
 def other_project(tmp_path, monkeypatch):
-    """A checkout with three GPU tests, which need none, and one test that must not run."""
+    """A checkout with four GPU tests, which need none, and one test that must not run."""
     (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers = gpu\n")
     (tmp_path / "test_some.py").write_text(
-        "import time, pytest\n"
-        "@pytest.mark.gpu\ndef test_passes(): time.sleep(0.2)\n"
+        "import os, time, pytest\n"
+        "@pytest.mark.gpu\ndef test_passes(): pass\n"
         "@pytest.mark.gpu\ndef test_skips(): pytest.skip()\n"
+        "@pytest.mark.gpu\ndef test_hangs(): time.sleep(float(os.environ.get('HANGS', 0)))\n"
         "@pytest.mark.gpu\ndef test_fails(): assert not __file__.endswith('failing.py')\n"
         "def test_other(): assert False\n"
     )
@@ -276,18 +278,69 @@ def other_project(tmp_path, monkeypatch):
 
 
 def test_smoke_runs_the_gpu_tests_and_no_others(other_project):
-    counts = gpu.run_gpu_tests(time.monotonic() + 60)
-    assert (counts["passed"], counts["failed"], counts["skipped"]) == (2, 0, 1)
+    path = other_project / "out" / "smoke.jsonl"
+    counts = gpu.run_gpu_tests(time.monotonic() + 60, path)
+    assert (counts["passed"], counts["failed"], counts["skipped"]) == (3, 0, 1)
     assert counts["ok"] is True and counts["timed_out"] is False
     (other_project / "test_some.py").rename(other_project / "test_failing.py")
-    counts = gpu.run_gpu_tests(time.monotonic() + 60)
-    assert (counts["passed"], counts["failed"], counts["skipped"]) == (1, 1, 1)
+    counts = gpu.run_gpu_tests(time.monotonic() + 60, path)
+    assert (counts["passed"], counts["failed"], counts["skipped"]) == (2, 1, 1)
     assert counts["ok"] is False and counts["exit_code"] == 1
 
 
-def test_smoke_stops_at_the_time_limit(other_project):
-    counts = gpu.run_gpu_tests(time.monotonic() + 0.05)
-    assert counts["timed_out"] is True and counts["ok"] is False and counts["passed"] == 0
+def test_smoke_keeps_what_had_ended_at_the_time_limit(other_project, monkeypatch):
+    monkeypatch.setenv("HANGS", "60")
+    path, process = other_project / "smoke.jsonl", []
+    started = time.monotonic()
+    # Until the tests before the one that hangs have ended, however slow this machine is.
+    monkeypatch.setattr(gpu.subprocess, "Popen", waiting_for(path, lines=2, process=process))
+    counts = gpu.run_gpu_tests(started + 1, path)
+    assert counts["timed_out"] is True and counts["ok"] is False
+    assert (counts["passed"], counts["skipped"]) == (1, 1)
+    assert process[0].poll() is not None
+
+
+def waiting_for(path, lines, process):
+    """What starts a process, and returns when a file has so many lines."""
+    popen = subprocess.Popen
+
+    def start(*arguments, **options):
+        process.append(popen(*arguments, **options))
+        while not path.exists() or len(path.read_text().splitlines()) < lines:
+            time.sleep(0.05)
+        return process[0]
+
+    return start
+
+
+def test_records_say_which_tests_had_passed_at_their_commit(tmp_path):
+    (tmp_path / "gpu").mkdir()
+    for path, commit in (("smoke.json", "abc"), ("gpu/smoke.json", "abc"), ("gpu/test.json", "old")):
+        (tmp_path / path).write_text(json.dumps({"commit": commit, "tests": {"passed": len(path)}}))
+    folders = (tmp_path, tmp_path / "gpu")
+    assert gpu.tests_at("abc", folders) == {"smoke": {"passed": len("smoke.json")}}
+    assert gpu.tests_at("old", folders) == {"test": {"passed": len("gpu/test.json")}}
+    assert gpu.tests_at("new", folders) == {}
+
+
+def test_no_figure_of_a_step_that_is_wrong(monkeypatch, tmp_path, capsys):
+    """On a CPU the variants are not looked at; here they are, and one is wrong."""
+
+    def check_all(names, device):
+        yield {name: {"ok": name != "fp32 misa clip"} for name in names}
+
+    monkeypatch.setattr(parity, "check_all", check_all)
+    look = gpu.look
+    monkeypatch.setattr(
+        gpu, "look", lambda content, names, device, out: look(content, names, torch.device("cuda"), out)
+    )
+    few = {name: PEERS_OF_THE_STEP[name] for name in ("fp32 misa", "fp32 misa clip", "fp32 fused")}
+    monkeypatch.setattr("benchmarks.peers.PEERS", few)
+    assert gpu.main(["--stage", "bench", "--device", "cpu", "--out", str(tmp_path)]) == 1
+    content = json.loads((tmp_path / "bench.json").read_text())
+    assert list(content["cases"][0]["peers"]) == ["fp32 misa", "fp32 fused"]
+    assert content["parity"]["fp32 misa clip"] == {"ok": False} and content["tests"] == {}
+    assert "WRONG fp32 misa clip" in capsys.readouterr().out
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens without a CUDA device")

@@ -1,0 +1,107 @@
+"""Which parts run, how long each may take, and how what they report comes onto the disk."""
+
+from __future__ import annotations
+
+import collections
+import json
+import queue
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks import record
+from benchmarks.first import table
+from benchmarks.first.part import MARK, kill_tree
+
+# A call to such a machine should last five minutes, with its transfers.
+LIMIT_S = 275.0
+# What each part may take at most, in the order of their worth. What one leaves, those after it have.
+PARTS = {"engagement": 25.0, "parity": 60.0, "step": 70.0, "train": 80.0, "eight": 45.0, "sanitizer": 240.0}
+# Before it is killed, a part has this long to end what it has begun.
+GRACE_S = 4.0
+# Of what else a part printed, lines that are kept where it failed.
+TAIL = 25
+
+
+def run(device: torch.device, names: Sequence[str], out: Path, deadline: float) -> int:
+    """Run parts in turn, write first.json whenever one reports, print the table; 1 if something of ours failed.
+
+    Args:
+        device: Where.
+        names: Keys of `PARTS`, which run in the order of that.
+        out: Folder of the record.
+        deadline: Reading of `time.monotonic` at which all have ended.
+    """
+    content = record.environment(device) | {"stage": "first", "parts": {}}
+    path = record.write(out, "first", content)
+    for name in [name for name in PARTS if name in names]:
+        begun = time.monotonic()
+        until = min(begun + PARTS[name], deadline)
+        part: dict[str, Any] = {"state": "running", "limit_s": round(until - begun, 1)}
+        content["parts"][name] = part
+        if until - begun <= GRACE_S:
+            part["state"] = "left out at the time limit"
+            record.write(out, "first", content)
+            continue
+        command = [sys.executable, "-m", "benchmarks.first.part", name, "--device", device.type, "--leashed"]
+        command += ["--seconds", f"{until - begun - GRACE_S:.1f}", "--record", str(path)]
+        for report in reports(command, until):
+            part |= report | {"seconds": round(time.monotonic() - begun, 1)}
+            record.write(out, "first", content)
+        print(f"{name}: {part['state']} after {part['seconds']} s", flush=True)
+    content["goals"] = table.goals(content["parts"])
+    record.write(out, "first", content)
+    print(table.table(content))
+    print(path)
+    return 0 if table.sound(content["parts"]) else 1
+
+
+def reports(command: Sequence[str], until: float) -> Any:
+    """Yield what a part reports, and at its end "state", with the last lines of what else it printed if that is bad.
+
+    At `until`, a reading of `time.monotonic`, it is killed with all that it started.
+    """
+    process = subprocess.Popen(
+        command,
+        cwd=record.ROOT,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+    )
+    assert process.stdout is not None
+    lines: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+    threading.Thread(target=pass_on, args=(process.stdout, lines), daemon=True).start()
+    tail: collections.deque[str] = collections.deque(maxlen=TAIL)
+    state = ""
+    while not state:
+        try:
+            line = lines.get(timeout=max(until - time.monotonic(), 0.01))
+        except queue.Empty:
+            state = "stopped at its limit"
+            continue
+        if line is None:
+            code = process.wait()
+            state = "done" if code == 0 else f"failed with exit code {code}"
+        elif line.startswith(MARK):
+            yield json.loads(line.removeprefix(MARK))
+        else:
+            tail.append(line.rstrip()[:300])
+    if process.poll() is None:
+        kill_tree(process.pid)
+        process.wait()
+    yield {"state": state} | ({} if state == "done" else {"tail": list(tail)})
+
+
+def pass_on(stream: Any, lines: queue.SimpleQueue[str | None]) -> None:
+    """Put every line of a stream into a queue, and None at its end."""
+    for line in stream:
+        lines.put(line)
+    lines.put(None)
