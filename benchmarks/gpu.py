@@ -63,7 +63,7 @@ def main(argv: list[str] | None = None) -> int:
 def parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
     made = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__.splitlines()[0])
-    made.add_argument("--stage", choices=STAGES, default="smoke")
+    made.add_argument("--stage", choices=STAGES, default="first")
     made.add_argument("--out", type=Path, default=Path("out/gpu"), help="folder of the JSON records")
     made.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     limits = f"default {LIMIT_S:.0f} of first, which ends by then, and {TIME_LIMIT_S:.0f}"

@@ -171,7 +171,7 @@ def start_builds(device: torch.device) -> dict[str, subprocess.Popen[str]]:
     """Begin to compile the libraries that are not there."""
     commands = {"cuda": [sys.executable, "-m", "benchmarks.nvcc"]} if device.type == "cuda" else {}
     if native.path("cpu") is None:
-        commands["cpu"] = ["make", "native", "CMAKE_ARGS=-DMISA_CUDA=OFF"]
+        commands["cpu"] = ["make", "--no-print-directory", "native", "CMAKE_ARGS=-DMISA_CUDA=OFF"]
     return {
         name: subprocess.Popen(
             command, cwd=record.ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
