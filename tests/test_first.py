@@ -100,13 +100,17 @@ def reported(value):
 def test_a_part_that_takes_too_long_is_stopped_with_what_it_started():
     """A tool in a session of its own too, which a signal to the group would miss."""
     child = "p = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'], start_new_session=True)\n"
-    code = child + f"print({MARK!r} + json.dumps({{'pid': p.pid}}), 'x' * 9**6, flush=True)\n"
     code = child + f"print({MARK!r} + json.dumps({{'pid': p.pid}}), flush=True)\ntime.sleep(60)"
     found = stage.reports(part(code), time.monotonic() + 3)
     pid = next(found)["pid"]
     assert not gone([pid])
     assert [*found] == [{"state": "stopped at its limit", "tail": []}]
     wait_until(lambda: gone([pid]), "the end of the child", 20)
+
+
+def test_a_part_that_prints_without_end_is_stopped():
+    *_, end = stage.reports(part("while True: print('x')"), time.monotonic() + 0.5)
+    assert end["state"] == "stopped at its limit" and len(end["tail"]) == stage.TAIL
 
 
 def test_a_part_that_fails_keeps_what_it_had_found_and_says_why():

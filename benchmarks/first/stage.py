@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +62,7 @@ def run(device: torch.device, names: Sequence[str], out: Path, deadline: float) 
     return 0 if table.sound(content["parts"]) else 1
 
 
-def reports(command: Sequence[str], until: float) -> Any:
+def reports(command: Sequence[str], until: float) -> Iterator[dict[str, Any]]:
     """Yield what a part reports, and at its end "state", with the last lines of what else it printed if that is bad.
 
     At `until`, a reading of `time.monotonic`, it is killed with all that it started.
@@ -82,12 +82,15 @@ def reports(command: Sequence[str], until: float) -> Any:
     tail: collections.deque[str] = collections.deque(maxlen=TAIL)
     state = ""
     while not state:
+        left = until - time.monotonic()
         try:
-            line = lines.get(timeout=max(until - time.monotonic(), 0.01))
+            line = lines.get(timeout=max(left, 0.0))
         except queue.Empty:
+            left = 0.0
+        # Asked first, for a part may print without end.
+        if left <= 0:
             state = "stopped at its limit"
-            continue
-        if line is None:
+        elif line is None:
             code = process.wait()
             state = "done" if code == 0 else f"failed with exit code {code}"
         elif line.startswith(MARK):
