@@ -12,6 +12,7 @@ import numpy.typing as npt
 import torch
 import triton.language as tl
 from torch import Tensor
+from triton.compiler import CompiledKernel
 
 from misa_kernels.codec import E4M3, FORMATS
 from misa_kernels.kernels import triton as kernels
@@ -59,7 +60,7 @@ class Bucket(NamedTuple):
 class State(NamedTuple):
     """What the kernel is told of the state of one weight dtype: its buffers, and how m and v are stored."""
 
-    pointers: dict[str, Tensor | None]
+    pointers: tuple[Tensor | None, ...]
     codecs: dict[str, int]
     max_registers: dict[bool, int]
 
@@ -77,7 +78,7 @@ class State(NamedTuple):
         # As bytes, since Triton has no float8 on sm_80 and its interpreter truncates it.
         words = {key: x.view(torch.uint8) if x.dtype == E4M3.dtype else x for key, x in buffers.items()}
         return cls(
-            {f"{key}_ptr": words.get(key) for key in KEYS},
+            tuple(map(words.get, KEYS)),
             {"M_CODEC": CODECS.index(m), "V_CODEC": CODECS.index(v)},
             MAX_REGISTERS_E4M3 if E4M3 in (m, v) else MAX_REGISTERS,
         )
@@ -98,33 +99,20 @@ class Upload:
             for _ in range(UPLOAD_BUFFERS):
                 buffer = torch.empty_like(self.tensor, device="cpu", pin_memory=True)
                 self._ring.append((buffer, torch.cuda.Event()))  # type: ignore[no-untyped-call]
-        self._captured: list[Tensor] = []
 
-    def put(self, values: npt.NDArray[Any], changed: bool) -> None:
-        """Copy the values to the device if they changed since the last call."""
+    def put(self, values: npt.NDArray[Any]) -> None:
+        """Copy the values to the device."""
         source = torch.from_numpy(values.reshape(-1))
         if self.tensor.device.type == "cpu":
-            if changed:
-                self.tensor.copy_(source)
+            self.tensor.copy_(source)
             return
-        capturing = torch.cuda.is_current_stream_capturing()
-        # A graph that is replayed leaves its own values on the device.
-        if not (changed or capturing or self._captured):
-            return
-        if len(self._ring) == 1 and capturing:
-            raise RuntimeError(f"{len(self._captured)} steps are in CUDA graphs already: capture one and replay it")
-        buffer, done = self._ring.popleft()
-        if not capturing:
-            # Returns at once unless the device is as many uploads behind as there are buffers.
-            done.synchronize()
+        buffer, done = self._ring[0]
+        self._ring.rotate(-1)
+        # Returns at once unless the device is as many uploads behind as there are buffers.
+        done.synchronize()
         buffer.copy_(source)
         self.tensor.copy_(buffer, non_blocking=True)
-        if capturing:
-            # Every replay reads this buffer again.
-            self._captured.append(buffer)
-        else:
-            done.record()
-            self._ring.append((buffer, done))
+        done.record()
 
 
 class Launch(RowTable):
@@ -154,6 +142,10 @@ class Launch(RowTable):
                 "TRITON_INTERPRET=1 in the environment before the import"
             )
         super().__init__(numel, offset, group, start, weight_dtypes, grad_dtypes, state, device)
+        self._on_device: AbstractContextManager[Any] = (
+            torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+        )
+        self._compiled: dict[Any, Any] = {}
         self._buffers = {dtype: State.of(state[dtype]) for dtype in dict.fromkeys(weight_dtypes)}
         self._divisible = numel % 4 == 0
         self._row_of_chunk = np.repeat(np.arange(len(numel)), self._chunks)
@@ -182,25 +174,24 @@ class Launch(RowTable):
             self._group(aligned)
         control = max_grad_norm is not None or skip_nonfinite
         scalars = float("inf") if max_grad_norm is None else float(max_grad_norm), int(skip_nonfinite)
-        with self._on_device():
-            self._program_upload.put(self._programs, regroup)
-            self._table_upload.put(self._tables, not np.array_equal(self._tables, self._sent))
-            np.copyto(self._sent, self._tables)
+        with self._on_device:
+            if regroup:
+                self._program_upload.put(self._programs)
+            if not np.array_equal(self._tables, self._sent):
+                self._table_upload.put(self._tables)
+                np.copyto(self._sent, self._tables)
             if control and half != UPDATE:
                 # The coefficient needs the norms of all buckets.
                 for bucket in self._buckets:
-                    self._launch(bucket, grad_scale, found_inf, *scalars, UPDATE=False, CONTROLLED=False)
+                    self._launch(bucket, grad_scale, found_inf, *scalars, update=False, controlled=False)
             for bucket in self._buckets if half != NORMS else ():
-                self._launch(bucket, grad_scale, found_inf, *scalars, UPDATE=True, CONTROLLED=control)
+                self._launch(bucket, grad_scale, found_inf, *scalars, update=True, controlled=control)
 
     def _collect(self) -> None:
-        with self._on_device():
+        with self._on_device:
             kernels.collect_kernel[(len(self._chunks),)](
                 self._device_rows, self._ages, self._sq_sums, self.collected, CHUNK=self.chunk, **OPTIONS
             )
-
-    def _on_device(self) -> AbstractContextManager[Any]:
-        return torch.cuda.device(self._device) if self._device.type == "cuda" else nullcontext()
 
     def _group(self, aligned: npt.NDArray[np.bool_]) -> None:
         """Sort the programs by bucket. Ages and sums stay where they are, being numbered by chunk."""
@@ -215,36 +206,61 @@ class Launch(RowTable):
             for kind, first_program, programs in zip(kinds.tolist(), first.tolist(), count.tolist(), strict=True)
         ]
 
-    def _launch(self, bucket: Bucket, *arguments: Any, **flags: bool) -> None:
-        grad_scale, found_inf, max_grad_norm, skip_nonfinite = arguments
+    def _launch(
+        self,
+        bucket: Bucket,
+        grad_scale: Tensor | None,
+        found_inf: Tensor | None,
+        max_grad_norm: float,
+        skip_nonfinite: int,
+        update: bool,
+        controlled: bool,
+    ) -> None:
         weight_dtype, grad_dtype = bucket.dtypes
         state = self._buffers[weight_dtype]
-        kernels.step_kernel[(bucket.programs,)](
+        arguments = (
             self._program_upload.tensor,
             self._device_rows,
             self._device_hyper,
-            age_ptr=self._ages,
-            sq_sum_ptr=self._sq_sums,
-            partial_ptr=self._partials,
-            arrived_ptr=self._arrived,
-            control_ptr=self.control,
-            grad_scale_ptr=grad_scale,
-            found_inf_ptr=found_inf,
-            first_program=bucket.first_program,
-            programs=len(self._programs),
-            max_grad_norm=max_grad_norm,
-            skip_nonfinite=skip_nonfinite,
-            WEIGHT_DTYPE=TRITON_DTYPES[weight_dtype],
-            GRAD_DTYPE=TRITON_DTYPES[grad_dtype],
-            ALIGNED=bucket.aligned,
-            BLOCK=BLOCK,
-            BLOCKS=BLOCKS,
-            maxnreg=state.max_registers[bucket.aligned],
-            **state.pointers,
-            **state.codecs,
-            **flags,
-            **OPTIONS,
+            *state.pointers,
+            self._ages,
+            self._sq_sums,
+            self._partials,
+            self._arrived,
+            self.control,
+            grad_scale,
+            found_inf,
+            bucket.first_program,
+            len(self._programs),
+            max_grad_norm,
+            skip_nonfinite,
+            TRITON_DTYPES[weight_dtype],
+            TRITON_DTYPES[grad_dtype],
+            *state.codecs.values(),
+            bucket.aligned,
+            update,
+            controlled,
+            BLOCK,
+            BLOCKS,
         )
+        # All that decides a variant and may change within a round. Triton asks for it and for the module's constants at
+        # each launch through `step_kernel`, and that would be a third of the step's time on the host.
+        scaler = specialization(grad_scale), specialization(found_inf)
+        variant = bucket.dtypes, bucket.aligned, update, controlled, scaler
+        compiled = self._compiled.get(variant)
+        if compiled is not None:
+            compiled[bucket.programs, 1, 1](*arguments)
+            return
+        registers = state.max_registers[bucket.aligned]
+        compiled = kernels.step_kernel[(bucket.programs,)](*arguments, maxnreg=registers, **OPTIONS)
+        # Something else within Triton's asynchronous compilation, and None in its interpreter.
+        if kernels.LAUNCHES_COMPILED and isinstance(compiled, CompiledKernel):
+            self._compiled[variant] = compiled
+
+
+def specialization(scalar: Tensor | None) -> tuple[torch.dtype, bool] | None:
+    """Return what Triton looks at in a pointer to choose the variant."""
+    return None if scalar is None else (scalar.dtype, scalar.data_ptr() % 16 == 0)
 
 
 class TritonStep(FusedStep):

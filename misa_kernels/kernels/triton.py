@@ -15,9 +15,13 @@ import triton.language as tl
 from misa_kernels.kernels import table, triton_codec
 from misa_kernels.kernels.triton_codec import BF16, FP32, INTERPRETED, bf16_rounded, bits_of, reciprocal
 
+VERSION = tuple(map(int, triton.__version__.split(".")[:2]))
 # The oldest version that the kernels were compiled and tested with; torch 2.10 brings it.
-if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 6):
+if VERSION < (3, 6):
     raise ImportError(f"triton is {triton.__version__} but misa_kernels needs 3.6: install torch 2.10 or later")
+# Whether `kernel[grid](*arguments)` on what a launch returns takes all arguments, constexprs among them, as Triton's
+# tutorial of the fused softmax shows. Before 3.3 it took those that are none, so a later version must be looked at.
+LAUNCHES_COMPILED = VERSION <= (3, 9)
 
 # What stands in the tables, see `misa_kernels.kernels.table`.
 WEIGHT, GRAD, NUMEL, OFFSET, GROUP, START, KEY, FIRST_CHUNK = (tl.constexpr(i) for i in range(8))
@@ -162,8 +166,8 @@ def step_kernel(
     row_ptr,
     hyper_ptr,
     exp_avg_ptr,
-    exp_avg_sq_ptr,
     exp_avg_scale_ptr,
+    exp_avg_sq_ptr,
     exp_avg_sq_scale_ptr,
     master_ptr,
     residual_ptr,
@@ -195,8 +199,8 @@ def step_kernel(
         row_ptr: int64[rows, 10], see `RowTable`.
         hyper_ptr: float64[groups, 5].
         exp_avg_ptr: Codes of m of all rows of one weight dtype; no state is read at age 0.
-        exp_avg_sq_ptr: Codes of v.
         exp_avg_scale_ptr: float32, the scales of m, or None.
+        exp_avg_sq_ptr: Codes of v.
         exp_avg_sq_scale_ptr: float32, those of v, or None.
         master_ptr: float32, the weights; None for float32 weights and without masters.
         residual_ptr: int16, the lower halves of the weights, see `split`; or None. bfloat16 weights with neither are
