@@ -178,6 +178,39 @@ def test_a_capture_on_a_gpu_is_refused(backend):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("backend", ["triton", "cuda"])
+def test_a_rounds_tables_are_not_lent_again_while_they_are_read(backend):
+    """A switch in each second step, on a stream of its own that is late, while the one that allocated writes poison."""
+    if unusable(backend):
+        missing(f"{backend} {unusable(backend)}")
+    finals = []
+    for late in (False, True):
+        torch.manual_seed(0)
+        model = nn.ParameterList(nn.Parameter(torch.randn(40, 24, device="cuda")) for _ in range(12))
+        groups = [{"params": list(model), "role": "sampled"}]
+        optimizer = MISA(groups, delta=0.4, inner_steps=2, lr=1e-2, max_grad_norm=1.0, backend=backend)
+        stream = torch.cuda.Stream() if late else torch.cuda.current_stream()
+        # Transposed, so that the step makes copies of them, too.
+        given = [torch.randn(24, 40, device="cuda").t() for _ in model]
+        for number in range(60):
+            for param, grad in zip(model, given, strict=True):
+                param.grad = grad if param.requires_grad else None
+            # The tables of the first round are of the default stream.
+            with torch.cuda.stream(stream if number else torch.cuda.current_stream()):
+                if late and number:
+                    stream.wait_stream(torch.cuda.default_stream())
+                    torch.cuda._sleep(2_000_000)
+                optimizer.step()
+            if late:
+                poison = [torch.full((size,), -1, dtype=torch.int64, device="cuda") for size in (8, 64, 512, 4096) * 8]
+                del poison
+            torch.cuda.current_stream().wait_stream(stream)
+        torch.cuda.synchronize()
+        finals.append(all_bits(model, optimizer))
+    assert same_bits(*finals)
+
+
+@pytest.mark.gpu
 def test_uploads_do_not_overtake_the_device(monkeypatch):
     """Many more steps than buffers while the device is busy: each must see its own hyperparameters."""
     kernel = triton_kernel("cuda", monkeypatch)
