@@ -163,6 +163,7 @@ def look(content: dict[str, Any], names: Sequence[str], device: torch.device, ou
     from benchmarks.first.parity import check_all
     from benchmarks.first.table import excused
 
+    content["parity"] = {}
     for variants in check_all(names, device):
         content["parity"] = variants
     wrong = [name for name, variant in content["parity"].items() if not (variant["ok"] or excused(variant))]

@@ -159,9 +159,11 @@ def test_parts_are_named_on_the_command_line(capsys):
 
 
 def test_all_parts_end_within_the_limit():
-    """What users are promised, with room for what comes before and after; the last has what the others leave."""
-    *parts, _ = stage.PARTS.values()
-    assert stage.LIMIT_S <= 280 and sum(parts) <= 280
+    """What users are promised, with room for torch's import before and the table after."""
+    assert stage.LIMIT_S <= 280 - 15
+    # All begin on the slowest day, but the last, which has what the others leave.
+    *parts, eight, _ = stage.PARTS.values()
+    assert sum(parts) + eight / 2 <= stage.LIMIT_S
 
 
 @pytest.mark.parametrize("name", parity.VARIANTS)

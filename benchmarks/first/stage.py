@@ -19,8 +19,9 @@ from benchmarks import record
 from benchmarks.first import table
 from benchmarks.first.part import MARK, kill_tree
 
-# A call to such a machine should last five minutes, with its transfers.
-LIMIT_S = 275.0
+# A call to such a machine should last five minutes at most, and the stage 280 s: torch is imported before these begin,
+# from a cold disk.
+LIMIT_S = 265.0
 # What each part may take at most, in the order of their worth. What one leaves, those after it have.
 PARTS = {"engagement": 25.0, "parity": 60.0, "step": 70.0, "train": 80.0, "eight": 45.0, "sanitizer": 240.0}
 # Before it is killed, a part has this long to end what it has begun.
