@@ -303,6 +303,17 @@ def first(content: Record) -> list[str]:
     return ["```", *first_table.table(content).splitlines(), "```", ""]
 
 
+def launcher(content: Record) -> list[str]:
+    """What a step on a GPU takes of the host's time."""
+    parts = list(next(iter(content["host_us"].values())))
+    rows = [
+        (name, *(f"{us['median']:.0f} ({us['p20']:.0f} to {us['p80']:.0f})" for us in of.values()))
+        for name, of in content["host_us"].items()
+    ]
+    text = "Microseconds on a stub of Triton's driver, medians, in parentheses p20 to p80: without CUDA's own launch."
+    return [text, "", *cells(f"a step of | {' | '.join(parts)}", rows)]
+
+
 def counts(content: Record) -> list[str]:
     """What the gate counts."""
     lines = [
@@ -335,6 +346,7 @@ SECTIONS: dict[str, tuple[str, Callable[[Record], list[str]]]] = {
     "caps": ("Tokens per second at the largest batch under a cap of memory", capped),
     "cpu": ("The step on a CPU", steps),
     "growth": ("How cost grows", grown),
+    "launcher": ("The host's time of a step on a GPU", launcher),
     "quality": ("Quality at equal training bytes", quality),
     "regime": ("Quality where δ is small and the model deep", regime),
     "training_memory": ("Memory of a training step", memory),
