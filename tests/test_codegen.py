@@ -24,6 +24,8 @@ CROSSING_BYTES, CROSSING_ACCESSES = 4096, 12
 # An element, with bfloat16 weights rounded stochastically, whose hash takes 16. The IEEE division and root of fp32
 # take 20 to 30.
 INSTRUCTIONS = {"fp32": 75, "bf16": 75, "int8": 75, "fp8": 110, "int8+int4": 80}
+# Spilling instructions and bytes of stack, of the variants that have any: Triton 3.6 has one.
+SPILLS = {"3.6": {("update bf16 bf16 master bf16 unaligned", 80): (4, 8)}}.get(triton.__version__[:3], {})
 
 
 def expected_widths(variant: Variant) -> tuple[dict[int, int], dict[int, int]]:
@@ -47,7 +49,7 @@ def added(*counts: dict[int, int]) -> dict[int, int]:
 
 def check(code: Code) -> None:
     variant = code.variant
-    assert code.spills == 0 and code.stack == 0, code
+    assert (code.spills, code.stack) == SPILLS.get((str(variant), code.capability), (0, 0)), code
     registers = launch.MAX_REGISTERS_E4M3 if variant.state_dtype == "fp8" else launch.MAX_REGISTERS
     assert code.registers <= registers[variant.aligned], code
     crossing = not variant.aligned and scaled(variant)
@@ -77,11 +79,7 @@ def scaled(variant: Variant) -> bool:
     return any(codec.scales for codec in variant.storage.codecs.values())
 
 
-BEFORE_37 = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7)
-
-
 @pytest.mark.slow
-@pytest.mark.skipif(BEFORE_37, reason="Triton 3.6 brings the scales of a block together in shared memory")
 @pytest.mark.parametrize("state_dtype", FORMATS)
 def test_formats_on_every_gpu(state_dtype):
     for code in compile_all(
@@ -93,8 +91,7 @@ def test_formats_on_every_gpu(state_dtype):
 @pytest.mark.slow
 @pytest.mark.parametrize("capability", CAPABILITIES)
 def test_all_variants(capability):
-    kept = [variant for variant in variants() if not (BEFORE_37 and scaled(variant))]
-    for code in compile_all([(variant, capability) for variant in kept], processes=2):
+    for code in compile_all([(variant, capability) for variant in variants()], processes=2):
         check(code)
 
 

@@ -12,6 +12,8 @@ import triton.language as tl
 from misa_kernels import codec
 
 INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
+# Triton 3.6 does when it lays out a store, whatever `scales_at` says of its pointers.
+SEES_NEIGHBOURS = tl.constexpr(triton.__version__.startswith("3.6."))
 
 GROUP = tl.constexpr(codec.GROUP)
 SOFTNESS = tl.constexpr(codec.SOFTNESS)
@@ -208,8 +210,12 @@ def scales_at(scale_ptr, offset, begin, limit, GROUPS: tl.constexpr, CODEC: tl.c
 def store_scale(scales, scale, exist):
     """Write one number a group, by the first lane of the warp that has the group: 32 columns are its lanes."""
     SHAPE: tl.constexpr = (scale.shape[0], 32)
-    first = tl.arange(0, 32)[None, :] == 0
-    tl.store(tl.broadcast_to(scales, SHAPE), tl.broadcast_to(scale, SHAPE), mask=exist & first)
+    lane = tl.arange(0, 32)[None, :]
+    if SEES_NEIGHBOURS:
+        # Groups would be spread over the lanes, through shared memory with four barriers in the loop. Here what the
+        # masked lanes point to are the neighbours.
+        scales = tl.multiple_of(scales + lane, (1, 1))
+    tl.store(tl.broadcast_to(scales, SHAPE), tl.broadcast_to(scale, SHAPE), mask=exist & (lane == 0))
 
 
 @triton.jit
