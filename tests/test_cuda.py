@@ -59,6 +59,13 @@ class Rows:
         return [tensor.clone().cpu().view(torch.uint8) for tensor in tensors]
 
 
+def triton_table(*arguments):
+    """Triton's table, on tensors without anything around them: for `benchmarks.nvidia`, too."""
+    from misa_kernels.kernels.launch import Launch
+
+    return Launch(*arguments)
+
+
 def gradients(rows, seed, missing=()):
     """Multiples of 1/8 up to 2: their squares add up without rounding, in whatever order."""
     generator = torch.Generator().manual_seed(seed)
@@ -84,6 +91,8 @@ STEPS = {
 needs_library = pytest.mark.skipif(native.path("cuda") is None, reason="the library cuda is not built")
 on_a_gpu = [pytest.mark.gpu, needs_library]
 LARGE = [0, 1, 15, 1023, 4097, 8192, 20_001, 64, 9000, 8195, 3000, 16_384]
+# A bucket of each dtype: more would be more variants for Triton to compile.
+FEW = [0, 20_001, 4097, 16_384, 9000]
 # More rows and groups than one launch holds, and more blocks than a GPU has room for.
 MANY, HUGE = [n % 7 for n in range(400)], [2_000_001, 1_000_000, 3_000_000, 100, 0, 999_999, 64, 3, 500_000]
 
@@ -97,11 +106,12 @@ MANY, HUGE = [n % 7 for n in range(400)], [2_000_001, 1_000_000, 3_000_000, 100,
         pytest.param(native.CudaTable, GPU, LARGE, STEPS, id="GPU large", marks=on_a_gpu),
         pytest.param(native.CudaTable, GPU, MANY, STEPS, id="GPU many", marks=on_a_gpu),
         pytest.param(native.CudaTable, GPU, HUGE, STEPS, id="GPU huge", marks=on_a_gpu),
+        pytest.param(triton_table, GPU, FEW, ("first", "clip"), id="GPU few", marks=pytest.mark.gpu),
     ],
 )
 def test_kernels_give_the_bits_of_the_cpu_library(make, device, sizes, steps, stochastic):
     # A GPU gives the bits of the same source on the CPU.
-    peer = EmulatedTable if make is native.CudaTable else native.CpuTable
+    peer = native.CpuTable if make is EmulatedTable else EmulatedTable
     cpu, cuda = Rows(peer, sizes, stochastic), Rows(make, sizes, stochastic, device)
     for number, name in enumerate(steps):
         for rows in (cpu, cuda):

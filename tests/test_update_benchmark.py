@@ -8,6 +8,7 @@ import math
 import os
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from benchmarks import goals, gpu, nvidia, steps, update
 from benchmarks.peers import BF16, FORMATS, PEERS, check_compressible
 
 MEMCHECK = "...\n6 passed in 40.1s\n========= ERROR SUMMARY: {} errors\n"
-RACECHECK = "...\n6 passed in 40.1s\n========= RACECHECK SUMMARY: {} hazards displayed ({} errors, 0 warnings)\n"
+RACECHECK = "...\n6 passed in 40.1s\n========= RACECHECK SUMMARY: {} hazards displayed ({} errors, {} warnings)\n"
 NCU = """==PROF== Connected to process 77 (/usr/bin/python3.12)
 ==PROF== Profiling "step_kernel" - 0: 0%....50%....100% - 1 pass
 {"counted_bytes": 1879067392}
@@ -298,11 +299,21 @@ def test_launches_are_counted_by_kind():
     [
         (0, MEMCHECK.format(0), True, 0),
         (99, MEMCHECK.format(3), False, 3),
-        (0, RACECHECK.format(0, 0), True, 0),
-        (99, RACECHECK.format(2, 2), False, 2),
+        (0, RACECHECK.format(0, 0, 0), True, 0),
+        (99, RACECHECK.format(2, 2, 0), False, 2),
+        (99, RACECHECK.format(3, 1, 2), False, 1),
+        (99, RACECHECK.format(1, 0, 0).replace("0 errors", "1 error"), False, 1),
+        # An exit code that nothing explains.
+        (99, MEMCHECK.format(0), False, 0),
         (1, MEMCHECK.format(0).replace("6 passed", "1 failed, 5 passed"), False, 0),
-        (5, "no tests ran in 1s\n========= ERROR SUMMARY: 0 errors", False, 0),
-        (0, "6 passed", False, 0),
+        (99, RACECHECK.format(1, 0, 1).replace("6 passed", "1 failed, 5 passed"), False, 0),
+        (0, MEMCHECK.format(0).replace("6 passed", "5 passed, 1 error"), False, 0),
+        (5, "no tests ran in 1.00s\n========= ERROR SUMMARY: 0 errors", False, 0),
+        (0, "6 passed in 1.00s", False, 0),
+        # Killed before the summary, after it had something to say.
+        (None, "..========= Invalid __global__ write of size 4 bytes\n", False, 1),
+        (None, "..\n========= Invalid __global__ read of size 16 bytes\n", False, 1),
+        (None, "..\n========= Error: Race reported between Write access at step_kernel\n", False, 1),
     ],
 )
 def test_sanitizer_output(code, output, ok, found):
@@ -311,10 +322,57 @@ def test_sanitizer_output(code, output, ok, found):
     assert ("tail" in result) is not ok
 
 
+@pytest.mark.parametrize("code", [0, 99])
+def test_hazards_that_racecheck_only_warns_of_are_recorded(code):
+    result = nvidia.judge(code, RACECHECK.format(2, 0, 2))
+    assert (result["ok"], result["found"], result["warnings"]) == (True, 0, 2) and "2 warnings" in result["tail"]
+
+
 @pytest.mark.parametrize("code, output", [(1, "========= Device not supported."), (None, "...")])
 def test_a_sanitizer_that_cannot_look_is_absent(code, output):
     result = nvidia.judge(code, output)
     assert result["ok"] is True and "compute-sanitizer" in result["absent"]
+
+
+# Runs what follows its options as compute-sanitizer does, and finds what the environment says.
+SANITIZER = """#!{python}
+import os, subprocess, sys
+command = sys.argv[sys.argv.index(sys.executable):]
+planted = "nvidia.overrun()" in command[-1]
+code = 0 if planted else subprocess.run(command).returncode
+print("=========     at step_kernel+0x90" if planted and "SEES" in os.environ else "", flush=True)
+print("========= ERROR SUMMARY: 0 errors")
+sys.exit(code)
+"""
+TESTS = """
+import time, pytest
+def test_quick():
+    pass
+@pytest.mark.parametrize("seconds", {seconds})
+def test_slow(seconds):
+    time.sleep(seconds)
+"""
+
+
+@pytest.mark.parametrize("seconds, sees, passed", [([0], True, 2), ([0], False, 2), ([0, 60, 0], True, 2)])
+def test_sanitized_tests_end_in_time_with_what_was_seen(monkeypatch, tmp_path, seconds, sees, passed):
+    tool, tests = tmp_path / "compute-sanitizer", tmp_path / "test_some.py"
+    tool.write_text(SANITIZER.format(python=sys.executable))
+    tool.chmod(0o755)
+    tests.write_text(TESTS.format(seconds=seconds))
+    if sees:
+        monkeypatch.setenv("SEES", "1")
+    monkeypatch.setattr(nvidia, "find", lambda name: str(tool))
+    monkeypatch.setattr(nvidia, "SMALL_TESTS", (str(tests),))
+    monkeypatch.setattr(nvidia, "WARM_UP", 0.0)
+    monkeypatch.setattr(nvidia, "GRACE_S", 4.0)
+    started = time.monotonic()
+    result = nvidia.sanitize("memcheck", started + (9 if 60 in seconds else 40))
+    assert (result["ok"], result["found"], result["passed"]) == (True, 0, passed), result
+    if 60 in seconds:
+        assert result["stopped"] and 4 < time.monotonic() - started < 9 and "planted" not in result
+    else:
+        assert result["planted"] == ["step"] * sees and ("absent" in result) is not sees
 
 
 @pytest.mark.parametrize("peer, counted", [("bf16 misa", 28), ("bf16 misa int8", 10.125), ("bf16 fused", 14)])
@@ -339,19 +397,33 @@ def test_ncu_output(monkeypatch):
 
 
 def test_a_tool_is_stopped_with_what_it_started():
-    child = "import subprocess, sys; print('on', flush=True); subprocess.run([sys.executable, '-c', 'input()'])"
+    """In a session of its own too, and with our output still open."""
+    sleeper = "import time; time.sleep(60)"
+    child = f"import subprocess, sys, time; command = [sys.executable, '-c', '{sleeper}']\n"
+    child += "print(subprocess.Popen(command, start_new_session=True).pid, 'on', flush=True); time.sleep(60)"
     started = time.monotonic()
-    code, output = nvidia.run([sys.executable, "-c", child + "\nimport time; time.sleep(60)"], started + 1.5)
-    assert code is None and output.startswith("on") and time.monotonic() - started < 20
+    code, output = nvidia.run([sys.executable, "-c", child], started + 2)
+    assert code is None and output.endswith(" on\n") and time.monotonic() - started < 20
+    stat = Path("/proc", output.split()[0], "stat")
+    # Gone, or waiting for its new parent to take note.
+    assert not stat.exists() or stat.read_text().split()[2] == "Z"
 
 
-@pytest.mark.parametrize("hazards, code", [(0, 0), (2, 1)])
-def test_test_stage_writes_what_the_sanitizers_found(monkeypatch, tmp_path, hazards, code):
+@pytest.mark.parametrize("hazards, warnings, code", [(0, 0, 0), (0, 3, 0), (2, 0, 1)])
+def test_test_stage_writes_what_the_sanitizers_found(monkeypatch, tmp_path, hazards, warnings, code):
     passed = {"passed": 3, "failed": 0, "skipped": 0, "ok": True}
-    outputs = {"memcheck": (0, MEMCHECK.format(0)), "racecheck": (99 * (hazards > 0), RACECHECK.format(hazards, 0))}
+    found = RACECHECK.format(hazards + warnings, hazards, warnings)
+    outputs = {"memcheck": (0, MEMCHECK.format(0)), "racecheck": (99 * (hazards + warnings > 0), found)}
     monkeypatch.setattr(gpu, "run_gpu_tests", lambda deadline, path: passed)
     monkeypatch.setattr(nvidia, "find", lambda tool: f"/cuda/{tool}")
-    monkeypatch.setattr(nvidia, "run", lambda command, deadline, **variables: outputs[command[2]])
+    # Before and after the tool's run there are others, without it and of an overrun that it must see.
+    monkeypatch.setattr(
+        nvidia,
+        "run",
+        lambda command, deadline, **variables: (
+            outputs[command[2]] if command[2] in outputs and "overrun" not in command[-1] else (0, "=   at step_kernel")
+        ),
+    )
     assert gpu.main(["--stage", "test", "--device", "cpu", "--out", str(tmp_path)]) == code
     content = json.loads((tmp_path / "test.json").read_text())
     assert [(result["tool"], result["found"]) for result in content["sanitizer"]] == [
