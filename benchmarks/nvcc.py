@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 from collections.abc import Iterable
@@ -49,11 +50,19 @@ def ensure_library() -> str:
     if missing():
         return f"no CUDA library: {missing()}" if built is None else f"the CUDA library is {built}, older than csrc"
     found = (torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count()))
+    capabilities = sorted({10 * major + minor for major, minor in found})
+    if not capabilities:
+        return "no CUDA library is built: torch sees no GPU to build it for"
     output = native.FOLDER / "libmisa_cuda.so"
+    # Whole or not at all, for whoever loads it meanwhile or has the old one loaded.
+    partial = output.with_suffix(f".{os.getpid()}")
     try:
-        compile_library(output, sorted({10 * major + minor for major, minor in found}))
+        compile_library(partial, capabilities)
+        partial.replace(output)
     except RuntimeError as error:
         return f"no CUDA library: {error}"
+    finally:
+        partial.unlink(missing_ok=True)
     return f"built {output}"
 
 

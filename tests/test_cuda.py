@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
 import subprocess
+from types import SimpleNamespace
 
 import emulated
 import numpy as np
@@ -267,3 +269,47 @@ def test_wrong_device_is_an_error_of_cuda(rows):
     assert library.misa_cuda_step(rows.table._reference, 7, None) == 1101
     assert library.misa_message(1101) == b"invalid device ordinal"
     assert all(map(torch.equal, before, rows.bits()))
+
+
+@pytest.mark.parametrize(
+    "built, gpus, usable",
+    [
+        (b"80 90", [(9, 0)], True),
+        (b"80 90", [(8, 9)], True),
+        (b"75 86", [(8, 0)], False),
+        (b"90", [(8, 0)], False),
+        # PTX of the newest.
+        (b"80 90", [(10, 3)], True),
+        (b"80 90", [(7, 5)], False),
+        (b"80 90", [(7, 5), (8, 0)], True),
+    ],
+)
+def test_a_library_without_code_for_the_gpu_is_not_usable(monkeypatch, built, gpus, usable):
+    functions = {"built": built, "runtime_version": 13000, "driver_version": 13000}
+    fake = SimpleNamespace(**{f"misa_cuda_{name}": lambda value=value: value for name, value in functions.items()})
+    monkeypatch.setattr(native, "library", lambda name: fake)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(gpus))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", gpus.__getitem__)
+    reason = native.unusable("cuda")
+    if usable:
+        assert reason is None
+    else:
+        number = "".join(map(str, gpus[0]))
+        assert f"sm_{number} here" in reason and f"-DMISA_CUDA_ARCHITECTURES={number}" in reason
+
+
+@pytest.mark.skipif(nvcc.missing() is not None, reason=str(nvcc.missing()))
+def test_the_benchmarks_build_the_library_for_the_gpus_here(monkeypatch, tmp_path):
+    monkeypatch.setattr(native, "FOLDER", tmp_path)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    assert "no GPU" in nvcc.ensure_library() and not list(tmp_path.iterdir())
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda number: (9, 0))
+    (file,) = nvcc.ensure_library() and tmp_path.iterdir()
+    assert native.load("cuda", file).misa_cuda_built() == b"90"
+    # Never over a file that a process may have loaded, which would end that process.
+    before = file.stat().st_ino
+    os.utime(file, (0, 0))
+    nvcc.ensure_library()
+    assert list(tmp_path.iterdir()) == [file] and file.stat().st_ino != before

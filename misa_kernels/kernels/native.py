@@ -119,7 +119,19 @@ def unusable(name: str) -> str | None:
     if driver // 1000 < runtime // 1000:
         found = f"the one here is for CUDA {driver // 1000}.{driver % 1000 // 10}" if driver else "there is none here"
         return f"needs a driver for CUDA {runtime // 1000}, and {found}: update it, or build with an older nvcc"
-    return None if torch.cuda.is_available() else "needs a CUDA device, and torch sees none here"
+    if not torch.cuda.is_available():
+        return "needs a CUDA device, and torch sees none here"
+    built = [int(number) for number in loaded.misa_cuda_built().decode().split()]
+    capabilities = (torch.cuda.get_device_capability(number) for number in range(torch.cuda.device_count()))
+    here = [10 * major + minor for major, minor in capabilities]
+    # Machine code runs on the later GPUs of its generation; for those newer than all, the driver compiles PTX.
+    if any(gpu > max(built) or any(sm <= gpu < sm - sm % 10 + 10 for sm in built) for gpu in here):
+        return None
+    architectures = ", ".join(f"sm_{number}" for number in built)
+    return (
+        f"was built for {architectures}, which sm_{here[0]} here does not run: "
+        f"build it with CMAKE_ARGS=-DMISA_CUDA_ARCHITECTURES={here[0]}"
+    )
 
 
 class NativeTable(RowTable):
