@@ -1,9 +1,10 @@
 // The C interface of the native libraries: one step over the rows of a table, on the CPU or on a GPU.
 //
 // No torch, no C++ and no Python: misa_kernels/kernels/native.py calls it through ctypes. Every function
-// returns a status, 0 for success, and leaves everything as it was for any other; `misa_message` says what it
-// means. Rows, hyperparameters and MisaStep are always in the memory of the host. What they point to is on
-// the host for the CPU library and on the GPU for the CUDA library.
+// returns a status, 0 for success, and leaves everything as it was for any other below MISA_CUDA_ERROR, after
+// which some launches of a step may have run; `misa_message` says what it means. Rows, hyperparameters and
+// MisaStep are always in the memory of the host. What they point to is on the host for the CPU library and on
+// the GPU for the CUDA library.
 #pragma once
 
 #include <stdint.h>
