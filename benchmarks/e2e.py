@@ -79,6 +79,8 @@ class Samples:
         reserved_bytes: Highest memory taken from the device, per turn.
         rounds: Rounds of a sampler over all turns, 0 for others.
         loss: Loss of the last iteration, to show that there was one.
+        first_ms: `step()` and `zero_grad()` where a round begins: what has entered has no state to be read, and such
+            steps are too fast to stand for the others.
     """
 
     forward_ms: list[float] = field(default_factory=list)
@@ -93,6 +95,7 @@ class Samples:
     reserved_bytes: list[int] = field(default_factory=list)
     rounds: int = 0
     loss: float = math.nan
+    first_ms: list[float] = field(default_factory=list)
 
 
 def run_turn(model: Llama, tokens: Tensor, name: str, plan: Plan, turn: int, samples: Samples) -> None:
@@ -108,8 +111,13 @@ def begin(model: Llama, tokens: Tensor, name: str, plan: Plan, turn: int) -> Pee
     """Return the peer `name` after a round."""
     reset(model)
     peer = PEERS[name](model, plan, turn)
-    for _ in range(plan.inner_steps):
-        iterate(model, tokens, peer.optimizer, Clock(tokens.device))
+    try:
+        for _ in range(plan.inner_steps):
+            iterate(model, tokens, peer.optimizer, Clock(tokens.device))
+    except BaseException:
+        # The model is the next peer's.
+        peer.close()
+        raise
     return peer
 
 
@@ -143,8 +151,13 @@ def timed(model: Llama, tokens: Tensor, peer: Peer, plan: Plan, rounds: int, sam
     for number, (start, forward, backward, end) in enumerate(marks, start=1):
         samples.forward_ms.append(clock.ms(start, forward))
         samples.backward_ms.append(clock.ms(forward, backward))
-        ends_round = peer.rounds and (number + peer.early) % plan.inner_steps == 0
-        (samples.switch_ms if ends_round else samples.optimizer_ms).append(clock.ms(backward, end))
+        # Of a peer without rounds every step is within one.
+        place = (number + peer.early) % plan.inner_steps if peer.rounds else -1
+        times = samples.switch_ms if place == 0 else samples.optimizer_ms
+        # Rounds of two steps have no others, and what begins them has to stand for those.
+        if place == 1 and plan.inner_steps > 2:
+            times = samples.first_ms
+        times.append(clock.ms(backward, end))
         samples.iteration_ms.append(clock.ms(start, end))
 
 
@@ -180,7 +193,7 @@ def summary(samples: Samples, tokens: int, flops: float, peak_flops: float) -> d
         peak_flops: What the device does of them in a second.
     """
     seconds, iterations = sum(samples.wall_s), sum(samples.iterations)
-    optimizer_ms = sum(samples.optimizer_ms) + sum(samples.switch_ms)
+    optimizer_ms = sum(samples.optimizer_ms) + sum(samples.first_ms) + sum(samples.switch_ms)
     return {
         "tokens_per_second": tokens * iterations / seconds,
         "tokens_per_second_by_turn": [tokens * n / s for n, s in zip(samples.iterations, samples.wall_s, strict=True)],
@@ -188,7 +201,7 @@ def summary(samples: Samples, tokens: int, flops: float, peak_flops: float) -> d
         "rounds": samples.rounds,
         **{
             name: spread(getattr(samples, name))
-            for name in ("forward_ms", "backward_ms", "optimizer_ms", "switch_ms", "iteration_ms")
+            for name in ("forward_ms", "backward_ms", "optimizer_ms", "first_ms", "switch_ms", "iteration_ms")
         },
         "optimizer_share": optimizer_ms / sum(samples.iteration_ms),
         "in_rounds_of_50": in_rounds(samples, tokens),
@@ -278,7 +291,7 @@ def measure(
     longest = 0.0
     for turn in range(plan.turns):
         for name in names[:: -1 if turn % 2 else 1]:
-            if "error" in content["peers"].get(name, {}):
+            if not {"error", "later_error"}.isdisjoint(content["peers"].get(name, {})):
                 continue
             started = time.monotonic()
             if started + longest > deadline:
@@ -297,7 +310,9 @@ def measure(
                 content["peers"][name] = summary(taken[name], plan.tokens, flops, peak)
             # Whatever one peer fails at, the numbers of the others are kept; the record shows the failure.
             except Exception as error:
-                content["peers"][name] = failure(error)
+                # A turn that went well stays.
+                before = content["peers"].get(name, {})
+                content["peers"][name] = before | {"later_error": failure(error)["error"]} if before else failure(error)
             longest = max(longest, time.monotonic() - started)
             # In their order, which that of the turns is not.
             content["peers"] = {peer: content["peers"][peer] for peer in names if peer in content["peers"]}

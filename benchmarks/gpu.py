@@ -160,8 +160,7 @@ def look(content: dict[str, Any], names: Sequence[str], device: torch.device, ou
     content["tests"] = tests_at(content["commit"], (out, record.ROOT / "benchmarks" / "results" / "gpu"))
     if device.type == "cpu":
         return []
-    from benchmarks.first.parity import check_all
-    from benchmarks.first.table import excused
+    from benchmarks.first.parity import check_all, excused
 
     content["parity"] = {}
     for variants in check_all(names, device):

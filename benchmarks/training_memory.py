@@ -313,8 +313,8 @@ def under_the_cap(
     plan = PLANS[plan_name]
     content: dict[str, Any] = {"plan": asdict(plan), "peers": {}, "left_out": [], "goals": []}
     for name in names:
-        left = min(deadline - time.monotonic(), PEER_LIMIT_S)
         peer: dict[str, Any] = {"planned": planned(name, plan, fused_norms=device.type == "cuda")}
+        left = min(deadline - time.monotonic(), PEER_LIMIT_S)
         command = [sys.executable, "-m", "benchmarks.training_memory", "peer", name, "--plan", plan_name]
         command += ["--device", device.type, "--rounds", str(rounds)]
         if left <= 0:

@@ -8,12 +8,14 @@ device until `step()` returns and until the device is done.
 from __future__ import annotations
 
 import gc
+import itertools
 import json
 import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -141,12 +143,19 @@ class Timer:
         self._scratch.fill_(1.0)
         self._scratch.sum()
 
-    def device_us(self, step: Callable[[], object]) -> tuple[float, bool]:
-        """Return the device's microseconds of one step, and whether it had to wait for the host."""
+    def device_us(self, step: Callable[[], object], before: Callable[[], object] = lambda: None) -> tuple[float, bool]:
+        """Return the device's microseconds of one step, and whether it had to wait for the host.
+
+        Args:
+            step: What is timed; more than once where the host was late.
+            before: What comes before it each time, untimed.
+        """
         if not self.cuda:
+            before()
             self._flush()
             return self.wall_us(step)[1], False
         for cycles in DELAY_CYCLES:
+            before()
             wait(self._device)
             torch.cuda._sleep(cycles)
             self._flush()
@@ -236,11 +245,11 @@ def measure_peers(
     for number in range(repeats):
         for name in list(ready)[:: -1 if number % 2 else 1]:
             (step, weights, optimizer), taken = ready[name], samples[name]
-            gradients = sets[peers[name].dtype]
+            turns = itertools.count(2 * len(DELAY_CYCLES) * number)
+            before = partial(renew, weights, optimizer, sets[peers[name].dtype], turns)
             try:
-                renew(weights, optimizer, gradients[0], number)
-                device_us, late = timer.device_us(step)
-                renew(weights, optimizer, gradients[1], number + 0.5)
+                device_us, late = timer.device_us(step, before)
+                before()
                 host_us, wall_us = timer.wall_us(step)
             except torch.OutOfMemoryError as error:
                 # What a step needs for itself, the peers built after its warm-up may have taken.
@@ -274,12 +283,19 @@ def gradients_of(case: Case | Matrices, dtype: torch.dtype, device: torch.device
     return random(case, dtype, generator), random(case, dtype, generator)
 
 
-def renew(weights: list[Tensor], optimizer: Any, gradients: list[Tensor], number: float) -> None:
-    """Give the weights these gradients, and the optimizer a learning rate of its own for step `number`."""
+def renew(weights: list[Tensor], optimizer: Any, sets: tuple[list[Tensor], list[Tensor]], turns: Iterator[int]) -> None:
+    """Give the weights the gradients of the other set, and the optimizer another learning rate."""
+    number = next(turns)
+    gradients = sets[number % 2]
     for weight, gradient in zip(weights, gradients, strict=True):
         weight.grad = gradient
     for group in getattr(optimizer, "param_groups", ()):
-        group["lr"] = LR / (1.0 + 1e-3 * number)
+        lr = LR / (1.0 + 1e-3 * number)
+        if isinstance(group["lr"], Tensor):
+            # Torchao's, which refuses any other.
+            group["lr"].fill_(lr)
+        else:
+            group["lr"] = lr
 
 
 def prepare(

@@ -21,6 +21,10 @@ from misa_kernels.storage import Storage
 CPU = torch.device("cpu")
 
 
+def within(seconds=60):
+    return time.monotonic() + seconds
+
+
 def read(out):
     path = out / "first.json"
     return json.loads(path.read_text()) if path.exists() else {"parts": {}}
@@ -57,7 +61,8 @@ def test_a_kill_in_the_middle_of_a_part_loses_that_part_alone(tmp_path):
     parts = read(tmp_path)["parts"]
     assert [part["state"] for part in parts.values()] == ["done", "done", "running"]
     assert parts["engagement"]["step"]["off"] == 0 and parts["engagement"]["copy_gb_per_s"]["median"] > 0
-    assert list(parts["parity"]["variants"]) == list(parity.FIRST)
+    variants = parts["parity"]["variants"]
+    assert list(variants) == parts["parity"]["wanted"] == [name for name in parity.FIRST if "cuda" not in name]
     assert all(variant["ok"] for variant in parts["parity"]["variants"].values())
     # What was measuring must not go on: nobody would read it, and the next call would be timed beside it.
     assert len(pids) > 1
@@ -106,6 +111,53 @@ def test_a_part_that_takes_too_long_is_stopped_with_what_it_started():
     assert not gone([pid])
     assert [*found] == [{"state": "stopped at its limit", "tail": []}]
     wait_until(lambda: gone([pid]), "the end of the child", 20)
+
+
+def test_what_is_no_report_is_kept_as_a_line_and_loses_none():
+    code = f"print({MARK!r} + '{{bad')\nprint({MARK!r} + 'null')\nsys.stderr.write('no end')\n" + reported({"a": 1})
+    found, end = stage.reports(part(code.replace(f"print({MARK!r} + json", f"print('\\n' + {MARK!r} + json")), within())
+    assert found == {"a": 1} and end == {"state": "done"}
+
+
+def test_a_part_that_goes_on_without_its_output_is_stopped():
+    started = time.monotonic()
+    code = "import os; os.close(1); os.close(2); time.sleep(60)"
+    (end,) = stage.reports(part(code), time.monotonic() + 2)
+    assert end["state"] == "stopped at its limit" and time.monotonic() - started < 20
+
+
+def test_the_record_names_the_part_that_runs_before_it_reports(tmp_path, monkeypatch):
+    seen = []
+
+    def reports(command, until):
+        seen.append(read(tmp_path)["parts"])
+        yield {"state": "done", "absent": "nothing"}
+
+    monkeypatch.setattr(stage, "reports", reports)
+    assert stage.run(CPU, ("sanitizer",), tmp_path, within()) == 0
+    assert seen[0]["sanitizer"]["state"] == "running"
+
+
+def test_nobody_has_to_read_what_it_prints(tmp_path):
+    command = [sys.executable, "-m", "benchmarks.gpu", "--stage", "first", "--device", "cpu", "--out", str(tmp_path)]
+    process = subprocess.Popen([*command, "--parts", "engagement,sanitizer"], cwd=record.ROOT, stdout=subprocess.PIPE)
+    process.stdout.close()
+    assert process.wait(120) == 0
+    assert {part["state"] for part in read(tmp_path)["parts"].values()} == {"done"} and "goals" in read(tmp_path)
+
+
+def test_a_variant_that_kills_its_process_condemns_no_other(monkeypatch):
+    variants = dict.fromkeys(("dies", "fp32 misa"))
+    real = subprocess.run
+
+    def run(command, **options):
+        dies = "dies" in command
+        return real([sys.executable, "-c", "import os; os.abort()"] if dies else command, **options)
+
+    monkeypatch.setattr(parity.subprocess, "run", run)
+    *_, found = parity.check_all(tuple(variants), CPU)
+    assert found["fp32 misa"]["ok"]
+    assert found["dies"] == {"ok": False, "error": "exit code -6: nothing"}
 
 
 def test_a_part_that_prints_without_end_is_stopped():
@@ -383,16 +435,16 @@ def test_the_table_has_every_figure_beside_its_goal_in_fifty_lines():
     assert len(lines) <= table.LINES and max(map(len, lines)) <= 140
     text = "\n".join(lines)
     for figure in (
-        "3 <= 0      MISSED elements or draws off the reference",
-        "3 <= 1      MISSED kernels of a step",
-        "2 <= 0      MISSED waits of a step",
-        "2.5 <= 2      MISSED bf16 misa, error / plain PyTorch's",
+        "3 <= 0       MISSED elements or draws off the reference",
+        "3 <= 1       MISSED kernels of a step",
+        "2 <= 0       MISSED waits of a step",
+        "2.5 <= 2       MISSED bf16 misa, error / plain PyTorch's",
         "97% >= 92%",
         "1,234* <= 2,709",
         "1,234 <= 60",
-        "1 >= 1.45   MISSED tokens/s, misa / adamw, 1b",
-        "16 <= 8      MISSED GiB: goal 0, 8B, misa",
-        "0.025 <= 0.05   met    planner's peak off the one allocated, 8B, misa",
+        "1 >= 1.45    MISSED tokens/s, misa / adamw, 1b",
+        "16 <= 8       MISSED GiB: goal 0, 8B, misa",
+        "0.025 <= 0.05    met    planner's peak off the one allocated, 8B, misa",
         "3 found in 9 tests: FAILED",
     ):
         assert figure in text, figure
@@ -402,24 +454,32 @@ def test_the_table_has_every_figure_beside_its_goal_in_fifty_lines():
 def test_an_unsound_record_is_one_in_which_something_of_ours_failed():
     parts = gpu_record()["parts"]
     assert not table.sound(parts)
+    nothing = {name: {"state": "stopped at its limit"} for name in stage.PARTS}
+    assert not table.sound(nothing)
+    assert table.sound({name: {"state": "left out at the time limit"} for name in stage.PARTS})
     good = {
         "engagement": {"state": "done", "step": {"off": 0, "other_sets": 0}},
         "parity": {
             "state": "stopped at its limit",
-            "variants": {"a": {"ok": True}, "b": parts["parity"]["variants"]["bf16 misa cuda"]},
+            "variants": {"b": parts["parity"]["variants"]["bf16 misa cuda"]},
+            "wanted": ["b"],
         },
         "step": {"state": "done", "cases": [{"elements": 1, "peers": {"bf16 bnb 8bit": {"error": "ImportError: no"}}}]},
         "train": {"state": "done", "plan": {"shape": "1b"}, "peers": {"lora": {"error": "ImportError: peft"}}},
         "sanitizer": {"state": "left out at the time limit"},
     }
-    good["parity"]["variants"] = {"b": parts["parity"]["variants"]["bf16 misa cuda"]}
     assert table.sound(good)
     for name, change in (
         ("engagement", {"step": {"off": 1, "other_sets": 0}}),
         ("engagement", {"asks": {"error": "RuntimeError: no"}}),
-        ("parity", {"variants": {"a": {"ok": False, "error": "RuntimeError: PTX"}}}),
+        ("parity", {"wanted": ["a", "b"]}),
+        ("parity", {"variants": {"b": {"ok": False, "error": "RuntimeError: PTX"}}}),
         ("step", {"cases": [{"elements": 1, "peers": {"bf16 misa": {"error": "RuntimeError: no"}}}]}),
         ("train", {"peers": {"misa": {"error": "RuntimeError: no"}}}),
+        ("train", {"peers": {"misa": {"later_error": "RuntimeError: no"}}}),
+        ("train", {"state": "stopped at its limit", "peers": {}}),
+        # Not to fit is what this part is to refute.
+        ("eight", {"state": "done", "peers": {"misa": {"error": "OutOfMemoryError: CUDA out of memory."}}}),
         ("eight", {"state": "done", "peers": {"misa": {"error": "exit code 1"}}}),
         ("sanitizer", {"state": "failed with exit code 1"}),
     ):

@@ -1,6 +1,6 @@
 """A part of the stage `first`, in a process of its own.
 
-python -m benchmarks.first.part NAME --seconds 60
+python -m benchmarks.first.part NAME --device cpu
 
 Its record so far is a line of JSON each time that something is known. It ends with whoever holds its standard input.
 """
@@ -31,18 +31,19 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.first.part", description=__doc__.splitlines()[0])
     parser.add_argument("name", help="a module of benchmarks.first")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    parser.add_argument("--seconds", type=float, default=60.0, help="after which nothing new is begun")
+    parser.add_argument("--until", type=float, help="reading of time.monotonic() after which nothing new is begun")
     parser.add_argument("--record", type=Path, help="what the parts before have found")
     parser.add_argument("--leashed", action="store_true", help="end with all children when standard input does")
     args = parser.parse_args(argv)
-    deadline = time.monotonic() + args.seconds
+    deadline = time.monotonic() + 60 if args.until is None else args.until
     if args.leashed:
         threading.Thread(target=end_with_stdin, daemon=True).start()
     sys.path.append(str(wheels.FOLDER))
     so_far = json.loads(args.record.read_text())["parts"] if args.record else {}
     module = importlib.import_module(f"benchmarks.first.{args.name}")
     for found in module.measure(torch.device(args.device), deadline, so_far):
-        print(MARK + json.dumps(found), flush=True)
+        # On a line of its own, whatever else has begun one.
+        print("\n" + MARK + json.dumps(found), flush=True)
     return 0
 
 
@@ -61,7 +62,10 @@ def kill_tree(pid: int) -> None:
         for children in Path(f"/proc/{parent}/task").glob("*/children"):
             with contextlib.suppress(OSError):
                 pids += map(int, children.read_text().split())
-    # This process, if it is among them, last.
+    # Where the system does not list children, those of its session; this process, if it is among them, last.
+    with contextlib.suppress(ProcessLookupError):
+        if pid != os.getpid() and os.getsid(pid) == pid:
+            os.killpg(pid, signal.SIGKILL)
     for each in reversed(pids):
         with contextlib.suppress(ProcessLookupError):
             os.kill(each, signal.SIGKILL)

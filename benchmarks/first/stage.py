@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import json
 import queue
 import subprocess
@@ -16,7 +17,6 @@ from typing import Any
 import torch
 
 from benchmarks import record
-from benchmarks.first import table
 from benchmarks.first.part import MARK, kill_tree
 
 # A call to such a machine should last five minutes at most, and the stage 280 s: torch is imported before these begin,
@@ -40,7 +40,6 @@ def run(device: torch.device, names: Sequence[str], out: Path, deadline: float) 
         deadline: Reading of `time.monotonic` at which all have ended.
     """
     content = record.environment(device) | {"stage": "first", "parts": {}}
-    path = record.write(out, "first", content)
     for name in [name for name in PARTS if name in names]:
         begun = time.monotonic()
         until = min(begun + PARTS[name], deadline)
@@ -48,19 +47,28 @@ def run(device: torch.device, names: Sequence[str], out: Path, deadline: float) 
         content["parts"][name] = part
         if until - begun <= GRACE_S:
             part["state"] = "left out at the time limit"
-            record.write(out, "first", content)
+        path = record.write(out, "first", content)
+        if part["state"] != "running":
             continue
         command = [sys.executable, "-m", "benchmarks.first.part", name, "--device", device.type, "--leashed"]
-        command += ["--seconds", f"{until - begun - GRACE_S:.1f}", "--record", str(path)]
+        command += ["--until", f"{until - GRACE_S:.3f}", "--record", str(path)]
         for report in reports(command, until):
             part |= report | {"seconds": round(time.monotonic() - begun, 1)}
             record.write(out, "first", content)
-        print(f"{name}: {part['state']} after {part['seconds']} s", flush=True)
+        say(f"{name}: {part['state']} after {part['seconds']} s")
+    # Here, since a record must come of a package that does not import, too.
+    from benchmarks.first import table
+
     content["goals"] = table.goals(content["parts"])
-    record.write(out, "first", content)
-    print(table.table(content))
-    print(path)
+    path = record.write(out, "first", content)
+    say(f"{table.table(content)}\n{path}")
     return 0 if table.sound(content["parts"]) else 1
+
+
+def say(text: str) -> None:
+    """Print, if anybody still reads."""
+    with contextlib.suppress(OSError):
+        print(text, flush=True)
 
 
 def reports(command: Sequence[str], until: float) -> Iterator[dict[str, Any]]:
@@ -76,6 +84,7 @@ def reports(command: Sequence[str], until: float) -> Iterator[dict[str, Any]]:
         stderr=subprocess.STDOUT,
         text=True,
         errors="replace",
+        start_new_session=True,
     )
     assert process.stdout is not None
     lines: queue.SimpleQueue[str | None] = queue.SimpleQueue()
@@ -92,16 +101,33 @@ def reports(command: Sequence[str], until: float) -> Iterator[dict[str, Any]]:
         if left <= 0:
             state = "stopped at its limit"
         elif line is None:
-            code = process.wait()
-            state = "done" if code == 0 else f"failed with exit code {code}"
-        elif line.startswith(MARK):
-            yield json.loads(line.removeprefix(MARK))
-        else:
+            code = wait(process, max(left, 1.0))
+            state = f"failed with exit code {code}" if code else "done" if code == 0 else "stopped at its limit"
+        elif (report := read(line)) is not None:
+            yield report
+        elif line.strip():
             tail.append(line.rstrip()[:300])
     if process.poll() is None:
         kill_tree(process.pid)
-        process.wait()
+        # A process may hang in the driver.
+        wait(process, 5.0)
     yield {"state": state} | ({} if state == "done" else {"tail": list(tail)})
+
+
+def read(line: str) -> dict[str, Any] | None:
+    """Return the report in a line, None where there is none."""
+    with contextlib.suppress(ValueError):
+        found = json.loads(line.removeprefix(MARK)) if line.startswith(MARK) else None
+        if isinstance(found, dict):
+            return found
+    return None
+
+
+def wait(process: subprocess.Popen[str], seconds: float) -> int | None:
+    """Return the exit code of a process, None if it has not ended by then."""
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        return process.wait(seconds)
+    return None
 
 
 def pass_on(stream: Any, lines: queue.SimpleQueue[str | None]) -> None:

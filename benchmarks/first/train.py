@@ -14,8 +14,8 @@ from benchmarks.trainers import OURS, PLANS
 NAMES = ("adamw", "lora", "badam", "misa", "misa_window")
 # Short rounds and turns, so that all peers see many draws in a minute.
 PLAN = {
-    "cuda": replace(PLANS["1b"], inner_steps=2, rounds=6, steps=8),
-    "cpu": replace(PLANS["tiny"], rounds=2, steps=2, turns=1),
+    "cuda": replace(PLANS["1b"], inner_steps=3, rounds=6, steps=8),
+    "cpu": replace(PLANS["tiny"], inner_steps=3, rounds=2, steps=2, turns=1),
 }
 
 
