@@ -64,6 +64,12 @@ def triton_kernel(device: str, monkeypatch: pytest.MonkeyPatch) -> Kernel:
     if device == "cuda":
         launch = importlib.import_module("misa_kernels.kernels.launch")
         return Kernel(launch.Launch, torch.device("cuda", 0))
+    # The interpreter puts its own into these, and leaves them there: what is compiled later in this process would break.
+    language = triton.language
+    for owner in (language, language.core, language.math, language.tensor, language.core.tensor_descriptor_base):
+        for name, value in list(vars(owner).items()):
+            if callable(value) and name not in ("__class__", "__dict__", "__weakref__"):
+                monkeypatch.setattr(owner, name, value)
     # Triton's own library is not for the interpreter where something imported it before.
     interpreter = importlib.import_module("triton.runtime.interpreter")
     for name in ("sum", "max", "min", "zeros"):

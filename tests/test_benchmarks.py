@@ -100,7 +100,7 @@ def record(tmp_path_factory: pytest.TempPathFactory) -> dict:
 def test_e2e_says_where_it_ran(record):
     assert record["stage"] == "e2e"
     assert record["device"]["type"] == "cpu" and record["device"]["name"]
-    assert record["versions"]["torch"] == torch.__version__
+    assert record["versions"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
     assert {"python", "triton", "numpy", "cuda"} <= record["versions"].keys()
     assert record["commit"] and record["command"] and record["date"]
 

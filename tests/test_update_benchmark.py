@@ -53,7 +53,11 @@ def test_bench_measures_every_peer(content):
 
 
 def test_bench_says_where_it_ran_and_what_is_absent(content):
-    assert content["stage"] == "bench" and content["commit"] and content["versions"]["torch"] == torch.__version__
+    assert (
+        content["stage"] == "bench"
+        and content["commit"]
+        and content["versions"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
+    )
     assert content["cold"]["first_step_s"] > 0 and content["cold"]["variants"] == []
     assert content["dram"] == {"absent": "no CUDA device"}
     assert {"host us", "cold first step s"} & {goal["goal"] for goal in content["goals"]}
