@@ -23,6 +23,14 @@ ALIGNMENT = GROUP
 MOVE_ELEMENTS = 1 << 20
 
 
+def sent(values: Tensor, device: torch.device) -> Tensor:
+    """Return a tensor of the host on a device, in stream order; the host does not wait for it.
+
+    Of memory that is not pinned every copy to a GPU waits until the device has it.
+    """
+    return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values.to(device)
+
+
 def padded(numel: int) -> int:
     """Return `numel` rounded up to a multiple of `ALIGNMENT` elements."""
     return -(-numel // ALIGNMENT) * ALIGNMENT
@@ -193,11 +201,11 @@ class Arena:
                 self.numel,
                 clear,
             )
-        fresh = torch.tensor([*left, *enter], dtype=torch.int64).to(self.device)
+        fresh = sent(torch.tensor([*left, *enter], dtype=torch.int64), self.device)
         self.age.index_fill_(0, fresh, 0)
         if self.v_floor is not None:
             self.v_floor.index_fill_(0, fresh, 0)
-        self._active_index = torch.tensor([*keep, *enter], dtype=torch.int64).to(self.device)
+        self._active_index = sent(torch.tensor([*keep, *enter], dtype=torch.int64), self.device)
         self._active.zero_().index_fill_(0, self._active_index, 1)
         for sums in (self.updates, self.score_sum, self.sq_norm, self.skipped):
             sums.zero_()

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from misa_kernels.arena import ALIGNMENT, MOVE_ELEMENTS, Arena
+from misa_kernels.arena import ALIGNMENT, MOVE_ELEMENTS, Arena, sent
 from misa_kernels.kernels import Row
 from misa_kernels.reference import Hyper
 from misa_kernels.storage import Storage
@@ -41,10 +41,16 @@ def squares(rows: Sequence[Row], arena: Arena, storage: Storage, groups: Sequenc
     sums = torch.zeros(2, len(arena.age), dtype=torch.float64, device=arena.device)
     if not pieces:
         return sums
-    at = torch.tensor([(row.slot, row.group) for row, _, _ in pieces]).to(arena.device)
+    at = sent(torch.tensor([(row.slot, row.group) for row, _, _ in pieces]), arena.device)
     hypers = [Hyper.of(group) for group in groups]
-    numbers = [[torch.as_tensor(x, dtype=torch.float64, device=arena.device) for x in h[:3]] for h in hypers]
-    lr, beta1, beta2 = torch.stack([torch.stack(own) for own in numbers])[at[:, 1]].T
+    # What is on the device is not read here.
+    there = [isinstance(h.lr, Tensor) and h.lr.device.type != "cpu" for h in hypers]
+    host = [(0.0 if on_device else h.lr, *h[1:3]) for h, on_device in zip(hypers, there, strict=True)]
+    numbers = sent(torch.tensor(host, dtype=torch.float64), arena.device)
+    for own, h, on_device in zip(numbers, hypers, there, strict=True):
+        if on_device:
+            own[0] = h.lr
+    lr, beta1, beta2 = numbers[at[:, 1]].T
     t = arena.age[at[:, 0]].clamp(min=1)
     denom_scales = (1 - beta2**t).rsqrt().unbind()
 

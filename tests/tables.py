@@ -64,7 +64,7 @@ def triton_kernel(device: str, monkeypatch: pytest.MonkeyPatch) -> Kernel:
     if device == "cuda":
         launch = importlib.import_module("misa_kernels.kernels.launch")
         return Kernel(launch.Launch, torch.device("cuda", 0))
-    # The interpreter puts its own into these, and leaves them there: what is compiled later in this process would break.
+    # The interpreter puts its own into these, and leaves them there: what is compiled after it would break.
     language = triton.language
     for owner in (language, language.core, language.math, language.tensor, language.core.tensor_descriptor_base):
         for name, value in list(vars(owner).items()):

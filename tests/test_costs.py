@@ -1,6 +1,7 @@
 """What steps and switches may cost: no waiting for the device, no allocations for frozen modules, O(n log n)."""
 
 import time
+import warnings
 from contextlib import contextmanager
 
 import pace
@@ -12,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.memory import PeakMemory
 from misa_kernels import MISA, ImportanceSampler, UniformSampler, authors, paper, param_groups
+from misa_kernels.arena import sent
 
 WAITING_OPERATORS = ("_local_scalar_dense", "nonzero", "is_nonzero", "equal", "item", "masked_select", "unique")
 WAITING_METHODS = ("item", "tolist", "numpy", "cpu", "__bool__", "__int__", "__float__", "__index__")
@@ -94,12 +96,27 @@ def test_cuda_sees_no_synchronisation_within_a_round(options):
     tiny.train(model, optimizer, 1)
     for step in range(1, 12):
         tiny.loss_of(model, tiny.batch(step, "cuda")).backward()
-        torch.cuda.set_sync_debug_mode("warn" if step % 4 == 3 else "error")
-        try:
-            optimizer.step()
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
+        ends = step % 4 == 3
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            torch.cuda.set_sync_debug_mode("warn" if ends else "error")
+            try:
+                optimizer.step()
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+        # The one in which the host reads the round.
+        assert sum("called a synchronizing" in str(warning.message) for warning in caught) == ends
         optimizer.zero_grad()
+
+
+def test_what_is_sent_to_a_gpu_is_pinned(monkeypatch):
+    """Or the copy waits until the device has it."""
+    seen = []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: (seen.append("pinned"), self)[1])
+    monkeypatch.setattr(torch.Tensor, "to", lambda self, *args, **options: (seen.append((args, options)), self)[1])
+    values, device = torch.arange(3), torch.device("cuda", 0)
+    assert sent(values, device) is values
+    assert seen == ["pinned", ((device,), {"non_blocking": True})]
 
 
 def stacked(count, numel=64):
@@ -137,7 +154,7 @@ def time_of_switches(count):
     groups = stacked(count, numel=8)
     optimizer = MISA(groups, delta=0.03, inner_steps=1, sampler=ImportanceSampler())
     times = []
-    for _ in range(7):
+    for _ in range(15):
         # Without gradients a step is nothing but its switch. The thread's own time: other processes share the core.
         start = time.thread_time()
         optimizer.step()

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from misa_kernels.arena import Arena
+from misa_kernels.arena import Arena, sent
 from misa_kernels.kernels.rows import Row, Settings, StepInput
 from misa_kernels.kernels.table import SKIP, RowTable
 from misa_kernels.reference import noise_keys
@@ -60,7 +60,7 @@ class FusedStep:
             device=arena.device,
         )
         self._counted: Tensor | None = None
-        self._slots = torch.tensor([row.slot for row in rows], dtype=torch.int64).to(arena.device)
+        self._slots = sent(torch.tensor([row.slot for row in rows], dtype=torch.int64), arena.device)
         age = arena.age[self._slots]
         self._launch.set_ages(age)
         # After a resume in mid-round this is not 0.

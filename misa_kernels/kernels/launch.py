@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.compiler import CompiledKernel
 
+from misa_kernels.arena import sent
 from misa_kernels.codec import E4M3, FORMATS
 from misa_kernels.kernels import triton as kernels
 from misa_kernels.kernels.fused import FusedStep
@@ -93,7 +94,7 @@ class Upload:
     """
 
     def __init__(self, values: npt.NDArray[Any], device: torch.device) -> None:
-        self.tensor = torch.from_numpy(values.reshape(-1)).to(device, copy=True)
+        self.tensor = sent(torch.from_numpy(values.reshape(-1).copy()), device)
         self._ring: deque[tuple[Tensor, torch.cuda.Event]] = deque()
         if device.type == "cuda":
             for _ in range(UPLOAD_BUFFERS):

@@ -9,6 +9,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from misa_kernels.arena import sent
+
 Integers = npt.NDArray[np.int64]
 
 # Columns of the row table, int64: MisaRow of csrc/misa.h. A gradient pointer of 0 means that there is no gradient
@@ -166,7 +168,7 @@ class RowTable:
 
     def set_ages(self, ages: Tensor) -> None:
         """Set how many updates each row has had; integers of shape (rows,), on any device."""
-        chunks = self.chunks.to(self._device)
+        chunks = sent(self.chunks, self._device)
         ages = ages.to(self._device, torch.int32)
         self._ages.copy_(torch.repeat_interleave(ages, chunks, output_size=len(self._ages)))
 
