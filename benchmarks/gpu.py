@@ -12,8 +12,8 @@ python -m benchmarks.gpu --stage memory --out DIR   peak memory of training unde
 python -m benchmarks.gpu --stage regime --out DIR   share of AdamW's improvement at small δ; goes on where it stopped
 python -m benchmarks.gpu --stage all --out DIR      all but first and smoke, each within its own time limit
 
-No stage prints a figure of a step that is wrong here: `benchmarks.first.parity` looks at it before. Which tests had
-passed at that commit, by the records beside and in benchmarks/results/gpu, its own record says.
+bench, formats, e2e and caps print no figure of a step that is wrong here: `benchmarks.first.parity` looks at it before.
+Their records say which tests had passed at that commit, by those beside and in benchmarks/results/gpu.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from typing import Any
 import torch
 
 from benchmarks import nvidia, outcomes, record, wheels
+from benchmarks.first import stage as first_stage
 from benchmarks.first.part import kill_tree
 from benchmarks.first.stage import LIMIT_S, PARTS
 
@@ -94,9 +95,7 @@ def parts_of(text: str) -> tuple[str, ...]:
 
 def first(args: argparse.Namespace, device: torch.device, deadline: float) -> int:
     """Run the parts of `benchmarks.first`, each in a process of its own, and write first.json as they report."""
-    from benchmarks.first import stage
-
-    return stage.run(device, args.parts, args.out, deadline)
+    return first_stage.run(device, args.parts, args.out, deadline)
 
 
 def smoke(args: argparse.Namespace, device: torch.device, deadline: float) -> int:

@@ -14,20 +14,20 @@ import sys
 import time
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 from unittest.mock import patch
 
-import numpy as np
 import torch
 from torch import nn
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 from benchmarks import record
+from benchmarks.update import quantiles
 from misa_kernels import MISA, kernels
 from misa_kernels.kernels import launch
 
@@ -196,12 +196,6 @@ def measure(subject: Subject, repeats: int) -> dict[str, dict[str, float]]:
             run()
             times[name].append((time.perf_counter_ns() - started) / 1e3)
     return {name: quantiles(values) for name, values in times.items()}
-
-
-def quantiles(values: Sequence[float]) -> dict[str, float]:
-    """Return median, p20 and p80."""
-    p20, median, p80 = np.percentile(values, [20, 50, 80]).tolist()
-    return {"median": median, "p20": p20, "p80": p80}
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -43,13 +43,7 @@ def squares(rows: Sequence[Row], arena: Arena, storage: Storage, groups: Sequenc
         return sums
     at = sent(torch.tensor([(row.slot, row.group) for row, _, _ in pieces]), arena.device)
     hypers = [Hyper.of(group) for group in groups]
-    # What is on the device is not read here.
-    there = [isinstance(h.lr, Tensor) and h.lr.device.type != "cpu" for h in hypers]
-    host = [(0.0 if on_device else h.lr, *h[1:3]) for h, on_device in zip(hypers, there, strict=True)]
-    numbers = sent(torch.tensor(host, dtype=torch.float64), arena.device)
-    for own, h, on_device in zip(numbers, hypers, there, strict=True):
-        if on_device:
-            own[0] = h.lr
+    numbers = sent(torch.tensor([h[:3] for h in hypers], dtype=torch.float64), arena.device)
     lr, beta1, beta2 = numbers[at[:, 1]].T
     t = arena.age[at[:, 0]].clamp(min=1)
     denom_scales = (1 - beta2**t).rsqrt().unbind()

@@ -60,8 +60,8 @@ def run(device: torch.device, names: Sequence[str], out: Path, deadline: float) 
     from benchmarks.first import table
 
     content["goals"] = table.goals(content["parts"])
-    path = record.write(out, "first", content)
-    say(f"{table.table(content)}\n{path}")
+    say(str(record.write(out, "first", content)))
+    say(table.table(content))
     return 0 if table.sound(content["parts"]) else 1
 
 
