@@ -55,6 +55,8 @@ def test_a_kill_in_the_middle_of_a_part_loses_that_part_alone(tmp_path):
     command = [sys.executable, "-m", "benchmarks.gpu", "--stage", "first", "--device", "cpu", "--out", str(tmp_path)]
     process = subprocess.Popen([*command, "--parts", "engagement,parity,step"], cwd=record.ROOT)
     wait_until(lambda: read(tmp_path)["parts"].get("step", {}).get("state") == "running", "the third part")
+    # The record names a part before its process begins.
+    wait_until(lambda: len(descendants(process.pid)) > 1, "its process")
     pids = descendants(process.pid)
     process.kill()
     process.wait()
@@ -65,7 +67,6 @@ def test_a_kill_in_the_middle_of_a_part_loses_that_part_alone(tmp_path):
     assert list(variants) == parts["parity"]["wanted"] == [name for name in parity.FIRST if "cuda" not in name]
     assert all(variant["ok"] for variant in parts["parity"]["variants"].values())
     # What was measuring must not go on: nobody would read it, and the next call would be timed beside it.
-    assert len(pids) > 1
     wait_until(lambda: gone(pids), "the end of all processes", 20)
 
 
