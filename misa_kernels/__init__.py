@@ -7,14 +7,17 @@ from misa_kernels.backward import watch_backward
 from misa_kernels.modules import param_groups
 from misa_kernels.optimizer import MISA
 from misa_kernels.presets import authors, badam, lisa, paper
-from misa_kernels.sampler import CyclicSampler, ImportanceSampler, UniformSampler
+from misa_kernels.sampler import Candidates, CyclicSampler, Draw, ImportanceSampler, Sampler, UniformSampler
 
 __version__ = "0.1.0"
 
 __all__ = [
     "MISA",
+    "Candidates",
     "CyclicSampler",
+    "Draw",
     "ImportanceSampler",
+    "Sampler",
     "UniformSampler",
     "__version__",
     "authors",

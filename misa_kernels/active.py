@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import replace
 from operator import attrgetter
 from typing import Any
@@ -12,15 +12,18 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from misa_kernels.arena import Arena
+from misa_kernels import checkpoint
+from misa_kernels.arena import MOVE_ELEMENTS, Arena
 from misa_kernels.kernels import Backend, Row, Settings, Step, StepInput, select
+from misa_kernels.live import State
 from misa_kernels.reference import Hyper, momentum_flush, noise_key, store_weight
 from misa_kernels.shards import Ranks, is_sharded, like, local, local_like
 from misa_kernels.slots import Slots
-from misa_kernels.storage import KEYS, split, state_noise
+from misa_kernels.storage import KEYS, MOMENTS, split, state_noise
 from misa_kernels.updates import squares
 
 VERSION = attrgetter("_version")
+DTYPE = attrgetter("dtype")
 
 
 class ActiveSet:
@@ -30,7 +33,6 @@ class ActiveSet:
         slots: The numbering of everything that may be trained.
         names: Name of every parameter by its position in the optimizer, for messages.
         groups: The optimizer's live `param_groups`.
-        state: The optimizer's live `state`.
         budget: δN, in elements.
         momentum_flush: Whether a sampled tensor that leaves gets the paper's line 16.
         v_floor: Whether the proof's floor is kept.
@@ -39,6 +41,8 @@ class ActiveSet:
         seed: Seed of stochastic rounding.
 
     Attributes:
+        slots: As given, or as `exchange` was.
+        state: What the optimizer shows as its `state`.
         arena: The memory, or None before the first step.
         rows: The row of each slot that is trained now; empty before the first step.
         v_floor: As given.
@@ -50,7 +54,6 @@ class ActiveSet:
         slots: Slots,
         names: Sequence[str],
         groups: list[dict[str, Any]],
-        state: dict[Tensor, dict[str, Any]],
         *,
         budget: int,
         momentum_flush: bool,
@@ -59,10 +62,10 @@ class ActiveSet:
         settings: Settings,
         seed: int,
     ) -> None:
-        self._slots = slots
+        self.slots = slots
         self._names = names
         self._groups = groups
-        self._state = state
+        self.state = State()
         self._budget = budget
         self._momentum_flush = momentum_flush
         self.v_floor = v_floor
@@ -84,6 +87,11 @@ class ActiveSet:
         # bits that the weight lacks, writes to it.
         self._params: list[Tensor] = []
         self._pointers: list[int] = []
+        self._numels: list[int] = []
+        # All that may be trained, by slot, as it was in the first step.
+        self._form: list[tuple[torch.Size, torch.dtype]] = []
+        self._all: list[Tensor] = []
+        self._all_numels: list[int] = []
         self._refined: list[Row] = []
         self._refined_params: list[Tensor] = []
         self._versions: list[int] = []
@@ -113,8 +121,9 @@ class ActiveSet:
             grads = [None if slot in self._updated else grad for slot, grad in zip(self.rows, grads, strict=True)]
         self._run(grads, grad_scale, found_inf)
         self.steps += 1
-        self._received.clear()
-        self._updated.clear()
+        if self._received:
+            self._received.clear()
+            self._updated.clear()
 
     def _part_of_grad(self, grad: Tensor, param: Tensor) -> Tensor:
         part = local(grad) if is_sharded(grad) and grad.placements == param.placements else local_like(grad, param)  # type: ignore[attr-defined]
@@ -169,14 +178,42 @@ class ActiveSet:
             raise
         self._versions = self._read_versions()
 
-    def exchange(self, slots: Slots, ranks: Ranks | None) -> None:
-        """Go on with other tensors in the place of the parameters; before the first step only.
+    def exchange(self, slots: Slots, ranks: Ranks | None, budget: int, kept: Container[tuple[int, int]]) -> None:
+        """Go on with another numbering; the state goes into `state` until the next step allocates the arena anew.
 
         Args:
-            slots: The same numbering of the new ones.
-            ranks: Those that hold them.
+            slots: The numbering.
+            ranks: Those that hold the parameters.
+            budget: δN, in elements.
+            kept: Position of the parameter and first element of each block whose state stays, if it is trained now and
+                the parameter is cut as before.
         """
-        self._slots = slots
+        cuts, params = _cuts(slots), {block.index: block.param for block in slots.blocks}
+        same = {index for index, cut in _cuts(self.slots).items() if cuts.get(index) == cut}
+        blocks = enumerate(self.slots.blocks)
+        leave = [n for n, block in blocks if block.index not in same or (block.index, block.start) not in kept]
+        if self.arena is not None:
+            self.switch([slot for slot in leave if slot in self.rows], [])
+            self.collect()
+            held = checkpoint.detach(self.state)
+            self.forget()
+            self.storage_in_state = self._storage
+            for param, own in held.items():
+                # What belongs to a round that has ended.
+                for name in ("updates", "score_sum"):
+                    own.pop(name, None)
+                dict.clear(self.state[param])
+                self.state[param].put(own)
+        for slot in leave:
+            param = self.slots.blocks[slot].param
+            for name in KEYS:
+                self.state[param].drop(self.slots.key(name, slot))
+            for name in {"age", "v_floor"} & self.state[param].keys():
+                self.state[param][name][slot - self.slots.spans[param].start] = 0
+        for param, index in {block.param: block.index for block in self.slots.blocks}.items():
+            self.state.move(param, params[index] if index in same else None)
+        self.slots = slots
+        self._budget = budget
         self._settings = replace(self._settings, ranks=ranks)
 
     def allocate(self, enter: Iterable[int]) -> None:
@@ -189,7 +226,7 @@ class ActiveSet:
             RuntimeError: If the weights are on several devices, or on none, or within the capture of a CUDA graph.
         """
         refuse_capture()
-        blocks = self._slots.blocks
+        blocks = self.slots.blocks
         devices = {block.param.device for block in blocks}
         if len(devices) > 1 or "meta" in {device.type for device in devices}:
             raise RuntimeError(
@@ -200,24 +237,26 @@ class ActiveSet:
         device, ranks = devices.pop(), self._settings.ranks
         self._backend = select(self._backend_name, device, set(dtypes), self._storage)
         self.arena = Arena(
-            [part.numel for part in self._slots.parts],
+            [part.numel for part in self.slots.parts],
             dtypes,
-            range(self._slots.dense),
+            range(self.slots.dense),
             self._budget,
             device,
             storage=self._storage,
             v_floor=self.v_floor,
             whole=None if ranks is None else [block.stop - block.start for block in blocks],
-            counted=None if ranks is None else [part.is_first for part in self._slots.parts],
+            counted=None if ranks is None else [part.is_first for part in self.slots.parts],
         )
-        loaded = {param: dict(own) for param, own in self._state.items()}
-        for param, span in self._slots.spans.items():
-            self._state[param].update({name: vector[span] for name, vector in self.arena.vectors.items()})
-        self.switch([], [*range(self._slots.dense), *enter])
+        loaded = {param: dict(own) for param, own in self.state.items()}
+        self._form = [(block.param.shape, block.param.dtype) for block in blocks]
+        self._all = [block.param for block in blocks]
+        self._all_numels = list(map(Tensor.numel, self._all))
+        self._show_vectors()
+        self.switch([], [*range(self.slots.dense), *enter])
         for param, own in loaded.items():
             for name, vector in self.arena.vectors.items():
                 if name in own:
-                    vector[self._slots.spans[param]].copy_(own[name].reshape(-1))
+                    vector[self.slots.spans[param]].copy_(own[name].reshape(-1))
         if ranks is not None and not (ranks.is_first or self._settings.root):
             # What was saved is the sum over ranks, and would be added up again.
             self.arena.score_sum.zero_()
@@ -227,10 +266,15 @@ class ActiveSet:
         # Once more, with the ages and sums that were loaded.
         self._prepare()
 
+    def _show_vectors(self) -> None:
+        assert self.arena is not None
+        for param, span in self.slots.spans.items():
+            self.state[param].put({name: vector[span] for name, vector in self.arena.vectors.items()})
+
     def _restore(self, slot: int, row: Row, own: dict[str, Any]) -> None:
         """Put what was loaded of one slot into the arena, converted if it was stored otherwise."""
         assert self.arena is not None
-        keys = {name: self._slots.key(name, slot) for name in KEYS}
+        keys = {name: self.slots.key(name, slot) for name in KEYS}
         saved = {
             name: local_like(own[key], row.param).to(self.arena.device) for name, key in keys.items() if key in own
         }
@@ -264,23 +308,86 @@ class ActiveSet:
         assert self._backend is not None
         fill = self._backend.reads_fresh_state
         self.arena.lend(list(self.rows), enter, clear=fill)
-        entering = {slot: self._slots.row(slot) for slot in enter}
+        entering = {slot: self.slots.row(slot) for slot in enter}
         self.rows |= entering
         for slot, row in self.rows.items():
-            held = local(row.param)
-            shape = held.shape if row.stop - row.start == held.numel() else (-1, *held.shape[1:])
-            views = self.arena.views(slot)
-            for name, view in views.items():
-                shaped = view.view(shape) if len(view) == row.stop - row.start else view
-                self._state[row.param][self._slots.key(name, slot)] = like(shaped, row.param)
-            if fill and slot in entering and "master" in views:
+            self._show(slot, row)
+            if fill and slot in entering and "master" in (views := self.arena.views(slot)):
                 views["master"].copy_(row.weight())
         self._prepare()
+
+    def _show(self, slot: int, row: Row) -> None:
+        """Put views of a slot's state where torch's tools look for them."""
+        assert self.arena is not None
+        held, shown = local(row.param), {}
+        shape = held.shape if row.stop - row.start == held.numel() else (-1, *held.shape[1:])
+        for name, view in self.arena.views(slot).items():
+            shaped = view.view(shape) if len(view) == row.stop - row.start else view
+            shown[self.slots.key(name, slot)] = like(shaped, row.param)
+        self.state[row.param].put(shown)
+
+    def reconcile(self) -> None:
+        """Take over what somebody wrote into `state`; what is missing there begins anew.
+
+        Raises:
+            ValueError: For a tensor that does not fit; nothing is changed.
+        """
+        self._check_state()
+        if self.arena is None:
+            return
+        self.collect()
+        for param, span in self.slots.spans.items():
+            own = self.state[param]
+            for name, vector in self.arena.vectors.items():
+                _take(vector[span], own.get(name, 0), param)
+            for slot in range(span.start, span.stop):
+                if slot not in self.rows:
+                    continue
+                views = self.arena.views(slot)
+                saved = {name: own[key] for name in views if (key := self.slots.key(name, slot)) in own}
+                if "age" in own and saved.keys() >= views.keys() & set(MOMENTS):
+                    for name, value in saved.items():
+                        _take(views[name], value, param)
+                else:
+                    self._begin(self.rows[slot])
+        self._show_vectors()
+        for slot, row in self.rows.items():
+            self._show(slot, row)
+        self._prepare()
+
+    def _check_state(self) -> None:
+        storage = self._storage if self.arena is not None else self.storage_in_state
+        numbers = ("age", "updates", "score_sum", "v_floor")
+        for param, sizes in self.slots.sizes(storage).items():
+            own: Mapping[str, Any] = self.state.get(param, {})
+            span = self.slots.spans[param]
+            wanted = sizes | dict.fromkeys(numbers, span.stop - span.start)
+            for name in own.keys() & wanted.keys():
+                if isinstance(own[name], Tensor) and own[name].numel() not in (wanted[name], 1):
+                    raise ValueError(
+                        f"optimizer.state has {name!r} of shape {tuple(own[name].shape)} for "
+                        f"{self._name_of(param)}, where {wanted[name]} elements belong: write as many, or delete the "
+                        "entry to begin anew"
+                    )
+
+    def _begin(self, row: Row) -> None:
+        """Let a slot that is trained begin anew, at age 0."""
+        assert self.arena is not None
+        views = self.arena.views(row.slot)
+        numbers = [self.arena.age, *([] if self.arena.v_floor is None else [self.arena.v_floor])]
+        for held in [*(vector[row.slot] for vector in numbers), *views.values()]:
+            held.zero_()
+        if "master" in views:
+            views["master"].copy_(row.weight())
+
+    def _name_of(self, param: Tensor) -> str:
+        return str(self._names[self.slots.blocks[self.slots.spans[param].start].index])
 
     def _prepare(self) -> None:
         assert self.arena is not None and self._backend is not None
         self._params = [row.param for row in self.rows.values()]
         self._pointers = [local(param).data_ptr() for param in self._params]
+        self._numels = [param.numel() for param in map(local, self._params)]
         self._refined = [
             row for slot, row in self.rows.items() if not {"master", "residual"}.isdisjoint(self.arena.views(slot))
         ]
@@ -304,12 +411,13 @@ class ActiveSet:
     def ages(self) -> npt.NDArray[np.int64]:
         """Return the updates of each candidate since its activation, 0 where it is not active; waits."""
         self.collect()
-        ages = np.zeros(len(self._slots.blocks), dtype=np.int64)
-        for param, span in self._slots.spans.items():
+        ages = np.zeros(len(self.slots.blocks), dtype=np.int64)
+        for param, span in self.slots.spans.items():
             # From the state, which has those that were loaded before the first step, too.
-            if "age" in (own := self._state.get(param, {})):
+            own: Mapping[str, Any] = self.state.get(param, {})
+            if "age" in own:
                 ages[span] = own["age"].cpu()
-        return self._slots.max(ages)
+        return self.slots.max(ages)
 
     @property
     def score_sum(self) -> Tensor:
@@ -333,8 +441,8 @@ class ActiveSet:
         if self.arena is None or self._settings.ranks is None:
             return
         score_sum = self.score_sum
-        for span in self._slots.spans.values():
-            index = self._slots.blocks[span.start].index
+        for span in self.slots.spans.values():
+            index = self.slots.blocks[span.start].index
             saved[index]["score_sum"].copy_(score_sum[span])
 
     def fresh(self) -> list[tuple[int, str]]:
@@ -346,7 +454,7 @@ class ActiveSet:
             return []
         ages = self.arena.age.tolist()
         return [
-            (row.index, self._slots.key(name, slot))
+            (row.index, self.slots.key(name, slot))
             for slot, row in self.rows.items()
             if ages[slot] == 0
             for name in KEYS
@@ -356,12 +464,24 @@ class ActiveSet:
         """Flush, write back and forget the slots given; before the first step there is nothing to do."""
         if self.arena is None:
             return
-        self._adopt()
+        self.adopt()
         rows = {slot: self.rows.pop(slot) for slot in leave}
         for slot, row in rows.items():
             self._write_back(row)
             for name in KEYS:
-                self._state[row.param].pop(self._slots.key(name, slot), None)
+                self.state[row.param].drop(self.slots.key(name, slot))
+
+    def release(self) -> None:
+        """Flush and write back all that is trained, and forget it; what somebody resized or cast is left as it is."""
+        if self.arena is not None:
+            # What the flush and the write-back do depends on the ages.
+            self.collect()
+            kept = {slot for slot in self.rows if self._changed(slot) is None}
+            self._take_over([local(param).data_ptr() for param in self._params], self._read_versions(), kept)
+            self._adopt_masters(kept)
+            for slot in kept:
+                self._write_back(self.rows[slot])
+        self.forget()
 
     def _write_back(self, row: Row) -> None:
         """Leave in the weight what momentum and master still hold of it."""
@@ -385,43 +505,87 @@ class ActiveSet:
         """Drop rows and arena, writing nothing back; what is in `state` counts from now on."""
         self.arena = self._step = None
         self.rows = {}
-        self._params, self._pointers, self._versions = [], [], []
+        self._params, self._pointers, self._numels, self._versions = [], [], [], []
         self._refined, self._refined_params = [], []
         self._received.clear()
         self._updated.clear()
 
+    def check_form(self) -> None:
+        """Refuse weights that changed, of all that may be trained: before a round ends and others are drawn.
+
+        Raises:
+            RuntimeError: With the name of the first one.
+        """
+        if self.arena is None:
+            return
+        if list(map(Tensor.numel, self._all)) == self._all_numels and list(map(DTYPE, self._all)) == self.arena.dtypes:
+            return
+        for slot in range(len(self._all)):
+            self._check_form(slot)
+
+    def _check_form(self, slot: int) -> None:
+        if (changed := self._changed(slot)) is not None:
+            raise RuntimeError(changed)
+
+    def _changed(self, slot: int) -> str | None:
+        """Return a sentence on how a weight differs from what it was in the first step, None if it does not."""
+        assert self.arena is not None
+        block, (shape, dtype) = self.slots.blocks[slot], self._form[slot]
+        param, name, device = block.param, self._names[block.index], self.arena.device
+        if param.device != device or param.dtype != dtype:
+            return (
+                f"{name} is {param.dtype} on {param.device} but was {dtype} on {device} in the first step: move and "
+                "cast the model before training"
+            )
+        if param.shape != shape:
+            return (
+                f"{name} is {tuple(param.shape)} but was {tuple(shape)} in the first step: resize before training, or "
+                "call release() and construct a new MISA"
+            )
+        if not local(param).is_contiguous():
+            return (
+                f"{name} has strides {param.stride()} for shape {tuple(shape)} and must be contiguous: set param.data "
+                "= param.data.contiguous()"
+            )
+        return None
+
+    def adopt(self) -> None:
+        """Let the weights win over masters wherever they differ, however somebody wrote to them."""
+        if self.arena is not None:
+            self._adopt()
+            self._adopt_masters(self.rows)
+
+    def _adopt_masters(self, slots: Container[int]) -> None:
+        assert self.arena is not None
+        for row in self._refined:
+            if row.slot in slots and "master" in (views := self.arena.views(row.slot)):
+                adopt_weight(views["master"], row.weight())
+
     def _adopt(self) -> None:
-        """Take over into the masters what somebody else wrote to the weights; refuse weights that moved."""
+        """Take over into the masters what torch tells that was written to the weights; refuse weights that changed."""
         assert self.arena is not None
         held = self._params if self._settings.ranks is None else list(map(local, self._params))
         pointers = list(map(Tensor.data_ptr, held))
         versions = self._read_versions()
-        if pointers == self._pointers and versions == self._versions:
+        if pointers == self._pointers and versions == self._versions and list(map(Tensor.numel, held)) == self._numels:
             return
-        moved = set()
-        for row, pointer, before in zip(self.rows.values(), pointers, self._pointers, strict=True):
-            param, dtype = row.param, self.arena.dtypes[row.slot]
-            if param.device != self.arena.device or param.dtype != dtype:
-                raise RuntimeError(
-                    f"{self._names[row.index]} is {param.dtype} on {param.device} but was {dtype} on "
-                    f"{self.arena.device} in the first step: move and cast the model before training"
-                )
-            if not local(param).is_contiguous():
-                raise RuntimeError(
-                    f"{self._names[row.index]} has strides {param.stride()} for shape {tuple(param.shape)} and must be "
-                    "contiguous: set param.data = param.data.contiguous()"
-                )
-            if pointer != before:
-                moved.add(row.slot)
+        for slot in self.rows:
+            self._check_form(slot)
+        self._take_over(pointers, versions, self.rows)
+        self._pointers = pointers
+        self._versions = versions
+
+    def _take_over(self, pointers: list[int], versions: list[int], slots: Container[int]) -> None:
+        assert self.arena is not None
+        moved = {slot for slot, now, last in zip(self.rows, pointers, self._pointers, strict=True) if now != last}
         for row, version, last in zip(self._refined, versions, self._versions, strict=True):
-            if version != last or row.slot in moved:
+            if row.slot in slots and (version != last or row.slot in moved):
                 views = self.arena.views(row.slot)
                 if "master" in views:
                     adopt_weight(views["master"], row.weight())
                 else:
                     # What the old weight lacked means nothing to the new one.
                     views["residual"].zero_()
-        self._pointers = pointers
 
     def _read_versions(self) -> list[int]:
         # Twice a step: `local` would take more than half of the time.
@@ -449,4 +613,23 @@ def refuse_capture() -> None:
 
 def adopt_weight(master: Tensor, theta: Tensor) -> None:
     """Where a 16-bit weight is no longer its master rounded, somebody set it: take it over into the master."""
-    master.copy_(torch.where(master.to(theta.dtype) == theta, master, theta.to(master.dtype)))
+    pieces = (torch.split(tensor, MOVE_ELEMENTS) for tensor in (master, theta))
+    for own, weight in zip(*pieces, strict=True):
+        own.copy_(torch.where(own.to(weight.dtype) == weight, own, weight.to(own.dtype)))
+
+
+def _take(place: Tensor, value: Any, param: Tensor) -> None:
+    if not isinstance(value, Tensor) or value.numel() == 1:
+        place.fill_(value.reshape(()) if isinstance(value, Tensor) else value)
+    elif (part := local_like(value, param) if value.numel() == param.numel() else value.flatten()).data_ptr() != (
+        place.data_ptr()
+    ):
+        place.copy_(part)
+
+
+def _cuts(slots: Slots) -> dict[int, list[int]]:
+    """Return where the blocks of each parameter end."""
+    cuts: dict[int, list[int]] = {}
+    for block in slots.blocks:
+        cuts.setdefault(block.index, []).append(block.stop)
+    return cuts

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from numbers import Integral, Real
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
 
+from misa_kernels import kernels
 from misa_kernels.codec import FORMATS
+from misa_kernels.notices import warn
 from misa_kernels.partition import Partition
-from misa_kernels.sampler import Sampler
+from misa_kernels.sampler import Sampler, check_sampler
 from misa_kernels.shards import is_sharded
 from misa_kernels.storage import PRECISIONS, Storage
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 # What torch.optim.AdamW has and MISA does not; only these values mean the same in both.
 ADAMW_ONLY: dict[str, bool | None] = {
@@ -27,26 +31,6 @@ ADAMW_ONLY: dict[str, bool | None] = {
     "differentiable": False,
     "fused": None,
 }
-# One sampler and one round serve all groups.
-CONSTRUCTOR_WIDE = (
-    "delta",
-    "inner_steps",
-    "total_steps",
-    "sampler",
-    "keep_states",
-    "momentum_flush",
-    "v_floor",
-    "param_precision",
-    "state_dtype",
-    "max_grad_norm",
-    "skip_nonfinite",
-    "release_gradients",
-    "seed",
-    "process_group",
-    "backend",
-)
-
-_claimed: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
 def check_range(name: str, value: Any, low: float, high: float, rule: str) -> None:
@@ -85,7 +69,7 @@ def check_hyperparameters(group: dict[str, Any]) -> None:
 
 def check_group(group: dict[str, Any]) -> None:
     """Refuse sampler settings and AdamW's switches inside a param group."""
-    for name in CONSTRUCTOR_WIDE:
+    for name in Options.__dataclass_fields__:
         if name in group:
             raise ValueError(
                 f"{name}={group[name]!r} stands in a param group but holds for all of them: pass it to MISA(...)"
@@ -110,60 +94,68 @@ def check_adamw_only(options: dict[str, Any]) -> None:
             )
 
 
-def check_constructor(
-    *,
-    delta: Any,
-    inner_steps: Any,
-    total_steps: Any,
-    sampler: Any,
-    keep_states: Any,
-    momentum_flush: Any,
-    v_floor: Any,
-    param_precision: Any,
-    state_dtype: Any,
-    max_grad_norm: Any,
-    skip_nonfinite: Any,
-    release_gradients: Any,
-    seed: Any,
-    process_group: Any,
-    backend: Any,
-) -> None:
-    """Check the arguments that hold for all groups; see `MISA` for their meaning."""
-    fraction = "in (0, 1]: the fraction of parameters that may be active"
-    check_range("delta", delta, 0.0, math.nextafter(1.0, 2.0), fraction)
-    if delta == 0:
-        raise ValueError(f"delta={delta!r} must be {fraction}")
-    if inner_steps != "auto":
-        check_count("inner_steps", inner_steps, 1, "'auto' or a whole number >= 1: optimizer steps in a round")
-    if total_steps is not None:
-        check_count("total_steps", total_steps, 1, "None or a whole number >= 1: optimizer steps of the run")
-    if sampler is not None and not isinstance(sampler, Sampler):
-        raise TypeError(f"sampler={sampler!r} must be None or a sampler object, such as ImportanceSampler()")
-    for name, value in (
-        ("momentum_flush", momentum_flush),
-        ("v_floor", v_floor),
-        ("skip_nonfinite", skip_nonfinite),
-        ("release_gradients", release_gradients),
-    ):
-        if not isinstance(value, bool):
-            raise TypeError(f"{name}={value!r} must be True or False")
-    _check_choice("keep_states", keep_states, ("staying", "none"))
-    _check_choice("param_precision", param_precision, PRECISIONS)
-    _check_choice("state_dtype", state_dtype, tuple(FORMATS))
-    if max_grad_norm is not None:
-        check_range("max_grad_norm", max_grad_norm, 5e-324, math.inf, "None or a number > 0")
-    if release_gradients and (max_grad_norm is not None or skip_nonfinite):
-        raise ValueError(
-            f"release_gradients=True with max_grad_norm={max_grad_norm!r}, skip_nonfinite={skip_nonfinite!r} must be "
-            "without both: they need all gradients at once, and it frees each before the next; leave it out, or them"
-        )
-    check_count("seed", seed, 0, "a whole number >= 0 below 2**63")
-    if seed >= 2**63:
-        raise ValueError(f"seed={seed!r} must be a whole number >= 0 below 2**63")
-    if process_group is not None and not isinstance(process_group, torch.distributed.ProcessGroup):
-        raise TypeError(f"process_group={process_group!r} must be None or a process group of torch.distributed")
-    if v_floor and backend != "reference":
-        raise ValueError(f"v_floor=True needs backend='reference', got {backend!r}: it is a device of the proof")
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """The arguments of `MISA` that hold for all groups, checked; see there for their meaning.
+
+    Raises:
+        TypeError: For one of the wrong kind.
+        ValueError: For one out of range.
+    """
+
+    delta: float
+    inner_steps: int | str
+    total_steps: int | None
+    sampler: Sampler | None
+    keep_states: str
+    momentum_flush: bool
+    v_floor: bool
+    param_precision: str
+    state_dtype: str
+    max_grad_norm: float | None
+    skip_nonfinite: bool
+    release_gradients: bool
+    seed: int
+    process_group: ProcessGroup | None
+    backend: str
+
+    def __post_init__(self) -> None:
+        fraction = "in (0, 1]: the fraction of parameters that may be active"
+        check_range("delta", self.delta, 0.0, math.nextafter(1.0, 2.0), fraction)
+        if self.delta == 0:
+            raise ValueError(f"delta={self.delta!r} must be {fraction}")
+        if self.inner_steps != "auto":
+            check_count("inner_steps", self.inner_steps, 1, "'auto' or a whole number >= 1: optimizer steps in a round")
+        if self.total_steps is not None:
+            check_count("total_steps", self.total_steps, 1, "None or a whole number >= 1: optimizer steps of the run")
+        if self.sampler is not None:
+            check_sampler(self.sampler)
+        for name in ("momentum_flush", "v_floor", "skip_nonfinite", "release_gradients"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"{name}={getattr(self, name)!r} must be True or False")
+        _check_choice("keep_states", self.keep_states, ("staying", "none"))
+        _check_choice("param_precision", self.param_precision, PRECISIONS)
+        _check_choice("state_dtype", self.state_dtype, tuple(FORMATS))
+        if self.max_grad_norm is not None:
+            check_range("max_grad_norm", self.max_grad_norm, 5e-324, math.inf, "None or a number > 0")
+        if self.release_gradients and (self.max_grad_norm is not None or self.skip_nonfinite):
+            raise ValueError(
+                f"release_gradients=True with max_grad_norm={self.max_grad_norm!r}, "
+                f"skip_nonfinite={self.skip_nonfinite!r} must be without both: they need all gradients at once, and it "
+                "frees each before the next; leave it out, or them"
+            )
+        check_count("seed", self.seed, 0, "a whole number >= 0 below 2**63")
+        if self.seed >= 2**63:
+            raise ValueError(f"seed={self.seed!r} must be a whole number >= 0 below 2**63")
+        if self.process_group is not None and not isinstance(self.process_group, torch.distributed.ProcessGroup):
+            raise TypeError(
+                f"process_group={self.process_group!r} must be None or a process group of torch.distributed"
+            )
+        if self.v_floor and self.backend != "reference":
+            raise ValueError(
+                f"v_floor=True needs backend='reference', got {self.backend!r}: it is a device of the proof"
+            )
+        kernels.check(self.backend)
 
 
 def copied_groups(params: Iterable[Any]) -> list[dict[str, Any]]:
@@ -201,32 +193,6 @@ def copied_groups(params: Iterable[Any]) -> list[dict[str, Any]]:
     if not seen:
         raise ValueError("params is empty: give the model's parameters, such as param_groups(model)")
     return grouped
-
-
-def claim(groups: list[dict[str, Any]]) -> None:
-    """Note that a MISA sets `requires_grad` of these parameters from now on."""
-    for group in groups:
-        for param in group["params"]:
-            _claimed[param] = True
-
-
-def disclaim(groups: list[dict[str, Any]]) -> None:
-    """Undo `claim`."""
-    for group in groups:
-        for param in group["params"]:
-            if param in _claimed:
-                del _claimed[param]
-
-
-def check_unclaimed(groups: list[dict[str, Any]]) -> None:
-    """Refuse parameters that another MISA froze: they would pass for frozen by the user and never train."""
-    for group in groups:
-        for param in group["params"]:
-            if param in _claimed and not param.requires_grad:
-                raise ValueError(
-                    f"a parameter of shape {tuple(param.shape)} was frozen by another MISA: call release() on that one "
-                    "first, or model.requires_grad_(True) if it is gone"
-                )
 
 
 def check_trainable(partition: Partition, storage: Storage) -> None:
@@ -303,17 +269,15 @@ def notify(groups: list[dict[str, Any]], partition: Partition, delta: float) -> 
     """Say once what the user did not choose: default roles, and tensors that are split."""
     if delta < 1 and any("role" not in group for group in groups):
         sampled = sum(module.numel for module in partition.modules)
-        warnings.warn(
+        warn(
             f"MISA samples {len(partition.modules)} modules of {sampled:,} parameters, keeps {len(partition.dense)} "
             f"tensors always on and {len(partition.frozen)} frozen, by their shapes alone: param_groups(model) also "
-            "freezes embeddings and head and knows the layers",
-            stacklevel=3,
+            "freezes embeddings and head and knows the layers"
         )
     if partition.split:
-        warnings.warn(
+        warn(
             f"oversized='split' cuts {', '.join(partition.split)} into row blocks: a block is trained at a time, but "
-            "backward computes the gradient of the whole tensor",
-            stacklevel=3,
+            "backward computes the gradient of the whole tensor"
         )
 
 

@@ -132,7 +132,7 @@ class BackwardWatch:
     def _refresh(self) -> bool:
         """Note what the running round trains; False when there is nothing left to watch."""
         optimizer = self._optimizer()
-        if optimizer is None or optimizer._released:
+        if optimizer is None or optimizer.is_released:
             self.close()
             return False
         if self._round is not optimizer.monitor.current:

@@ -5,6 +5,10 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import numpy as np
+
+from misa_kernels.sampler import Candidates, Sampler, admissible
+
 # Measured in the specification's runs: what matters is that modules are visited; below three visits most of a model
 # has hardly been trained.
 ENOUGH_VISITS = 3
@@ -71,3 +75,19 @@ def round_length(total_steps: int, modules: int, modules_a_round: float) -> int:
     # rounds * modules_a_round / modules = 3.
     length = total_steps * modules_a_round / (ENOUGH_VISITS * modules)
     return int(min(max(length, SHORTEST_ROUND), LONGEST_ROUND))
+
+
+def modules_a_round(candidates: Candidates, budget: int, sampler: Sampler) -> float:
+    """Return how many modules a round trains on average."""
+    numel = candidates.numel
+    fitting = budget / float(numel.mean())
+    # Where all are of one size, as layers mostly are, a part of one does not fit.
+    fitting = fitting if numel.min() < numel.max() else math.floor(fitting)
+    return min(max(fitting, 1.0), most_modules_a_round(candidates, sampler))
+
+
+def most_modules_a_round(candidates: Candidates, sampler: Sampler) -> float:
+    """Return how many modules a round could train on average, however large the budget."""
+    window = sampler.depth_window
+    windows = 1 if window is None else math.ceil(len(np.unique(candidates.layer)) / window)
+    return admissible(candidates.layer, sampler.max_per_layer) / windows

@@ -13,6 +13,8 @@ import torch
 from torch import nn
 from torch.nn.utils.parametrize import ParametrizationList
 
+from misa_kernels.flags import chosen_of
+
 _CONTAINERS = (nn.ModuleList, nn.Sequential, nn.ModuleDict)
 _EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
 # The first axis of their three-dimensional weights counts output features, not experts.
@@ -49,8 +51,8 @@ def param_groups(
     adapter's name where several lie there. peft has frozen what it does not mean to train, so what else it
     trains (a head in `modules_to_save`, an adapter beside the layers) is dense in either mode.
 
-    The model is only read. What has `requires_grad=False`, as all quantised weights do, stays frozen; tied
-    parameters appear once, under their first name.
+    The model is only read. What has `requires_grad=False`, as all quantised weights do, is frozen, and the group tells
+    MISA what becomes of it where it is thawed in mid-run; tied parameters appear once, under their first name.
 
     Args:
         model: The model, complete: adapters attached, weights tied, frozen parts frozen.
@@ -67,7 +69,8 @@ def param_groups(
         - "modules": for each parameter the name of its module, or a list of E names where the parameter
           is E modules' equal row blocks along its first axis; equal names form one module;
         - "layers": for each parameter the name of the lowest layer that backward must run through to train
-          it: the one that it lies in, else the next one registered, None behind the last.
+          it: the one that it lies in, else the next one registered, None behind the last;
+        - "thawed", where the user has frozen some: the role of each frozen one if it is thawed in mid-run.
 
     Raises:
         TypeError: If `model` is not a module, or `dense` holds anything but modules and parameters.
@@ -87,8 +90,10 @@ def param_groups(
         raise TypeError(f"model is {type(model).__name__} and must be an nn.Module: pass the model itself")
     _check_choice("mode", mode, {"finetune": "the rest is frozen", "pretrain": "the rest is dense"})
     _check_choice("experts", experts, {"each": "an expert is a module", "whole": "a stack of them is"})
-    always_on = _always_on(dense, model)
     tensors = list(_tensors(model))
+    chosen = chosen_of([tensor.name for tensor in tensors], [tensor.param for tensor in tensors])
+    trained = {id(tensor.param) for tensor, is_chosen in zip(tensors, chosen, strict=True) if is_chosen}
+    always_on = _always_on(dense, model, trained)
     inside = _layers_inside(tensors, model)
     adapted = any(map(_is_of_peft, model.modules()))
 
@@ -96,9 +101,10 @@ def param_groups(
     groups: dict[str, dict[str, Any]] = {
         role: {"params": [], "role": role, "modules": [], "layers": []} for role in roles
     }
+    thawed: list[str] = []
     for tensor, layer, lowest in zip(tensors, inside, _next_layers(inside), strict=True):
         module: str | list[str] = tensor.name
-        if not tensor.param.requires_grad:
+        if not tensor.param.is_floating_point():
             role = "frozen"
         elif id(tensor.param) in always_on:
             role = "dense"
@@ -108,10 +114,14 @@ def param_groups(
                 module = [f"{tensor.path}.{expert}" for expert in range(len(tensor.param))]
         else:
             role = "dense" if mode == "pretrain" or adapted else "frozen"
-        group = groups[role]
+        group = groups[role if id(tensor.param) in trained else "frozen"]
+        if group["role"] == "frozen":
+            thawed.append(role)
         group["params"].append((tensor.name, tensor.param))
         group["modules"].append(module)
         group["layers"].append(lowest)
+    if not {"sampled", "dense"}.isdisjoint(thawed):
+        groups["frozen"]["thawed"] = thawed
     return [group for group in groups.values() if group["params"]]
 
 
@@ -279,8 +289,8 @@ def _can_be_layer(module: nn.Module) -> bool:
     return any(param.ndim >= 2 for param in module.parameters())
 
 
-def _always_on(dense: Iterable[nn.Module | nn.Parameter], model: nn.Module) -> set[int]:
-    """Return the identities of the parameters that `dense` names."""
+def _always_on(dense: Iterable[nn.Module | nn.Parameter], model: nn.Module, trained: set[int]) -> set[int]:
+    """Return the identities of the parameters that `dense` names; those that the user wants trained are given."""
     if isinstance(dense, (nn.Module, torch.Tensor, str)):
         raise TypeError(f"dense is a single {type(dense).__name__} and must be a list: write dense=[...]")
     own = {id(param) for param in model.parameters()}
@@ -295,7 +305,7 @@ def _always_on(dense: Iterable[nn.Module | nn.Parameter], model: nn.Module) -> s
         what = f"dense[{i}], {type(entry).__name__} of {sum(param.numel() for param in params):,} elements,"
         if any(id(param) not in own for param in params):
             raise ValueError(f"{what} must lie in the model: take it from the one given to param_groups")
-        if not any(param.requires_grad for param in params):
+        if trained.isdisjoint(map(id, params)):
             raise ValueError(
                 f"{what} must hold a parameter with requires_grad=True to train: set that, or leave it out"
             )

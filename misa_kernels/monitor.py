@@ -92,13 +92,36 @@ class Monitor:
     """
 
     def __init__(self, partition: Partition, candidates: Candidates, ages: Callable[[], npt.NDArray[np.int64]]) -> None:
+        self._ages = ages
+        self._show(partition, candidates)
+        self.rounds: deque[Round] = deque(maxlen=min(HISTORY, HISTORY_NUMBERS // (2 * len(self.names)) + 1))
+
+    def _show(self, partition: Partition, candidates: Candidates) -> None:
         self._partition = partition
         self._candidates = candidates
-        self._ages = ages
         self.names = [module.name for module in partition.modules]
         self.layer = candidates.layer
         self.layers = partition.layers
-        self.rounds: deque[Round] = deque(maxlen=min(HISTORY, HISTORY_NUMBERS // (2 * len(self.names)) + 1))
+
+    def renumber(self, partition: Partition, candidates: Candidates, numbers: npt.NDArray[np.int64]) -> None:
+        """Go on with other modules; the records keep what they have of those that are still there.
+
+        Args:
+            partition: What may be trained now.
+            candidates: Its live scores.
+            numbers: int64[B], the number that each module had, -1 if it is new.
+        """
+        new = {old: number for number, old in enumerate(numbers.tolist()) if old >= 0}
+        order = np.where(numbers >= 0, numbers, 0)
+        for record in self.rounds:
+            kept = [i for i, old in enumerate(record.active) if old in new]
+            record.active = tuple(new[record.active[i]] for i in kept)
+            record.importance = np.where(numbers >= 0, record.importance[order], np.nan)
+            record.probability = np.where(numbers >= 0, record.probability[order], 0.0)
+            if record.has_ended:
+                record.age, record.grad_norm = record.age[kept], record.grad_norm[kept]
+                record.update_ratio = record.update_ratio[kept]
+        self._show(partition, candidates)
 
     @property
     def current(self) -> Round:

@@ -90,29 +90,27 @@ class Partition:
         """The blocks of all that is ever trained."""
         return [*self.dense, *(block for module in self.modules for block in module.blocks)]
 
-    def exchange(self, new: Mapping[nn.Parameter, nn.Parameter]) -> None:
-        """Put other tensors of the same shapes in the place of the parameters, such as their shards."""
-        for block in self.trained:
-            block.param = new[block.param]
-        self.frozen[:] = [new[param] for param in self.frozen]
-
 
 def partition(
     groups: Sequence[Mapping[str, Any]],
     delta: float,
     granularity: Literal["module", "layer"],
     oversized: Literal["error", "split"],
+    chosen: Sequence[bool] | None = None,
+    counted: Sequence[bool] | None = None,
 ) -> Partition:
     """Cut param groups into modules, and sort out what is dense or frozen.
 
     Args:
-        groups: Param groups as `torch.optim.Optimizer` holds them. "role", "modules" and "layers" are those
+        groups: Param groups as `torch.optim.Optimizer` holds them. "role", "modules", "layers" and "thawed" are those
             of `misa_kernels.param_groups` and may be missing: without a role, tensors of two dimensions or
             more are sampled and the others frozen, or dense if `delta` is 1; without "modules" every tensor
             is a module. A sampled tensor behind the last layer is a layer of its own.
         delta: Fraction of the parameters that may be active, in (0, 1].
         granularity: "module" joins tensors with equal entries in "modules", "layer" those in "layers".
         oversized: What becomes of a module larger than the budget: "error", or "split" into row blocks.
+        chosen: Whether the user wants each parameter trained, by its position; None: its `requires_grad`.
+        counted: Whether it belongs to N; None: as `chosen`.
 
     Returns:
         The partition. No parameter is changed.
@@ -123,11 +121,13 @@ def partition(
             trained that is not contiguous, nothing to sample, no layers for `granularity="layer"`, or a
             module larger than the budget.
     """
-    tensors = list(_tensors(groups, delta))
+    params = [param for group in groups for param in group["params"]]
+    chosen = [param.requires_grad for param in params] if chosen is None else chosen
+    tensors = list(_tensors(groups, delta, chosen))
     layers = _layer_order(tensors)
     position = {layer: number for number, layer in enumerate(layers)}
-    params = [tensor.block.param for tensor in tensors]
-    total_numel = sum(param.numel() for param in params if param.requires_grad)
+    counts = chosen if counted is None else counted
+    total_numel = sum(tensor.block.stop for tensor in tensors if counts[tensor.block.index])
     budget = math.floor(delta * total_numel)
 
     modules: list[Module] = []
@@ -152,7 +152,7 @@ def partition(
         modules=modules,
         dense=[tensor.block for tensor in dense],
         frozen=[tensor.block.param for tensor in tensors if tensor.role == "frozen"],
-        names=_names(groups),
+        names=names_of(groups),
         total_numel=total_numel,
         budget=budget,
         layers=layers,
@@ -172,6 +172,7 @@ class _Tensor:
         modules: Names of the modules that its equal row blocks belong to.
         layer: Name of its layer, None if it is unknown or there is none.
         is_behind: Whether it lies behind the last layer, so that there is none.
+        is_thawed: Whether its group is of frozen ones.
     """
 
     block: Block
@@ -180,11 +181,12 @@ class _Tensor:
     modules: tuple[str, ...]
     layer: str | None
     is_behind: bool
+    is_thawed: bool
 
 
-def _tensors(groups: Sequence[Mapping[str, Any]], delta: float) -> Iterator[_Tensor]:
+def _tensors(groups: Sequence[Mapping[str, Any]], delta: float, chosen: Sequence[bool]) -> Iterator[_Tensor]:
     """Yield every parameter once, at its first place, after checking what its group says."""
-    names = _names(groups)
+    names = names_of(groups)
     seen: set[int] = set()
     index = -1
     for g, group in enumerate(groups):
@@ -193,7 +195,7 @@ def _tensors(groups: Sequence[Mapping[str, Any]], delta: float) -> Iterator[_Ten
             raise ValueError(
                 f"role={role!r} of group {g} must be 'sampled', 'dense' or 'frozen': give it one of these or none"
             )
-        for key in ("modules", "layers"):
+        for key in ("modules", "layers", "thawed"):
             if key in group and len(group[key]) != size:
                 raise ValueError(
                     f"{key!r} of group {g} has {len(group[key])} entries and must have one for each of its "
@@ -204,7 +206,8 @@ def _tensors(groups: Sequence[Mapping[str, Any]], delta: float) -> Iterator[_Ten
             if id(param) in seen:
                 continue
             seen.add(id(param))
-            own_role = _role(param, names[index], role, delta)
+            meant = group["thawed"][i] if role == "frozen" and "thawed" in group and chosen[index] else role
+            own_role = _role(param, names[index], meant, delta, chosen[index])
             entry = group["modules"][i] if "modules" in group else names[index]
             modules = (entry,) if isinstance(entry, str) else tuple(entry)
             if own_role == "sampled" and len(modules) != 1 and (not modules or _rows(param) % len(modules)):
@@ -222,10 +225,11 @@ def _tensors(groups: Sequence[Mapping[str, Any]], delta: float) -> Iterator[_Ten
             if is_behind and own_role == "sampled":
                 layer = modules[0]
             whole = Block(param, index, 0, 0, param.numel())
-            yield _Tensor(whole, g, own_role, modules, layer, is_behind)
+            yield _Tensor(whole, g, own_role, modules, layer, is_behind, role == "frozen")
 
 
-def _names(groups: Sequence[Mapping[str, Any]]) -> list[str]:
+def names_of(groups: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return the name of every parameter, or its place where the groups have no names."""
     names: list[str] = []
     for g, group in enumerate(groups):
         numbered = [f"group {g}, parameter {i}" for i in range(len(group["params"]))]
@@ -233,11 +237,11 @@ def _names(groups: Sequence[Mapping[str, Any]]) -> list[str]:
     return names
 
 
-def _role(param: nn.Parameter, name: str, role: str | None, delta: float) -> str:
+def _role(param: nn.Parameter, name: str, role: str | None, delta: float, is_chosen: bool) -> str:
     """Return how a parameter is trained, after refusing what cannot be."""
     if role in ("sampled", "dense") and not (param.is_floating_point() or param.is_complex()):
         raise TypeError(f"{name} is {param.dtype} and must be of a floating dtype to be {role}: freeze it")
-    if role == "frozen" or not param.requires_grad or not param.numel():
+    if role == "frozen" or not is_chosen or not param.numel():
         return "frozen"
     if role is None:
         role = "sampled" if param.ndim >= 2 else "dense" if delta == 1 else "frozen"
@@ -262,9 +266,10 @@ def _layer_order(tensors: Sequence[_Tensor]) -> list[str]:
     """Return the layers as they first appear among sampled tensors, the others between them.
 
     A layer without a sampled tensor follows the one that precedes it in its own group: among the norms a
-    layer keeps its place even if the user froze its matrices.
+    layer keeps its place even if the user froze its matrices, and thaws them later.
     """
-    sampled = dict.fromkeys(t.layer for t in tensors if t.role == "sampled" and t.layer is not None)
+    first = (t for t in tensors if t.role == "sampled" and not t.is_thawed)
+    sampled = dict.fromkeys(tensor.layer for tensor in first if tensor.layer is not None)
     # A linked list, from each layer to the next one; None stands before the first and behind the last.
     following: dict[str | None, str | None] = dict(zip([None, *sampled], [*sampled, None], strict=True))
     group = -1

@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 import sys
 import time
-import warnings
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+
+from misa_kernels.notices import warn
 
 # Training sees a layer with an input that requires gradients and with one that does not; evaluation is a third case.
 CASES = 3
@@ -55,7 +56,7 @@ class Recompiles:
             too_many = counts[-1] > self._graphs if self._graphs < limit else counts[-1] + len(counts) >= limit
             if too_many:
                 self._warned = True
-                warnings.warn(self._advice(_name(frame, metrics), counts[-1], rounds, limit), stacklevel=6)
+                warn(self._advice(_name(frame, metrics), counts[-1], rounds, limit))
                 return
 
     def _advice(self, name: str, count: int, rounds: int, limit: int) -> str:

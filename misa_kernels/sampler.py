@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, is_dataclass
 from numbers import Integral, Real
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -43,6 +43,12 @@ class Candidates:
     count: Ints
     last_round: Ints
 
+    @classmethod
+    def fresh(cls, numel: Ints, layer: Ints) -> Candidates:
+        """Return candidates of which nothing is known yet."""
+        size = numel.size
+        return cls(numel, layer, np.zeros(size), np.zeros(size, dtype=np.int64), np.full(size, -1))
+
 
 @dataclass(frozen=True, eq=False)
 class Draw:
@@ -61,8 +67,55 @@ class Draw:
     eta: float
 
 
+class Sampler(Protocol):
+    """What draws the active sets; a draw of your own is a subclass that says how, with these options as it needs them.
+
+    One object may serve several optimizers, and a draw must be the same on every rank and after a resume: let it depend
+    on its arguments only, all randomness on `round` and `seed`.
+
+    Attributes:
+        importance_beta: Decay of the candidates' `importance`, which is measured whatever the draw makes of it.
+        importance_norm: What is measured, see `ImportanceSampler`.
+        depth_window: As `ImportanceSampler`'s where the draw keeps to windows, for `rehearse()` and `coverage()`.
+        max_per_layer: As `ImportanceSampler`'s where the draw keeps to a quota.
+        granularity: What a candidate is, "module" or "layer".
+        oversized: What becomes of a module above the budget, "error" or "split" into row blocks.
+
+    Example, the candidates with the largest importance, after those without one::
+
+        class Greedy(Sampler):
+            def draw(self, candidates, budget, round, seed):
+                score = np.where(candidates.count > 0, candidates.importance, np.inf)
+                order = np.argsort(-score, kind="stable")
+                active = order[np.cumsum(candidates.numel[order]) <= budget]
+                chance = np.full(score.size, 1 / score.size)
+                return Draw(np.sort(active), probability=chance, perplexity=float(score.size), eta=0.0)
+
+
+        optimizer = MISA(param_groups(model), sampler=Greedy())
+    """
+
+    importance_beta: float = 0.8
+    importance_norm: Literal["sum", "mean", "norm"] = "sum"
+    depth_window: int | None = None
+    max_per_layer: int | None = None
+    granularity: Literal["module", "layer"] = "module"
+    oversized: Literal["error", "split"] = "error"
+
+    def draw(self, candidates: Candidates, budget: int, round: int, seed: int) -> Draw:
+        """Return the active set of a round; `candidates` is not changed.
+
+        Args:
+            candidates: All candidates, none larger than the budget.
+            budget: Upper bound on the parameters of the active set, which holds one candidate at least.
+            round: Number of the round, from 0.
+            seed: In [0, 2**64).
+        """
+        ...
+
+
 @dataclass(frozen=True, kw_only=True)
-class ImportanceSampler:
+class ImportanceSampler(Sampler):
     """MISA's draw: without replacement, p_b = exp(eta s_b) / sum_j exp(eta s_j), until nothing more fits.
 
     This p maximises sum_b p_b s_b - KL(p || uniform) / eta, s being the `scores`. Some candidates may come
@@ -165,12 +218,8 @@ class ImportanceSampler:
 
 
 @dataclass(frozen=True, kw_only=True)
-class UniformSampler:
+class UniformSampler(Sampler):
     """A draw with uniform p: LISA's, with granularity="layer". Options as for `ImportanceSampler`."""
-
-    # Importance has no say here, but is still measured, for the monitor.
-    importance_beta: ClassVar[float] = ImportanceSampler.importance_beta
-    importance_norm: ClassVar[Literal["sum", "mean", "norm"]] = ImportanceSampler.importance_norm
 
     depth_window: int | None = None
     max_per_layer: int | None = None
@@ -189,11 +238,8 @@ class UniformSampler:
 
 
 @dataclass(frozen=True, kw_only=True)
-class CyclicSampler:
+class CyclicSampler(Sampler):
     """Candidates in turn: BAdam's draw, with granularity="layer". Options as for `ImportanceSampler`."""
-
-    importance_beta: ClassVar[float] = ImportanceSampler.importance_beta
-    importance_norm: ClassVar[Literal["sum", "mean", "norm"]] = ImportanceSampler.importance_norm
 
     granularity: Literal["module", "layer"] = "module"
     oversized: Literal["error", "split"] = "error"
@@ -214,7 +260,29 @@ class CyclicSampler:
         return Draw(np.sort(active), np.full(size, 1 / size), perplexity=float(size), eta=0.0)
 
 
-Sampler = ImportanceSampler | UniformSampler | CyclicSampler
+def described(sampler: Sampler) -> str:
+    """Return what tells one sampler from another, the same in every process."""
+    return repr(sampler) if is_dataclass(sampler) else type(sampler).__qualname__
+
+
+def checked(draw: Draw, candidates: Candidates, budget: int, sampler: Sampler) -> Draw:
+    """Return a draw that a sampler made.
+
+    Raises:
+        ValueError: If it is not an active set of these candidates within the budget.
+    """
+    active, size = draw.active, candidates.numel.size
+    valid = len(active) and 0 <= active[0] and active[-1] < size and bool((np.diff(active) > 0).all())
+    if not valid or draw.probability.shape != (size,):
+        raise ValueError(
+            f"{type(sampler).__name__}.draw returned active={active!r} and must return ascending numbers of the "
+            f"{size} candidates, one at least, and a probability for each of these"
+        )
+    if (numel := int(candidates.numel[active].sum())) > budget:
+        raise ValueError(
+            f"{type(sampler).__name__}.draw returned {numel:,} parameters and must not exceed the budget of {budget:,}"
+        )
+    return draw
 
 
 def scores(candidates: Candidates, beta: float, norm: str) -> Floats:
@@ -458,15 +526,39 @@ RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
 }
 
 
-def _check_options(sampler: Sampler) -> None:
+# What the optimizer reads of any sampler.
+READ = ("importance_beta", "importance_norm", "depth_window", "max_per_layer", "granularity", "oversized")
+
+
+def check_sampler(sampler: Any) -> None:
+    """Refuse what does not draw, or lacks an option.
+
+    Raises:
+        TypeError: For an object that is no sampler.
+        ValueError: For an option out of range.
+    """
+    missing = [name for name in (*READ, "draw") if not hasattr(sampler, name)]
+    if missing or isinstance(sampler, type):
+        lacks = f"has no {missing[0]!r}" if missing else "is a class"
+        raise TypeError(
+            f"sampler={sampler!r} {lacks} and must be None or a sampler object: ImportanceSampler(), or one of a "
+            "subclass of misa_kernels.Sampler"
+        )
+    for name in READ:
+        _check_option(name, getattr(sampler, name))
+
+
+def _check_option(name: str, value: Any) -> None:
+    valid, rule = RULES[name]
+    if not valid(value):
+        raise ValueError(f"{name}={value!r} must be {rule}")
+
+
+def _check_options(sampler: ImportanceSampler | UniformSampler | CyclicSampler) -> None:
     for field in fields(sampler):
-        value = getattr(sampler, field.name)
-        valid, rule = RULES[field.name]
-        if not valid(value):
-            raise ValueError(f"{field.name}={value!r} must be {rule}")
-    quota = getattr(sampler, "max_per_layer", None)
-    if quota is not None and sampler.granularity == "layer":
+        _check_option(field.name, getattr(sampler, field.name))
+    if sampler.max_per_layer is not None and sampler.granularity == "layer":
         raise ValueError(
-            f"max_per_layer={quota!r} must be None with granularity='layer', whose candidates are whole layers: leave "
-            "it out, or draw modules with granularity='module'"
+            f"max_per_layer={sampler.max_per_layer!r} must be None with granularity='layer', whose candidates are "
+            "whole layers: leave it out, or draw modules with granularity='module'"
         )

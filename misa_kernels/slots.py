@@ -18,8 +18,10 @@ from misa_kernels.partition import Block, Partition
 from misa_kernels.shards import Part, Ranks, is_sharded, part_of
 from misa_kernels.storage import Storage
 
-# One number a sampled block, on the host, from construction on: what the sampler knows and what is active.
+# One number a sampled block, on the host, from construction on: what the sampler knows, what is active, and the number
+# of the module that it belongs to.
 SCORES = {
+    "module": torch.int64,
     "importance": torch.float64,
     "importance_count": torch.int64,
     "last_round": torch.int64,
@@ -65,7 +67,8 @@ class Slots:
             part_of(block.param) if is_sharded(block.param) else Part(block.start, block.stop - block.start, counts)
             for block in self.blocks
         ]
-        self.scores = {name: torch.zeros(len(self.blocks), dtype=dtype) for name, dtype in SCORES.items()}
+        self.scores = {name: torch.zeros(len(self.blocks), dtype=dtype, device="cpu") for name, dtype in SCORES.items()}
+        self.spread("module", np.arange(len(self.of)))
 
     def sizes(self, storage: Storage) -> dict[Tensor, dict[str, int]]:
         """Return, for every parameter, the state keys of what its blocks store, and their numel."""

@@ -14,8 +14,9 @@ from misa_kernels.codec import FORMATS, FP32, GROUP, Codec
 from misa_kernels.reference import MASK32, lowbias32, noise16, noise32
 
 PRECISIONS = ("master", "split", "stochastic")
+MOMENTS = ("exp_avg", "exp_avg_scale", "exp_avg_sq", "exp_avg_sq_scale")
 # Every key that a slot's state can have; everything else in `state` is one number a slot.
-KEYS = ("exp_avg", "exp_avg_scale", "exp_avg_sq", "exp_avg_sq_scale", "master", "residual")
+KEYS = (*MOMENTS, "master", "residual")
 
 
 class Buffer(NamedTuple):

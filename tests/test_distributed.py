@@ -222,8 +222,8 @@ def unlike(rank, fault):
     options = OPTIONS | ({"seed": rank} if fault == "seed" else {})
     optimizer = MISA(groups, **options)
     if fault == "scores":
-        optimizer._candidates.importance[:] = 1.0 + rank * torch.rand(len(optimizer.modules)).numpy()
-        optimizer._candidates.count[:] = 1
+        optimizer._run.layout.candidates.importance[:] = 1.0 + rank * torch.rand(len(optimizer.modules)).numpy()
+        optimizer._run.layout.candidates.count[:] = 1
         replicate(model, optimizer)
     train(model, optimizer, 6, rank, 2)
     return "trained"
@@ -292,7 +292,7 @@ def test_a_rank_that_dies_in_mid_round_stops_the_others(tmp_path):
 def test_one_process_needs_no_group_and_compares_nothing():
     assert not dist.is_initialized()
     optimizer = MISA(param_groups(tiny.build()), **OPTIONS)
-    assert optimizer._agreement is None
+    assert optimizer._run._agreement is None
     with pytest.raises(RuntimeError, match="start with torchrun"):
         replicate(tiny.build(), optimizer)
 

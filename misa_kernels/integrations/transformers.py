@@ -49,8 +49,8 @@ class MISACallback(TrainerCallback):
         """Warn of what can be known now, and watch the backward passes."""
         optimizer = _misa(kwargs["optimizer"])
         # The weights that FSDP2 has sharded since then need not stay whole until the first step.
-        optimizer._follow()
-        if optimizer._released:
+        optimizer._run.follow()
+        if optimizer.is_released:
             raise RuntimeError(
                 "train() came again, but MISA was released at the end of the first: set trainer.optimizer = MISA(...) "
                 "before it, or leave MISACallback out"
@@ -58,7 +58,7 @@ class MISACallback(TrainerCallback):
         planned = optimizer.coverage(state.max_steps)
         if planned.advice is not None and state.max_steps != optimizer.total_steps:
             warnings.warn(planned.advice, stacklevel=2)
-        ours = optimizer._trained._settings.max_grad_norm
+        ours = optimizer.max_grad_norm
         if ours is not None and args.max_grad_norm > 0:
             warnings.warn(
                 f"TrainingArguments.max_grad_norm={args.max_grad_norm} clips before MISA's max_grad_norm={ours}, so "
@@ -89,7 +89,7 @@ class MISACallback(TrainerCallback):
         if current.backward_depth is not None:
             figures["backward_depth"] = current.backward_depth
         # `optimizer.skipped_steps` would wait for the device.
-        figures["skipped_steps"] = optimizer._skipped_steps
+        figures["skipped_steps"] = optimizer._run.skipped_before
         figures = {f"misa_{name}": figure for name, figure in figures.items()}
         logs.update(figures)
         # Written before the callbacks run.

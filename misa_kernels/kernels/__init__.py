@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import warnings
 from collections.abc import Collection, Sequence
 from typing import Protocol
 
@@ -20,6 +19,7 @@ from misa_kernels.codec import FORMATS
 from misa_kernels.kernels import native, table
 from misa_kernels.kernels.plain import PlainStep
 from misa_kernels.kernels.rows import Row, Settings, StepInput
+from misa_kernels.notices import warn
 from misa_kernels.storage import PRECISIONS, Storage
 
 __all__ = ["BACKENDS", "Backend", "Row", "Settings", "Step", "StepInput", "check", "select", "unusable"]
@@ -95,7 +95,7 @@ def select(backend: str, device: torch.device, dtypes: Collection[torch.dtype], 
                     return _class(name)
                 reasons.append(f"{name!r} {reason}")
         if reasons:
-            warnings.warn(f"MISA steps in plain PyTorch, which is slow: backend {'; '.join(reasons)}", stacklevel=2)
+            warn(f"MISA steps in plain PyTorch, which is slow: backend {'; '.join(reasons)}")
         return PlainStep
     device_type = "cpu" if backend == "cpu" or _interpreted() else "cuda"
     if device.type != device_type or not all(dtype in _dtypes(backend) for dtype in dtypes):

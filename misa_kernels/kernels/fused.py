@@ -39,6 +39,7 @@ class FusedStep:
         self._rows = rows
         self._arena = arena
         self._settings = settings
+        self._noisy = settings.storage.noisy
         self._params = [local(row.param) for row in rows]
         self._groups = max((row.group for row in rows), default=-1) + 1
         self._index = np.array([row.index for row in rows], dtype=np.int64)
@@ -88,7 +89,7 @@ class FusedStep:
             self._weights,
             np.where(grads == 0, 0, grads + self._grad_offset),
             np.array(step.hyper[: self._groups], dtype=np.float64),
-            noise_keys(step.seed, 2 * step.number, self._index) if settings.storage.noisy else None,
+            noise_keys(step.seed, 2 * step.number, self._index) if self._noisy else None,
             max_grad_norm=settings.max_grad_norm,
             skip_nonfinite=settings.skip_nonfinite,
             grad_scale=step.grad_scale,

@@ -1,0 +1,342 @@
+"""Who set `requires_grad`: what the user chose, what MISA set, and what somebody else has set since.
+
+In a round MISA switches parameters off that the user wants trained, so the flag alone no longer tells what the user
+chose. It is remembered here, for the next MISA on these parameters too, and given back at the end.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from operator import attrgetter
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from misa_kernels.copies import Marks, is_irregular
+from misa_kernels.notices import warn
+from misa_kernels.partition import names_of
+
+if TYPE_CHECKING:
+    from misa_kernels.run import Run
+
+REQUIRES_GRAD = attrgetter("requires_grad")
+# Names that a warning lists.
+LISTED = 3
+
+_holders: Any = WeakTensorKeyDictionary()
+
+
+@dataclass(frozen=True)
+class Choices:
+    """The flags of an optimizer, for a copy of it.
+
+    Args:
+        laid_out: `chosen` and `counted` when the modules were made.
+        chosen: See `Flags`.
+        counted: See `Flags`.
+        due: See `Flags`.
+        given: What MISA set `requires_grad` of each parameter to.
+        shown: What it is.
+    """
+
+    laid_out: tuple[list[bool], list[bool]]
+    chosen: list[bool]
+    counted: list[bool]
+    due: bool
+    given: list[bool]
+    shown: list[bool]
+
+
+class Flags:
+    """`requires_grad` of all parameters of an optimizer, by position.
+
+    Args:
+        groups: The optimizer's param groups. Only read: `hold` takes the parameters, `train` sets the first flag.
+        known: What is to be taken for `chosen` and `counted`, where somebody knows; None: found out.
+
+    Attributes:
+        chosen: Whether the user wants it trained.
+        counted: Whether the user wanted it trained at any time: what N is the size of.
+        laid_out: `chosen` and `counted` at the last `settle`.
+        due: Whether `chosen` has changed since then.
+        sentinel: One that is off though chosen; None where there is none. Where it is on, somebody has switched it on.
+        lent: How many blocks of `thawed` show the user's flags now.
+        is_suspended: Whether all that should be trained was off at the last `compare`, in more than one layer: somebody
+            froze the whole model, and the flags stay as they are until it is thawed.
+    """
+
+    def __init__(
+        self, groups: Sequence[Mapping[str, Any]], known: tuple[Sequence[bool], Sequence[bool]] | None = None
+    ) -> None:
+        self.params: list[Tensor] = [param for group in groups for param in group["params"]]
+        self._names = names_of(groups)
+        self._layers: list[Any] = [
+            layer for group in groups for layer in group.get("layers", [None] * len(group["params"]))
+        ]
+        # Of each parameter where it is not frozen by the user.
+        self._roles: list[Any] = [
+            role for group in groups for role in group.get("thawed", [group.get("role")] * len(group["params"]))
+        ]
+        self._marks = Marks(self._names, self.params)
+        self._look()
+        self.sentinel: Tensor | None = None
+        self.is_suspended = False
+        self.lent = 0
+        self._said: set[str] = set()
+        self.due = False
+        self._refused: list[int] = []
+        self._run: weakref.ref[Run] | None = None
+        self._others = _runs_of(self.params)
+        self.chosen = _chosen_by(self.params, self._others)
+        self.advice = self._advice() if known is None else []
+        self.counted = list(self.chosen)
+        if known is not None:
+            self.chosen, self.counted = map(list, known)
+        self.settle()
+
+    def _look(self) -> None:
+        self._set: list[bool] = list(map(REQUIRES_GRAD, self.params))
+        self._on = {index for index, flag in enumerate(self._set) if flag}
+
+    def _advice(self) -> list[str]:
+        """Return what to warn of, after taking the user's flags from a round in which these may have been copied."""
+        if self._others:
+            return [
+                f"MISA takes {len(self.params)} parameters over from an earlier one on the same model, which is "
+                "released and can step no more: call release() on it first"
+            ]
+        copied, is_certain = self._marks.recall(self._on) or (self.chosen, True)
+        if copied != self.chosen and is_certain:
+            self.chosen = copied
+            return [
+                "this model is a copy of one that MISA trained at that moment, so what was off in the round counts as "
+                "trainable again: copy and save models within `with optimizer.thawed():`"
+            ]
+        if copied != self.chosen or is_irregular(self.params, self._names, self._layers, self.chosen):
+            return [
+                f"{sum(self.chosen)} of {len(self.chosen)} parameters require a gradient, other ones in each layer, as "
+                "in a model that was copied or saved while MISA trained it, and the others will never be trained: "
+                "call model.requires_grad_(True) before param_groups(model), and copy and save models within "
+                "`with optimizer.thawed():`"
+            ]
+        return []
+
+    def hold(self, run: Run) -> None:
+        """Take the parameters for a run, and release the runs that have them now."""
+        for other in self._others:
+            other.release("another MISA was constructed on its parameters, which released it")
+        if self._others:
+            self._others.clear()
+            self._look()
+        self._run = weakref.ref(run)
+        for param in self.params:
+            _holders[param] = self._run
+
+    def exchange(self, params: Sequence[Tensor]) -> None:
+        """Go on with other tensors in the place of the parameters."""
+        for before, after in zip(self.params, params, strict=True):
+            _set(after, before.requires_grad)
+            _holders[after] = self._run
+        self.params = list(params)
+        self._marks = Marks(self._names, self.params)
+
+    def train(self, indices: set[int]) -> None:
+        """Switch these parameters on, and all others off; what is as it should be is left alone."""
+        if self.lent:
+            self._set = [index in indices for index in range(len(self.params))]
+            self._on = indices
+            return
+        for index in self._on - indices:
+            self._switch_off(index)
+        for index in indices - self._on:
+            self.params[index].requires_grad_(True)
+            self._set[index] = True
+        self._on = indices
+        off = (i for i, (is_on, chosen) in enumerate(zip(self._set, self.chosen, strict=True)) if chosen > is_on)
+        first = next(off, None)
+        self.sentinel = None if first is None else self.params[first]
+        if first is not None:
+            self._marks.remember(indices, self.chosen)
+
+    def put_back(self) -> None:
+        """Switch off again what somebody switched on, if one look at one parameter says so: cheap enough for a step."""
+        if self.sentinel is not None and self.sentinel.requires_grad and not self.lent:
+            self._put_back(self._seen()[2])
+
+    def compare(self) -> None:
+        """Take over what somebody else froze and thawed since the last call, switch off what is merely on."""
+        self.is_suspended = False
+        if list(map(REQUIRES_GRAD, self.params)) == self._set:
+            return
+        frozen, thawed, stray = self._seen()
+        self._put_back(stray)
+        self.is_suspended = not (frozen or thawed or any(map(REQUIRES_GRAD, (self.params[i] for i in self._on))))
+        for index in frozen:
+            self.chosen[index] = False
+            self._switch_off(index)
+        for index in thawed:
+            self.chosen[index] = self.counted[index] = True
+            self._switch_off(index)
+        self._on.difference_update(frozen)
+        self._refused = thawed
+        self.due = self.due or bool(frozen or thawed)
+        if frozen:
+            warn(
+                f"{self._listed(frozen)} had requires_grad switched off in mid-round and will not be trained any more; "
+                "what was not active then looks as before, so freeze within `with optimizer.thawed():` to say what you "
+                "mean"
+            )
+        if drawable := [index for index in thawed if self._roles[index] != "frozen"]:
+            warn(f"{self._listed(drawable)} had requires_grad switched on in mid-run and can be drawn from now on")
+
+    def settle(self) -> None:
+        """Note that the modules were made anew of what is chosen."""
+        self.laid_out = list(self.chosen), list(self.counted)
+        self.due = False
+        self._refused = []
+
+    def refuse(self) -> bool:
+        """Leave frozen what was thawed last, since no modules can be made of it; False if there is nothing."""
+        for index in self._refused:
+            self.chosen[index] = self.counted[index] = False
+        refused, self._refused = bool(self._refused), []
+        return refused
+
+    @contextmanager
+    def thawed(self) -> Iterator[None]:
+        """Show the flags that the user chose, and take over what the user makes of them."""
+        self.compare()
+        self.lent += 1
+        for param, flag in zip(self.params, self.chosen, strict=True):
+            _set(param, flag)
+        try:
+            yield
+        finally:
+            self.lent -= 1
+            if not self.lent:
+                self._take_back()
+
+    def _take_back(self) -> None:
+        now = list(map(REQUIRES_GRAD, self.params))
+        changed = [index for index, flag in enumerate(now) if flag != self.chosen[index]]
+        self.due = self.due or bool(changed)
+        self._refused = [index for index in changed if now[index] and not self.counted[index]]
+        for index in changed:
+            self.chosen[index] = now[index]
+            self.counted[index] = self.counted[index] or now[index]
+            self._set[index] = self._set[index] and now[index]
+        self._on.difference_update(index for index in changed if not now[index])
+        for index, flag in enumerate(self._set):
+            if flag:
+                _set(self.params[index], True)
+            else:
+                self._switch_off(index)
+
+    def choices(self) -> Choices:
+        """Return what a copy of the optimizer is given with `choose`."""
+        shown = self._set if self.lent else list(map(REQUIRES_GRAD, self.params))
+        return Choices(self.laid_out, self.chosen, self.counted, self.due, self._set, shown)
+
+    def choose(self, choices: Choices) -> None:
+        """Take over the flags of the optimizer that this one is a copy of."""
+        self.chosen, self.counted, self.due = list(choices.chosen), list(choices.counted), choices.due
+        self._set = list(choices.given)
+        self._on = {index for index, flag in enumerate(self._set) if flag}
+        for param, flag in zip(self.params, choices.shown, strict=True):
+            _set(param, flag)
+
+    def chosen_now(self) -> list[bool]:
+        """Return what the user chooses, with what `compare` would take over; changes nothing."""
+        frozen, thawed, _ = self._seen()
+        return [flag and i not in frozen or i in thawed for i, flag in enumerate(self.chosen)]
+
+    def give_back(self) -> None:
+        """Give every parameter the flag that the user chose, and let go of it."""
+        for param, flag in zip(self.params, self.chosen_now(), strict=True):
+            _set(param, flag)
+            if self._run is not None and _holders.get(param) is self._run:
+                del _holders[param]
+
+    def _seen(self) -> tuple[list[int], list[int], list[int]]:
+        """Return what somebody else froze, what they thawed, and what they switched on that is off in this round."""
+        now = self.chosen if self.lent else list(map(REQUIRES_GRAD, self.params))
+        if self.lent:
+            return [], [], []
+        other = [index for index, flag in enumerate(now) if flag != self._set[index]]
+        frozen, on = ([index for index in other if self._set[index] == was] for was in (True, False))
+        if any(self.chosen[index] for index in on) and all(
+            flag or not param.is_floating_point() for flag, param in zip(now, self.params, strict=True)
+        ):
+            # Wholesale, as GANs and frameworks do: no statement about what the user had frozen.
+            return [], [], on
+        if frozen:
+            left = {self._layers[index] for index in self._on if now[index]}
+            layers = {self._layers[index] for index in self._on}
+            if not left and len(layers) > 1:
+                frozen = []
+            else:
+                # Nobody freezes the two matrices of a layer that happen to be active.
+                whole = {self._layers[index] for index in frozen} - left - {None}
+                frozen = [i for i, flag in enumerate(self.chosen) if flag and (i in frozen or self._layers[i] in whole)]
+        return frozen, [i for i in on if not self.chosen[i]], [i for i in on if self.chosen[i]]
+
+    def _put_back(self, stray: list[int]) -> None:
+        for index in stray:
+            self._switch_off(index)
+        if stray:
+            self.warn_once(
+                "stray",
+                f"{self._listed(stray)} had requires_grad switched on while not active: MISA switches it off again, "
+                "at zero_grad() and step(), or gradients of the whole model would be held; to thaw what you had "
+                "frozen, and for what reads the flags, use `with optimizer.thawed():`",
+            )
+
+    def _switch_off(self, index: int) -> None:
+        param = self.params[index]
+        _set(param, False)
+        param.grad = None
+        self._set[index] = False
+
+    def _listed(self, indices: Sequence[int]) -> str:
+        names = ", ".join(self._names[index] for index in indices[:LISTED])
+        return names if len(indices) <= LISTED else f"{names} and {len(indices) - LISTED} more"
+
+    def warn_once(self, about: str, sentence: str) -> None:
+        """Warn, if nothing was said about this before."""
+        if about not in self._said:
+            self._said.add(about)
+            warn(sentence)
+
+
+def chosen_of(names: Sequence[str], params: Sequence[Tensor]) -> list[bool]:
+    """Return whether the user wants each parameter trained, whatever MISA has set on it or on what it is a copy of."""
+    runs = _runs_of(params)
+    if not runs:
+        on = {index for index, param in enumerate(params) if param.requires_grad}
+        copied, is_certain = Marks(names, params).recall(on) or ([], False)
+        if is_certain:
+            return copied
+    return _chosen_by(params, runs)
+
+
+def _runs_of(params: Sequence[Tensor]) -> list[Run]:
+    """Return the living runs that have some of these parameters."""
+    found = dict.fromkeys(reference for param in params if (reference := _holders.get(param)) is not None)
+    return [run for run in (reference() for reference in found) if run is not None]
+
+
+def _chosen_by(params: Sequence[Tensor], runs: Sequence[Run]) -> list[bool]:
+    known = {
+        id(param): flag for run in runs for param, flag in zip(run.flags.params, run.flags.chosen_now(), strict=True)
+    }
+    return [known.get(id(param), param.requires_grad) for param in params]
+
+
+def _set(param: Tensor, flag: bool) -> None:
+    # An integer parameter takes no flag at all.
+    if param.requires_grad != flag:
+        param.requires_grad_(flag)
