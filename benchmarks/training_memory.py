@@ -147,12 +147,15 @@ def planned(name: str, plan: Plan, fused_norms: bool) -> dict[str, float]:
     else:
         model = build(plan, torch.device("meta"))
         elements = total = sum(p.numel() for p in model.parameters())
+        optimizer = None
         if peer.options is not None:
             elements = int(plan.delta * total)
-            trained_with(model, name, plan, inner_steps=100)
+            optimizer = trained_with(model, name, plan, inner_steps=100)
         for number, layer in enumerate(model.layers):
             linears = ((path, part) for path, part in layer.named_modules() if isinstance(part, nn.Linear))
             active[number] = {path.rpartition(".")[2] for path, part in linears if part.weight.requires_grad}
+        # Not before: of an optimizer that is gone the flags show nothing.
+        del optimizer
     narrow = plan.dtype == "bfloat16"
     element = 2 if narrow else 4
     found = count(

@@ -361,7 +361,7 @@ def scoreless():
         (wider, "belongs to another model"),
         (larger_delta, "use the delta it was saved with"),
         (scoreless, "no scores"),
-        (short_scales, r"exp_avg_scale of \d+ elements for parameter \d+ but this optimizer needs"),
+        (short_scales, r"exp_avg_scale of 1 elements for blocks\.0\.q\.weight but this optimizer needs 2:"),
         (from_the_future, "state_dtype='fp2'.*does not know"),
     ],
 )

@@ -222,16 +222,58 @@ def test_frozen_before_construction_stays_frozen():
     assert not any(p.requires_grad for p in model.blocks[1].parameters())
 
 
-def test_second_optimizer_on_the_same_model_is_refused():
-    model = tiny.build()
-    first = misa(model)
-    with pytest.raises(ValueError, match="release"):
-        misa(model)
+def test_second_optimizer_takes_the_model_over_from_the_first():
+    def trained():
+        model = tiny.build(dtype=torch.bfloat16)
+        model.blocks[1].requires_grad_(False)
+        optimizer = misa(model)
+        tiny.train(model, optimizer, 4)
+        return model, optimizer
+
+    released, twin = trained()
+    twin.release()
+    wanted, before = trainable(released), snapshot(released)
+    assert len(wanted) < len(before)
+    model, first = trained()
+    # Masters are rounded anew when they are written back.
+    assert changed(model, before) and len(trainable(model)) < len(wanted)
+    with pytest.warns(UserWarning, match=r"MISA takes \d+ parameters over from an earlier one .* call release\(\)"):
+        second = misa(model, inner_steps=1, seed=1)
+    assert not changed(model, before)
+    assert first.is_released and not second.is_released
+    assert first.state_bytes == 0 and not any("exp_avg" in own for own in first.state.values())
+    # What the first had switched off is drawn, too; what the user had frozen is not.
+    assert len(second.modules) == 21
+    assert trainable(model) == {second.modules[number].name + ".weight" for number in second.active}
+    flags = trainable(model)
+    for attempt in (first.step, lambda: first.load_state_dict(first.state_dict())):
+        with pytest.raises(RuntimeError, match="another MISA was constructed on its parameters"):
+            attempt()
+    # Neither do these touch what is the second's now.
+    first.zero_grad()
     first.release()
-    assert len(misa(model).modules) == 28
-    # Nobody left to release: the user may set the flags.
-    model.requires_grad_(True)
-    assert len(misa(model).modules) == 28
+    del first
+    assert trainable(model) == flags and not changed(model, before)
+
+    tiny.train(model, second, 30)
+    moved = changed(model, before)
+    assert moved and moved <= {name for name in wanted if name.endswith(".weight")}
+    assert {name.split(".")[1] for name in moved} == {"0", "2", "3"}
+    second.release()
+    assert trainable(model) == wanted
+
+
+def test_optimizer_after_a_released_one_says_nothing():
+    model = tiny.build()
+    misa(model).release()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        second = misa(model)
+        assert len(second.modules) == 28
+        del second
+        # Nobody left to release: the user may set the flags.
+        model.requires_grad_(True)
+        assert len(misa(model).modules) == 28
 
 
 def test_tied_weights_count_once():
@@ -533,8 +575,10 @@ def test_weight_that_lost_its_layout_is_refused():
 def test_constructor_keeps_gradients_of_the_active_set_only():
     model = tiny.build()
     tiny.loss_of(model, tiny.batch(0)).backward()
-    misa(model)
-    assert {name for name, p in model.named_parameters() if p.grad is not None} == trainable(model)
+    optimizer = misa(model)
+    active = {optimizer.modules[number].name + ".weight" for number in optimizer.active}
+    assert 0 < len(active) < 28
+    assert {name for name, p in model.named_parameters() if p.grad is not None} == trainable(model) == active
 
 
 def test_constructor_that_raises_changes_nothing():
