@@ -261,7 +261,12 @@ class ActiveSet:
             # What was saved is the sum over ranks, and would be added up again.
             self.arena.score_sum.zero_()
         for slot, row in self.rows.items():
-            self._restore(slot, row, loaded.get(row.param, {}))
+            own = loaded.get(row.param, {})
+            moments = self.storage_in_state.buffers(row.param.dtype).keys() & set(MOMENTS)
+            if "age" in own and own.keys() >= {self.slots.key(name, slot) for name in moments}:
+                self._restore(slot, row, own)
+            else:
+                self._begin(row)
         self.storage_in_state = self._storage
         # Once more, with the ages and sums that were loaded.
         self._prepare()
@@ -335,6 +340,8 @@ class ActiveSet:
         self._check_state()
         if self.arena is None:
             return
+        # Or what is prepared below would pass for what was there in the last step.
+        self._adopt()
         self.collect()
         for param, span in self.slots.spans.items():
             own = self.state[param]

@@ -152,8 +152,8 @@ class Flags:
             return
         for index in self._on - indices:
             self._switch_off(index)
-        for index in indices - self._on:
-            self.params[index].requires_grad_(True)
+        for index in indices:
+            _set(self.params[index], True)
             self._set[index] = True
         self._on = indices
         off = (i for i, (is_on, chosen) in enumerate(zip(self._set, self.chosen, strict=True)) if chosen > is_on)

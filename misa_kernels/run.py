@@ -88,7 +88,10 @@ class Run:
         self._storage = Storage(options.state_dtype, options.param_precision)
         self.flags = Flags(groups, known)
         refuse_engines(self.flags.params)
-        self.layout = self._lay_out()
+        try:
+            self.layout = self._lay_out()
+        except ValueError as error:
+            raise ValueError("; and ".join([str(error), *self.flags.advice])) from None
         self.trained = ActiveSet(
             self.layout.slots,
             self.layout.partition.names,
@@ -210,6 +213,8 @@ class Run:
     def allocate(self) -> None:
         """Make the state ready for a step: allocated, and as it is in `state`."""
         if self.trained.arena is None:
+            if not self.trained.steps:
+                self.flags.compare()
             self.follow()
             self._reconcile()
             self.trained.allocate(self.layout.slots_of(self.active.tolist()))
@@ -248,7 +253,8 @@ class Run:
         before, options = self.flags.params, self.options
         now = [param for group in self.groups for param in group["params"]]
         is_same = len(now) == len(before) and all(map(is_, now, before))
-        if is_same and form_of(now) == self.layout.form and not self.flags.due:
+        is_due = self.flags.due and not self.trained.steps
+        if is_same and form_of(now) == self.layout.form and not is_due:
             return
         if not is_same:
             # accelerate's FSDP2 puts its own tensors into `param_groups`.
@@ -506,6 +512,7 @@ class Run:
         self.follow()
         with self.flags.thawed():
             yield
+        self.follow()
 
     @not_traced
     @torch.no_grad()

@@ -17,6 +17,7 @@ import sys
 import time
 import warnings
 import weakref
+from collections.abc import Sequence
 from pathlib import Path
 
 import hypothesis
@@ -172,7 +173,7 @@ class User(RuleBasedStateMachine):
     @property
     def is_allocated(self) -> bool:
         """Whether there was a step since construction and since a state dict was loaded."""
-        return self.optimizer.state_bytes > 0
+        return self.optimizer is not None and self.optimizer.state_bytes > 0
 
     @property
     def is_calm(self) -> bool:
@@ -194,10 +195,10 @@ class User(RuleBasedStateMachine):
         modules = self.optimizer.modules
         return {modules[number].name for number in self.optimizer.active}
 
-    def refused(self, call, *words: str, kinds=(ValueError, TypeError, RuntimeError)) -> None:
+    def refused(self, call, *words: str, flags: bool = True, kinds=(ValueError, TypeError, RuntimeError)) -> None:
         """Something must be refused in one sentence that has one of the words, and nothing have changed."""
         weights = {name: self.param(name).detach().clone() for name in self.names}
-        flags = self.now()
+        before = self.now()
         try:
             call()
         except kinds as error:
@@ -208,7 +209,8 @@ class User(RuleBasedStateMachine):
         for name, weight in weights.items():
             param = self.param(name)
             assert param.dtype == weight.dtype and torch.equal(param, weight), f"{name} changed in what was refused"
-        assert self.now() == flags, "flags changed in what was refused"
+        changed = {name for name, flag in self.now().items() if flag != before[name]}
+        assert not flags or changed <= self.strays, "flags changed in what was refused"
 
     # Construction
 
@@ -271,7 +273,13 @@ class User(RuleBasedStateMachine):
             self.refused(lambda: MISA(self.model.groups(), **self.options), *self.names, "none of")
             return False
         pattern = self.pattern()
-        self.optimizer = MISA(self.model.groups(), **self.options)
+        try:
+            optimizer = MISA(self.model.groups(), **self.options)
+        except ValueError as error:
+            # A copy of which the user has changed weights, so that it is not surely one.
+            assert user is not None and "copied" in sentence(error), error
+            return False
+        self.optimizer = optimizer
         self.account, self.broken, self.saved = account, {}, None
         self.is_resized = self.is_due = self.is_edited = False
         if pattern in ROUNDS and hasattr(self.optimizer, "thawed"):
@@ -282,13 +290,20 @@ class User(RuleBasedStateMachine):
         self.take_draw()
         return True
 
+    def form(self) -> list[tuple]:
+        return [(self.param(name).shape, self.param(name).dtype) for name in self.names]
+
     def pattern(self) -> tuple:
         return tuple((tuple(self.param(name).shape), flag) for name, flag in self.now().items())
 
-    def take_draw(self) -> None:
-        self.account.draw(self.active())
+    def take_draw(self, numbers: Sequence[int] | None = None) -> None:
+        """The account goes on with the modules of these numbers, or with what is active now."""
+        modules = self.optimizer.modules
+        numbers = self.optimizer.active if numbers is None else numbers
+        self.account.draw({modules[number].name for number in numbers})
         self.flags = {name: kept.flag for name, kept in self.account.kept.items()}
         self.strays = set()
+        self.laid_out = self.form()
         ROUNDS.add(self.pattern())
 
     # Training
@@ -341,36 +356,46 @@ class User(RuleBasedStateMachine):
         for name in rng.sample(self.names, 4):
             self.param(name).grad = None
 
-    def take_back(self) -> None:
-        """What step() and zero_grad() do about flags."""
-        if self.account.is_wholesale(self.now() | self.flags):
-            self.flags = {name: kept.flag for name, kept in self.account.kept.items()}
-            self.strays = set()
+    def take_back(self) -> set[str]:
+        """What step() and zero_grad() do about flags; returns what loses its gradient by it."""
+        if not self.account.is_wholesale(self.now() | self.flags):
+            return set()
+        self.flags = {name: kept.flag for name, kept in self.account.kept.items()}
+        self.strays = set()
+        return {name for name, flag in self.flags.items() if not flag}
 
     def step(self, rng: random.Random) -> None:
-        account = self.account
-        if not self.is_allocated and (self.is_resized or self.is_due):
-            for name in self.names:
-                self.param(name).grad = None
+        account, was_due = self.account, False
+        dropped = self.take_back()
+        if not self.is_allocated:
+            frozen, thawed = set(), set()
+            if not account.steps:
+                frozen, thawed = account.compare(self.flags)
+            for name in frozen | thawed:
+                self.flags[name] = False
+            was_due = self.is_resized or not account.steps and (self.is_due or bool(frozen or thawed))
+            if was_due:
+                for name in self.names:
+                    self.param(name).grad = None
             if account.refusal() or account.lacks_backend():
-                self.refused(self.optimizer.step)
+                self.refused(self.optimizer.step, flags=False)
+                self.flags, self.strays, self.is_due = self.now(), set(), was_due
                 return
-            if account.inner_steps == 1 or rng.random() < 0.5:
-                _ = self.optimizer.modules
-                self.take_draw()
-                self.is_resized = self.is_due = False
-        changed = {n for n in self.broken if account.kept[n].user and account.kept[n].role != "frozen"}
+        changed = {n for n in self.broken if account.kept[n].flag}
+        if account.position + 1 == account.inner_steps:
+            changed |= {n for n in self.broken if account.kept[n].user and account.kept[n].role != "frozen"}
         if changed:
             self.refused(self.optimizer.step, *changed, kinds=RuntimeError)
             return
-        self.take_back()
         # Of what is switched off here, the step takes no gradient.
-        grads = {name: None if self.param(name).grad is None else self.param(name).grad.clone() for name in self.names}
+        of = {name: None if name in dropped else self.param(name).grad for name in self.names}
+        grads = {name: None if grad is None else grad.clone() for name, grad in of.items()}
         before = {name: flag for name, flag in self.flags.items()}
-        was_due = not self.is_allocated and (self.is_resized or self.is_due)
         self.optimizer.step()
         if was_due:
-            self.take_draw()
+            # The step may have ended the round, too.
+            ends = account.position + 1 == account.inner_steps
+            self.take_draw(self.optimizer.monitor.rounds[-2 if ends else -1].active)
             before = dict(self.flags)
             self.is_resized = self.is_due = False
         self.is_edited = False
@@ -383,6 +408,8 @@ class User(RuleBasedStateMachine):
             following = account.active if account.is_suspended else self.active()
             leaving = account.leaving(following)
         for name, kept in account.kept.items():
+            if name in self.broken:
+                continue
             updated = grads[name] is not None and kept.m is not None
             account.settle(name, self.param(name), self.shown(name), updated, name in leaving, ended)
             if kept.m is not None and kept.user and name not in leaving:
@@ -419,7 +446,7 @@ class User(RuleBasedStateMachine):
             if self.account.begun and not self.is_edited and kept.user:
                 self.account.check_moments(name, self.shown(name))
         sizes = self.account.numel()
-        assert sum(sizes.get(module, 0) for module in self.account.active) <= self.account.budget
+        assert self.is_due or sum(sizes.get(module, 0) for module in self.account.active) <= self.account.budget
 
     @has_optimizer
     @rule(rng=seeds)
@@ -490,7 +517,7 @@ class User(RuleBasedStateMachine):
         elif any(kept.user and not kept.flag for kept in self.account.kept.values()):
             self.model.requires_grad_(True)
             self.flags = dict.fromkeys(self.names, True)
-            self.strays = set()
+            self.strays = {name for name, kept in self.account.kept.items() if kept.user and not kept.flag}
 
     @is_sound
     @precondition(lambda self: hasattr(self.optimizer, "thawed"))
@@ -518,9 +545,13 @@ class User(RuleBasedStateMachine):
             for name, flag in chosen.items():
                 self.param(name).requires_grad_(flag)
         account.choose(chosen)
-        self.is_due = self.is_due or bool(chosen or frozen or thawed)
         self.flags = {name: kept.flag for name, kept in account.kept.items()}
         self.strays = set()
+        is_due = bool(chosen or frozen or thawed)
+        if account.steps:
+            self.is_due = self.is_due or is_due
+        elif is_due:
+            self.take_draw()
         for name, kept in account.kept.items():
             assert kept.flag or self.param(name).grad is None, f"{name} is off and has a gradient"
 
@@ -591,13 +622,13 @@ class User(RuleBasedStateMachine):
     def changed(self, name: str) -> None:
         param = self.param(name)
         if not self.is_allocated:
-            self.is_resized = True
+            self.is_resized = self.form() != self.laid_out
             self.account.found(name, param)
         elif self.broken[name] == (param.shape, param.dtype):
             del self.broken[name]
             self.account.found(name, param)
 
-    @precondition(lambda self: self.broken)
+    @precondition(lambda self: self.optimizer is not None and self.broken)
     @rule(rng=seeds)
     def mend(self, rng: random.Random) -> None:
         for name, (shape, dtype) in list(self.broken.items()):
@@ -644,10 +675,7 @@ class User(RuleBasedStateMachine):
     @rule(rng=seeds)
     def save(self, rng: random.Random) -> None:
         state = self.optimizer.state_dict()
-        for kept in self.account.kept.values():
-            # The weight wins here too.
-            if kept.overwritten:
-                self.account.adopt(kept)
+        self.account.adopt_all()
         if rng.random() < 0.5:
             file = io.BytesIO()
             torch.save(state, file)
@@ -692,9 +720,7 @@ class User(RuleBasedStateMachine):
     def resume_elsewhere(self, rng: random.Random) -> None:
         """Save, and go on with another optimizer on other parameters."""
         state = copy.deepcopy(self.optimizer.state_dict())
-        for kept in self.account.kept.values():
-            if kept.overwritten:
-                self.account.adopt(kept)
+        self.account.adopt_all()
         then, model = self.account, self.model
         if then.total_numel != sum(kept.seen.numel() for kept in then.kept.values() if kept.user):
             return
@@ -716,11 +742,14 @@ class User(RuleBasedStateMachine):
     @rule(rng=seeds)
     def copy_together(self, rng: random.Random) -> None:
         """A copy of model and optimizer does bit for bit what they do, and the user goes on with it."""
+        if self.is_resized:
+            return
         pair = (self.model, self.optimizer)
         if rng.random() < 0.5:
             twin, other = copy.deepcopy(pair)
         else:
             twin, other = pickle.loads(pickle.dumps(pair))
+        self.account.adopt_all()
         for name in self.names:
             mine, theirs = self.param(name), getattr(twin, name)
             assert torch.equal(mine, theirs) and mine.requires_grad == theirs.requires_grad

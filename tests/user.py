@@ -51,6 +51,7 @@ class Kept:
         seen: The weight as it was last found, which nobody but the user may change unless it is trained.
         m, v, age: Adam's state; None, None, 0 without one.
         overwritten: Whether the user has written where no version counter shows.
+        noticed: Whether a version counter, or an address, shows since the last step that the user has written.
     """
 
     role: str
@@ -65,6 +66,7 @@ class Kept:
     v: Tensor | None = None
     age: int = 0
     overwritten: bool = False
+    noticed: bool = False
 
     @property
     def is_drawable(self) -> bool:
@@ -216,9 +218,17 @@ class Account:
         kept.seen = weight.detach().clone()
         if kept.theta.shape != weight.shape:
             kept.drop()
-        kept.overwritten = kept.overwritten or not is_visible
-        if is_visible or not self.has_master(kept):
+        kept.noticed = kept.noticed or is_visible
+        kept.overwritten = not kept.noticed
+        if kept.noticed or not self.has_master(kept):
             self.adopt(kept)
+
+    def adopt_all(self) -> None:
+        """The weights win before anything is saved."""
+        for kept in self.kept.values():
+            kept.noticed = False
+            if kept.overwritten:
+                self.adopt(kept)
 
     def has_master(self, kept: Kept) -> bool:
         return kept.m is not None and self.precision == "master" and kept.seen.dtype.itemsize == 2
@@ -243,7 +253,7 @@ class Account:
                 if self.is_trained(kept) and kept.m is None:
                     kept.begin()
         for name, kept in self.kept.items():
-            g = grads.get(name)
+            g, kept.noticed = grads.get(name), False
             if kept.m is None or kept.v is None or g is None:
                 continue
             g, h = g.double(), self.hyper[kept.role]
