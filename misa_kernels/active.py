@@ -176,7 +176,8 @@ class ActiveSet:
             # one has neither an address nor a flat view, so nothing has been launched.
             self._refuse_sparse(grads)
             raise
-        self._versions = self._read_versions()
+        if self._refined:
+            self._versions = self._read_versions()
 
     def exchange(self, slots: Slots, ranks: Ranks | None, budget: int, kept: Container[tuple[int, int]]) -> None:
         """Go on with another numbering; the state goes into `state` until the next step allocates the arena anew.
@@ -284,6 +285,11 @@ class ActiveSet:
             name: local_like(own[key], row.param).to(self.arena.device) for name, key in keys.items() if key in own
         }
         views, weight = self.arena.views(slot), row.weight()
+        # Of weights that were cast after they were saved there is none in it.
+        if "master" in views:
+            views["master"].copy_(weight)
+        if "residual" in views:
+            views["residual"].zero_()
         if self.storage_in_state == self._storage:
             for name, value in saved.items():
                 views[name].copy_(value)
@@ -573,7 +579,7 @@ class ActiveSet:
         assert self.arena is not None
         held = self._params if self._settings.ranks is None else list(map(local, self._params))
         pointers = list(map(Tensor.data_ptr, held))
-        versions = self._read_versions()
+        versions = self._read_versions() if self._refined else []
         if pointers == self._pointers and versions == self._versions and list(map(Tensor.numel, held)) == self._numels:
             return
         for slot in self.rows:

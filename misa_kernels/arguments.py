@@ -241,16 +241,9 @@ def check_sharded(
     params: Sequence[Tensor], partition: Partition, storage: Storage, release_gradients: bool, v_floor: bool
 ) -> None:
     """Refuse what sharded parameters, by their position in the optimizer, do not have in this version."""
-    blocks = [block for block in partition.trained if is_sharded(params[block.index])]
-    sharded = [partition.names[block.index] for block in blocks]
+    sharded = [partition.names[block.index] for block in partition.trained if is_sharded(params[block.index])]
     if not sharded:
         return
-    for block, name in zip(blocks, sharded, strict=True):
-        if block.stop - block.start < params[block.index].numel():
-            raise ValueError(
-                f"{name} is sharded, is more than one module, and must be one to be sharded: make the groups with "
-                "param_groups(model, experts='whole'), and leave oversized='split' out"
-            )
     if storage.state_dtype not in ("fp32", "bf16"):
         raise ValueError(
             f"state_dtype={storage.state_dtype!r} has scales for groups that shards would cut, and {sharded[0]} is "

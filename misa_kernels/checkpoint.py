@@ -195,6 +195,6 @@ def _check_modules(saved: Tensor, layout: Layout) -> None:
         name = layout.partition.names[slots.blocks[slot].index]
         module = layout.partition.modules[int(slots.candidate[slot])].name
         raise ValueError(
-            f"state dict has {name} in module {int(saved[slot])}, and here it is in {int(slots.candidate[slot])}, {module}: "
-            f"use the granularity, oversized, delta and groups that it was saved with"
+            f"state dict has {name} in module {int(saved[slot])}, and here it is in {int(slots.candidate[slot])}, "
+            f"{module}: use the granularity, oversized, delta and groups that it was saved with"
         )

@@ -70,7 +70,8 @@ class Marks:
         plain = [param for param in off if param.numel() and not (param.is_meta or is_sharded(param))]
         if len({(param.device, param.dtype) for param in plain}) != 1:
             return None
-        return torch.stack([param.detach()[(-1,) * param.ndim] for param in plain])
+        # On the host: at a switch it waits for the device anyway.
+        return torch.stack([param.detach()[(-1,) * param.ndim] for param in plain]).cpu()
 
 
 def is_irregular(params: Sequence[Tensor], names: Sequence[str], layers: Sequence[Any], chosen: Sequence[bool]) -> bool:
@@ -94,4 +95,4 @@ def _joined(keys: Sequence[int]) -> int:
 def _is_equal(a: Tensor | None, b: Tensor | None) -> bool:
     if a is None or b is None:
         return a is b
-    return a.dtype == b.dtype and torch.equal(a.cpu(), b.cpu())
+    return a.dtype == b.dtype and torch.equal(a, b)

@@ -65,8 +65,8 @@ class Flags:
         due: Whether `chosen` has changed since then.
         sentinel: One that is off though chosen; None where there is none. Where it is on, somebody has switched it on.
         lent: How many blocks of `thawed` show the user's flags now.
-        is_suspended: Whether all that should be trained was off at the last `compare`, in more than one layer: somebody
-            froze the whole model, and the flags stay as they are until it is thawed.
+        is_suspended: Whether all that should be trained was off at the last `compare`: mostly somebody has frozen the
+            whole model for a while, and the flags stay as they are for another round.
     """
 
     def __init__(
@@ -83,6 +83,7 @@ class Flags:
         ]
         self._marks = Marks(self._names, self.params)
         self._look()
+        self._drawn: set[int] = set()
         self.sentinel: Tensor | None = None
         self.is_suspended = False
         self.lent = 0
@@ -92,6 +93,8 @@ class Flags:
         self._run: weakref.ref[Run] | None = None
         self._others = _runs_of(self.params)
         self.chosen = _chosen_by(self.params, self._others)
+        # Whether `chosen` looks like the flags of a round.
+        self._is_doubtful = False
         self.advice = self._advice() if known is None else []
         self.counted = list(self.chosen)
         if known is not None:
@@ -116,7 +119,8 @@ class Flags:
                 "this model is a copy of one that MISA trained at that moment, so what was off in the round counts as "
                 "trainable again: copy and save models within `with optimizer.thawed():`"
             ]
-        if copied != self.chosen or is_irregular(self.params, self._names, self._layers, self.chosen):
+        self._is_doubtful = copied != self.chosen or is_irregular(self.params, self._names, self._layers, self.chosen)
+        if self._is_doubtful:
             return [
                 f"{sum(self.chosen)} of {len(self.chosen)} parameters require a gradient, other ones in each layer, as "
                 "in a model that was copied or saved while MISA trained it, and the others will never be trained: "
@@ -148,14 +152,14 @@ class Flags:
         """Switch these parameters on, and all others off; what is as it should be is left alone."""
         if self.lent:
             self._set = [index in indices for index in range(len(self.params))]
-            self._on = indices
+            self._on, self._drawn = set(indices), indices
             return
         for index in self._on - indices:
             self._switch_off(index)
         for index in indices:
             _set(self.params[index], True)
             self._set[index] = True
-        self._on = indices
+        self._on, self._drawn = set(indices), indices
         off = (i for i, (is_on, chosen) in enumerate(zip(self._set, self.chosen, strict=True)) if chosen > is_on)
         first = next(off, None)
         self.sentinel = None if first is None else self.params[first]
@@ -167,12 +171,16 @@ class Flags:
         if self.sentinel is not None and self.sentinel.requires_grad and not self.lent:
             self._put_back(self._seen()[2])
 
-    def compare(self) -> None:
-        """Take over what somebody else froze and thawed since the last call, switch off what is merely on."""
-        self.is_suspended = False
+    def compare(self, is_idle: bool = False) -> None:
+        """Take over what somebody else froze and thawed since the last call, switch off what is merely on.
+
+        Args:
+            is_idle: Whether nothing that is drawn had a gradient in the round that ends.
+        """
+        was_suspended, self.is_suspended = self.is_suspended, False
         if list(map(REQUIRES_GRAD, self.params)) == self._set:
             return
-        frozen, thawed, stray = self._seen()
+        frozen, thawed, stray = self._seen(are_all_meant=was_suspended and is_idle)
         self._put_back(stray)
         self.is_suspended = not (frozen or thawed or any(map(REQUIRES_GRAD, (self.params[i] for i in self._on))))
         for index in frozen:
@@ -192,6 +200,11 @@ class Flags:
             )
         if drawable := [index for index in thawed if self._roles[index] != "frozen"]:
             warn(f"{self._listed(drawable)} had requires_grad switched on in mid-run and can be drawn from now on")
+        if others := [index for index in thawed if self._roles[index] == "frozen"]:
+            warn(
+                f"{self._listed(others)} had requires_grad switched on in mid-run, and MISA switches it off, its role "
+                "being 'frozen': leave out of MISA's groups what something else trains"
+            )
 
     def settle(self) -> None:
         """Note that the modules were made anew of what is chosen."""
@@ -228,8 +241,9 @@ class Flags:
         for index in changed:
             self.chosen[index] = now[index]
             self.counted[index] = self.counted[index] or now[index]
-            self._set[index] = self._set[index] and now[index]
-        self._on.difference_update(index for index in changed if not now[index])
+            # What was frozen in this round, and is thawed again, goes on.
+            self._set[index] = now[index] and index in self._drawn
+        self._on = {index for index, flag in enumerate(self._set) if flag}
         for index, flag in enumerate(self._set):
             if flag:
                 _set(self.params[index], True)
@@ -261,8 +275,11 @@ class Flags:
             if self._run is not None and _holders.get(param) is self._run:
                 del _holders[param]
 
-    def _seen(self) -> tuple[list[int], list[int], list[int]]:
-        """Return what somebody else froze, what they thawed, and what they switched on that is off in this round."""
+    def _seen(self, are_all_meant: bool = False) -> tuple[list[int], list[int], list[int]]:
+        """Return what somebody else froze, what they thawed, and what they switched on that is off in this round.
+
+        Where all that is drawn is off, that says nothing, unless `are_all_meant`.
+        """
         now = self.chosen if self.lent else list(map(REQUIRES_GRAD, self.params))
         if self.lent:
             return [], [], []
@@ -271,12 +288,12 @@ class Flags:
         if any(self.chosen[index] for index in on) and all(
             flag or not param.is_floating_point() for flag, param in zip(now, self.params, strict=True)
         ):
-            # Wholesale, as GANs and frameworks do: no statement about what the user had frozen.
-            return [], [], on
+            # Wholesale, as GANs and frameworks do: no statement about what the user had frozen, if they had.
+            thawed = [i for i in on if not self.chosen[i]] if self._is_doubtful else []
+            return [], thawed, [i for i in on if i not in thawed]
         if frozen:
             left = {self._layers[index] for index in self._on if now[index]}
-            layers = {self._layers[index] for index in self._on}
-            if not left and len(layers) > 1:
+            if not any(now[index] for index in self._on) and not are_all_meant:
                 frozen = []
             else:
                 # Nobody freezes the two matrices of a layer that happen to be active.

@@ -46,7 +46,9 @@ def not_traced(method: Method) -> Method:
 
     @wraps(method)
     def guarded(*args: Any, **kwargs: Any) -> Any:
-        # torch's own wrapper takes longer, and mostly for nothing.
+        # torch's own wrapper takes longer, and mostly for nothing. Dynamo answers the first question itself.
+        if torch.compiler.is_dynamo_compiling():
+            return disabled(*args, **kwargs)
         return (method if dynamo_callback() is None else disabled)(*args, **kwargs)
 
     return cast(Method, guarded)
@@ -243,7 +245,7 @@ class Run:
         state.changed[0] = False
 
     def follow(self) -> None:
-        """Before the first step: go on with what was exchanged, resized, cast or frozen since construction, or refuse it.
+        """Before the first step: go on with what was exchanged, resized, cast or frozen since then, or refuse it.
 
         Nothing tells of an exchange, so all that looks at parameters before the first step asks here; until then the
         old ones stay in memory.
@@ -265,7 +267,8 @@ class Run:
         self.flags.exchange(now)
         self._move(layout)
         draw = self._draw()
-        if layout.is_like(earlier):
+        needed = layout.candidates.numel[self.active].sum()
+        if layout.is_like(earlier) and needed <= layout.partition.budget:
             self._settle(active, self.active)
         else:
             self._settle(self._staying(active), self._costliest() if self._rehearsed else draw.active)
@@ -276,11 +279,11 @@ class Run:
 
     def _end_round(self) -> None:
         """Fold the scores, take over what the user froze and thawed, draw the next active set and make it active."""
-        self._fold()
+        is_idle = self._fold()
         self.round += 1
         self._recompiles.check(self.round)
         self.round_step = 0
-        self.flags.compare()
+        self.flags.compare(is_idle=is_idle)
         is_held, layout, before = self.flags.is_suspended, None, self._blocks(self.active)
         if self.flags.due and not is_held:
             layout = self._lay_out_anew()
@@ -305,8 +308,8 @@ class Run:
             self._settle(self._staying(before), active)
         self._record(draw)
 
-    def _fold(self) -> None:
-        """Fold what the round has measured into the candidates' scores and the record of the round."""
+    def _fold(self) -> bool:
+        """Fold what the round has measured into the candidates' scores and its record; whether that is nothing."""
         read, skipped = self.trained.read_round()
         slots, candidates, sampler = self.layout.slots, self.layout.candidates, self.sampler
         sums, update, weight = (slots.sum(row)[self.active] for row in read[[0, 3, 4]])
@@ -323,6 +326,7 @@ class Run:
         if not counts.any() and not skipped:
             self._warn_of_idle_round()
         self.skipped_before += skipped
+        return not counts.any()
 
     def _warn_of_idle_round(self) -> None:
         if not self._idle_before:

@@ -210,7 +210,10 @@ class User(RuleBasedStateMachine):
             param = self.param(name)
             assert param.dtype == weight.dtype and torch.equal(param, weight), f"{name} changed in what was refused"
         changed = {name for name, flag in self.now().items() if flag != before[name]}
-        assert not flags or changed <= self.strays, "flags changed in what was refused"
+        # But for those that were put back.
+        on = set() if self.account is None else {name for name, kept in self.account.kept.items() if kept.flag}
+        assert not flags or changed.isdisjoint(on), "flags changed in what was refused"
+        self.flags |= {name: False for name in changed}
 
     # Construction
 
@@ -404,7 +407,8 @@ class User(RuleBasedStateMachine):
         ended = account.ends_round
         if ended:
             before |= {name: False for name in self.strays}
-            account.compare(before)
+            account.compare(before, is_idle=account.is_idle)
+            account.is_idle = True
             following = account.active if account.is_suspended else self.active()
             leaving = account.leaving(following)
         for name, kept in account.kept.items():
@@ -595,9 +599,7 @@ class User(RuleBasedStateMachine):
     @rule(rng=seeds)
     def resize(self, rng: random.Random) -> None:
         """As `resize_token_embeddings` of some libraries."""
-        name = rng.choice(
-            [name for name in self.names if self.model.roles[name] == "sampled" or not self.is_allocated]
-        )
+        name = rng.choice([name for name in self.names if self.model.roles[name] == "sampled" or not self.is_allocated])
         self.change(name)
         shape = self.param(name).shape
         rows = rng.choice([1, shape[0], shape[0] + 1, 2 * shape[0], max(1, shape[0] - 3)])

@@ -47,6 +47,7 @@ class Kept:
         user: Whether the user wants it trained.
         counted: Whether they wanted so at any time.
         flag: What MISA set `requires_grad` to.
+        drawn: What it was set to when the round began.
         theta: The weight with all its bits, float64.
         seen: The weight as it was last found, which nobody but the user may change unless it is trained.
         m, v, age: Adam's state; None, None, 0 without one.
@@ -62,6 +63,7 @@ class Kept:
     user: bool = True
     counted: bool = True
     flag: bool = True
+    drawn: bool = False
     m: Tensor | None = None
     v: Tensor | None = None
     age: int = 0
@@ -108,6 +110,7 @@ class Account:
     steps: int = 0
     begun: bool = False
     is_suspended: bool = False
+    is_idle: bool = True
 
     # What is trained, and how much of it
 
@@ -160,7 +163,7 @@ class Account:
         self.active = active
         for kept in self.kept.values():
             trained = self.is_trained(kept)
-            kept.flag = trained
+            kept.flag = kept.drawn = trained
             if self.begun:
                 if not trained or kept.role == "sampled" and self.keep_states == "none":
                     kept.drop()
@@ -176,19 +179,20 @@ class Account:
                 names.add(name)
         return names
 
-    def compare(self, flags: Mapping[str, bool]) -> tuple[set[str], set[str]]:
+    def compare(self, flags: Mapping[str, bool], is_idle: bool = False) -> tuple[set[str], set[str]]:
         """Take over, at the end of a round, what the user made of `requires_grad` since the last one.
 
         Returns:
             Names of what is frozen and of what is thawed from now on.
         """
-        self.is_suspended = False
+        was_suspended, self.is_suspended = self.is_suspended, False
         if self.is_wholesale(flags):
             return set(), set()
         on = {name for name, kept in self.kept.items() if kept.flag}
         frozen = {name for name in on if not flags[name]}
         thawed = {name for name, kept in self.kept.items() if flags[name] and not kept.flag and not kept.user}
-        if frozen == on and len({self.kept[name].layer for name in on}) > 1:
+        if frozen == on and not (was_suspended and is_idle):
+            # Mostly the whole model is frozen for a while; if it was not trained in another round either, it is meant.
             self.is_suspended = not thawed
             frozen = set()
         for layer in {self.kept[name].layer for name in frozen} - {None}:
@@ -203,8 +207,8 @@ class Account:
             kept = self.kept[name]
             kept.user = flag
             kept.counted = kept.counted or flag
-            if not flag:
-                kept.flag = False
+            # What was frozen in this round, and is thawed again, goes on.
+            kept.flag = flag and kept.drawn
 
     def is_wholesale(self, flags: Mapping[str, bool]) -> bool:
         """Whether `model.requires_grad_(True)` was called: no statement about any one parameter."""
@@ -215,7 +219,10 @@ class Account:
     def found(self, name: str, weight: Tensor, is_visible: bool = True) -> None:
         """The user wrote to a weight; without a version counter that tells, a master does not know yet."""
         kept = self.kept[name]
+        had_more_bits = kept.seen.dtype.itemsize == 2
         kept.seen = weight.detach().clone()
+        if not had_more_bits:
+            kept.theta = kept.seen.double()
         if kept.theta.shape != weight.shape:
             kept.drop()
         kept.noticed = kept.noticed or is_visible
@@ -265,6 +272,7 @@ class Account:
             kept.theta = decayed - h["lr"] * m_hat / (v_hat.sqrt() + h["eps"])
             # What was written behind the master's back is gone.
             kept.overwritten = False
+            self.is_idle = self.is_idle and kept.role != "sampled"
         self.steps += 1
         self.position += 1
 
@@ -308,7 +316,7 @@ class Account:
         limit = bound + steps * ulp(kept.theta, dtype)
         within(name, weight.double(), kept.theta, limit)
         kept.seen = weight.clone()
-        # Where nothing shows the bits beyond the weight, and the account has not followed them either, it is the weight.
+        # Where nothing shows the bits beyond the weight, and the account has not followed them, it is the weight.
         if (
             dtype == arithmetic
             or self.precision == "stochastic"
