@@ -220,6 +220,11 @@ class Arena:
         """
         return self.pools[self.dtypes[slot]].views(slot, start, self.numel[slot] if numel is None else numel)
 
+    def refines(self, slot: int) -> bool:
+        """Whether a slot's state has bits that its weight lacks."""
+        kinds = self.pools[self.dtypes[slot]].kinds
+        return "master" in kinds or "residual" in kinds
+
     def offset(self, slot: int) -> int:
         """Return where an active slot's part of its pool begins, in elements."""
         return self.pools[self.dtypes[slot]].offsets[slot]

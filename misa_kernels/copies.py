@@ -70,8 +70,12 @@ class Marks:
         plain = [param for param in off if param.numel() and not (param.is_meta or is_sharded(param))]
         if len({(param.device, param.dtype) for param in plain}) != 1:
             return None
-        # On the host: at a switch it waits for the device anyway.
-        return torch.stack([param.detach()[(-1,) * param.ndim] for param in plain]).cpu()
+        values = torch.stack([param.detach()[(-1,) * param.ndim] for param in plain])
+        if not values.is_cuda:
+            return values
+        # Kept on the host, without waiting for it.
+        kept = torch.empty(values.shape, dtype=values.dtype, device="cpu", pin_memory=True)
+        return kept.copy_(values, non_blocking=True)
 
 
 def is_irregular(params: Sequence[Tensor], names: Sequence[str], layers: Sequence[Any], chosen: Sequence[bool]) -> bool:
@@ -95,4 +99,6 @@ def _joined(keys: Sequence[int]) -> int:
 def _is_equal(a: Tensor | None, b: Tensor | None) -> bool:
     if a is None or b is None:
         return a is b
+    if b.is_pinned():
+        torch.cuda.synchronize()
     return a.dtype == b.dtype and torch.equal(a, b)

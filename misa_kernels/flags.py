@@ -6,12 +6,12 @@ chose. It is remembered here, for the next MISA on these parameters too, and giv
 
 from __future__ import annotations
 
+import copy
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from operator import attrgetter
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
@@ -30,24 +30,19 @@ LISTED = 3
 _holders: Any = WeakTensorKeyDictionary()
 
 
-@dataclass(frozen=True)
-class Choices:
+# What a copy of an optimizer goes on with.
+COPIED = ("chosen", "counted", "laid_out", "due", "is_suspended", "_presumed", "_drawn", "_set", "_on")
+
+
+class Choices(NamedTuple):
     """The flags of an optimizer, for a copy of it.
 
-    Args:
-        laid_out: `chosen` and `counted` when the modules were made.
-        chosen: See `Flags`.
-        counted: See `Flags`.
-        due: See `Flags`.
-        given: What MISA set `requires_grad` of each parameter to.
-        shown: What it is.
+    Attributes:
+        held: Attributes of `Flags` by name.
+        shown: `requires_grad` of each parameter.
     """
 
-    laid_out: tuple[list[bool], list[bool]]
-    chosen: list[bool]
-    counted: list[bool]
-    due: bool
-    given: list[bool]
+    held: dict[str, Any]
     shown: list[bool]
 
 
@@ -93,8 +88,8 @@ class Flags:
         self._run: weakref.ref[Run] | None = None
         self._others = _runs_of(self.params)
         self.chosen = _chosen_by(self.params, self._others)
-        # Whether `chosen` looks like the flags of a round.
-        self._is_doubtful = False
+        # Those not chosen of which that is a guess: whoever thaws the whole model means them, too.
+        self._presumed: set[int] = set()
         self.advice = self._advice() if known is None else []
         self.counted = list(self.chosen)
         if known is not None:
@@ -119,8 +114,8 @@ class Flags:
                 "this model is a copy of one that MISA trained at that moment, so what was off in the round counts as "
                 "trainable again: copy and save models within `with optimizer.thawed():`"
             ]
-        self._is_doubtful = copied != self.chosen or is_irregular(self.params, self._names, self._layers, self.chosen)
-        if self._is_doubtful:
+        if copied != self.chosen or is_irregular(self.params, self._names, self._layers, self.chosen):
+            self._presumed = {index for index, flag in enumerate(self.chosen) if not flag}
             return [
                 f"{sum(self.chosen)} of {len(self.chosen)} parameters require a gradient, other ones in each layer, as "
                 "in a model that was copied or saved while MISA trained it, and the others will never be trained: "
@@ -168,8 +163,18 @@ class Flags:
 
     def put_back(self) -> None:
         """Switch off again what somebody switched on, if one look at one parameter says so: cheap enough for a step."""
-        if self.sentinel is not None and self.sentinel.requires_grad and not self.lent:
-            self._put_back(self._seen()[2])
+        if self.sentinel is None or not self.sentinel.requires_grad or self.lent:
+            return
+        _, thawed, stray = self._seen()
+        self._put_back(stray)
+        for index in self._presumed.intersection(thawed):
+            self.chosen[index] = self.counted[index] = self.due = True
+            self._set[index] = index in self._drawn
+            if self._set[index]:
+                self._on.add(index)
+            else:
+                self._switch_off(index)
+        self._presumed.difference_update(thawed)
 
     def compare(self, is_idle: bool = False) -> None:
         """Take over what somebody else froze and thawed since the last call, switch off what is merely on.
@@ -180,8 +185,11 @@ class Flags:
         was_suspended, self.is_suspended = self.is_suspended, False
         if list(map(REQUIRES_GRAD, self.params)) == self._set:
             return
-        frozen, thawed, stray = self._seen(are_all_meant=was_suspended and is_idle)
+        are_all_meant = was_suspended and is_idle
+        frozen, thawed, stray = self._seen(are_all_meant)
         self._put_back(stray)
+        if are_all_meant:
+            self._presumed.update(frozen)
         self.is_suspended = not (frozen or thawed or any(map(REQUIRES_GRAD, (self.params[i] for i in self._on))))
         for index in frozen:
             self.chosen[index] = False
@@ -189,6 +197,7 @@ class Flags:
         for index in thawed:
             self.chosen[index] = self.counted[index] = True
             self._switch_off(index)
+        self._presumed.difference_update(thawed)
         self._on.difference_update(frozen)
         self._refused = thawed
         self.due = self.due or bool(frozen or thawed)
@@ -253,13 +262,11 @@ class Flags:
     def choices(self) -> Choices:
         """Return what a copy of the optimizer is given with `choose`."""
         shown = self._set if self.lent else list(map(REQUIRES_GRAD, self.params))
-        return Choices(self.laid_out, self.chosen, self.counted, self.due, self._set, shown)
+        return Choices({name: copy.copy(getattr(self, name)) for name in COPIED}, shown)
 
     def choose(self, choices: Choices) -> None:
         """Take over the flags of the optimizer that this one is a copy of."""
-        self.chosen, self.counted, self.due = list(choices.chosen), list(choices.counted), choices.due
-        self._set = list(choices.given)
-        self._on = {index for index, flag in enumerate(self._set) if flag}
+        self.__dict__.update(choices.held)
         for param, flag in zip(self.params, choices.shown, strict=True):
             _set(param, flag)
 
@@ -285,12 +292,11 @@ class Flags:
             return [], [], []
         other = [index for index, flag in enumerate(now) if flag != self._set[index]]
         frozen, on = ([index for index in other if self._set[index] == was] for was in (True, False))
-        if any(self.chosen[index] for index in on) and all(
+        if any(self.chosen[index] or index in self._presumed for index in on) and all(
             flag or not param.is_floating_point() for flag, param in zip(now, self.params, strict=True)
         ):
             # Wholesale, as GANs and frameworks do: no statement about what the user had frozen, if they had.
-            thawed = [i for i in on if not self.chosen[i]] if self._is_doubtful else []
-            return [], thawed, [i for i in on if i not in thawed]
+            return [], [i for i in on if i in self._presumed], [i for i in on if i not in self._presumed]
         if frozen:
             left = {self._layers[index] for index in self._on if now[index]}
             if not any(now[index] for index in self._on) and not are_all_meant:

@@ -410,6 +410,6 @@ def _copied(
     with warnings.catch_warnings():
         # Said when the original was constructed.
         warnings.simplefilter("ignore", UserWarning)
-        optimizer._begin(groups, defaults, options, choices.laid_out)
+        optimizer._begin(groups, defaults, options, choices.held["laid_out"])
         optimizer._run.resume_copy(choices, *rest)
     return optimizer

@@ -262,6 +262,7 @@ class Run:
             # accelerate's FSDP2 puts its own tensors into `param_groups`.
             arguments.check_exchanged(before, now, options.release_gradients)
             arguments.check_cast([dtype for _, dtype in self.layout.form], now, self.layout.partition)
+        self.flags.compare()
         layout, earlier, active = self._lay_out(), self.layout, self._blocks(self.active)
         self.flags.settle()
         self.flags.exchange(now)

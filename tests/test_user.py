@@ -275,7 +275,7 @@ class User(RuleBasedStateMachine):
         if account.refusal():
             self.refused(lambda: MISA(self.model.groups(), **self.options), *self.names, "none of")
             return False
-        pattern = self.pattern()
+        pattern, heard = self.pattern(), len(self.said)
         try:
             optimizer = MISA(self.model.groups(), **self.options)
         except ValueError as error:
@@ -284,6 +284,9 @@ class User(RuleBasedStateMachine):
             return False
         self.optimizer = optimizer
         self.account, self.broken, self.saved = account, {}, None
+        if any("copied or saved" in str(w.message) for w in self.said[heard:]):
+            # The flags look like those of a round.
+            account.presumed = {name for name, kept in account.kept.items() if not kept.user}
         self.is_resized = self.is_due = self.is_edited = False
         if pattern in ROUNDS and hasattr(self.optimizer, "thawed"):
             with self.optimizer.thawed():
@@ -363,6 +366,7 @@ class User(RuleBasedStateMachine):
         """What step() and zero_grad() do about flags; returns what loses its gradient by it."""
         if not self.account.is_wholesale(self.now() | self.flags):
             return set()
+        self.is_due = bool(self.account.thaw_presumed()) or self.is_due
         self.flags = {name: kept.flag for name, kept in self.account.kept.items()}
         self.strays = set()
         return {name for name, flag in self.flags.items() if not flag}
@@ -372,7 +376,7 @@ class User(RuleBasedStateMachine):
         dropped = self.take_back()
         if not self.is_allocated:
             frozen, thawed = set(), set()
-            if not account.steps:
+            if not account.steps or self.is_resized:
                 frozen, thawed = account.compare(self.flags)
             for name in frozen | thawed:
                 self.flags[name] = False
@@ -383,18 +387,28 @@ class User(RuleBasedStateMachine):
             if account.refusal() or account.lacks_backend():
                 self.refused(self.optimizer.step, flags=False)
                 self.flags, self.strays, self.is_due = self.now(), set(), was_due
+                if was_due and not account.refusal():
+                    # The modules were made anew before the backend was asked.
+                    self.take_draw()
+                    self.is_resized = self.is_due = False
                 return
         changed = {n for n in self.broken if account.kept[n].flag}
         if account.position + 1 == account.inner_steps:
             changed |= {n for n in self.broken if account.kept[n].user and account.kept[n].role != "frozen"}
         if changed:
-            self.refused(self.optimizer.step, *changed, kinds=RuntimeError)
+            self.refused(self.optimizer.step, *self.broken, kinds=RuntimeError)
             return
         # Of what is switched off here, the step takes no gradient.
         of = {name: None if name in dropped else self.param(name).grad for name in self.names}
         grads = {name: None if grad is None else grad.clone() for name, grad in of.items()}
         before = {name: flag for name, flag in self.flags.items()}
-        self.optimizer.step()
+        frozen_since = {n for n in self.broken if account.kept[n].role != "frozen"} - changed
+        try:
+            self.optimizer.step()
+        except RuntimeError as error:
+            # What the user has frozen in this round may be refused, too.
+            assert any(name in sentence(error) for name in frozen_since), error
+            return
         if was_due:
             # The step may have ended the round, too.
             ends = account.position + 1 == account.inner_steps
@@ -409,8 +423,8 @@ class User(RuleBasedStateMachine):
             before |= {name: False for name in self.strays}
             account.compare(before, is_idle=account.is_idle)
             account.is_idle = True
-            following = account.active if account.is_suspended else self.active()
-            leaving = account.leaving(following)
+            is_held = account.is_suspended or account.refusal() is not None
+            leaving = set() if is_held else account.leaving(self.active())
         for name, kept in account.kept.items():
             if name in self.broken:
                 continue
@@ -420,8 +434,8 @@ class User(RuleBasedStateMachine):
                 account.check_moments(name, self.shown(name))
         if ended:
             account.position = 0
-            self.is_due = False
-            if account.is_suspended:
+            self.is_due = is_held and (self.is_due or account.refusal() is not None)
+            if is_held:
                 assert self.active() == account.active
                 self.flags = {
                     name: flag and not (account.kept[name].user and not account.kept[name].flag)
@@ -671,6 +685,8 @@ class User(RuleBasedStateMachine):
                 anew = []
         for name in anew:
             account.kept[name].begin()
+            # It begins in the next step, with what the weight is by then.
+            account.kept[name].noticed = True
         self.is_edited = account.begun
 
     @calm
@@ -711,6 +727,7 @@ class User(RuleBasedStateMachine):
             else:
                 kept.drop()
             kept.counted = now.kept[name].counted
+        then.presumed = now.presumed
         self.account = then
         assert self.active() == then.active
         self.flags = {name: kept.flag for name, kept in then.kept.items()}

@@ -111,6 +111,7 @@ class Account:
     begun: bool = False
     is_suspended: bool = False
     is_idle: bool = True
+    presumed: set[str] = field(default_factory=set)
 
     # What is trained, and how much of it
 
@@ -187,9 +188,10 @@ class Account:
         """
         was_suspended, self.is_suspended = self.is_suspended, False
         if self.is_wholesale(flags):
-            return set(), set()
+            return set(), self.thaw_presumed()
         on = {name for name, kept in self.kept.items() if kept.flag}
         frozen = {name for name in on if not flags[name]}
+        are_all = frozen == on and bool(on)
         thawed = {name for name, kept in self.kept.items() if flags[name] and not kept.flag and not kept.user}
         if frozen == on and not (was_suspended and is_idle):
             # Mostly the whole model is frozen for a while; if it was not trained in another round either, it is meant.
@@ -199,7 +201,16 @@ class Account:
             if not any(self.kept[name].layer == layer for name in on - frozen):
                 frozen |= {name for name, kept in self.kept.items() if kept.layer == layer and kept.user}
         self.choose(dict.fromkeys(frozen, False) | dict.fromkeys(thawed, True))
+        if are_all:
+            self.presumed |= frozen
         return frozen, thawed
+
+    def thaw_presumed(self) -> set[str]:
+        """Whoever thaws the whole model means what was only presumed to be frozen for good."""
+        thawed = {name for name in self.presumed if not self.kept[name].user}
+        self.choose(dict.fromkeys(thawed, True))
+        self.presumed.clear()
+        return thawed
 
     def choose(self, flags: Mapping[str, bool]) -> None:
         """What the user says within `thawed()`, or what was understood of flags set outside of it."""
@@ -212,7 +223,8 @@ class Account:
 
     def is_wholesale(self, flags: Mapping[str, bool]) -> bool:
         """Whether `model.requires_grad_(True)` was called: no statement about any one parameter."""
-        return all(flags.values()) and any(kept.user and not kept.flag for kept in self.kept.values())
+        meant = {name for name, kept in self.kept.items() if kept.user} | self.presumed
+        return all(flags.values()) and any(not self.kept[name].flag for name in meant)
 
     # Weights
 
