@@ -8,6 +8,8 @@ PARTS ?=
 ARGS ?=
 # `make demo QUICK=1` takes a minute.
 QUICK ?=
+# How long `make user` plays.
+MINUTES ?= 60
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -20,7 +22,7 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c c
 SOURCES := misa_kernels benchmarks docs examples tests setup.py
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test slow lint format docs bench quality native gpu wheels clean
+.PHONY: help demo test slow user lint format docs bench quality native gpu wheels clean
 
 help:  ## print this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' Makefile
@@ -35,6 +37,10 @@ test: $(VENV)/.dev  ## the tests that need neither minutes nor a GPU
 slow: $(VENV)/.dev  ## the tests marked slow
 	$(PYTEST) -m "slow and not gpu" || [ $$? -eq 5 ]
 	TRITON_INTERPRET=1 $(PYTEST) -n 2 $(FAST) tests/test_triton_codec.py
+
+user: $(VENV)/.dev  ## a user at random, for MINUTES=60: with AddressSanitizer, then without
+	MISA_USER_MINUTES=$$(($(MINUTES) / 2)) $(PYTEST) tests/test_user.py -k "address_sanitizer and not too_small"
+	MISA_USER_MINUTES=$$(($(MINUTES) / 2)) $(PYTEST) tests/test_user.py -k "not sanitizer"
 
 lint: $(VENV)/.dev  ## style, types and formatting; changes nothing
 	$(BIN)/ruff check $(SOURCES)

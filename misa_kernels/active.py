@@ -236,7 +236,8 @@ class ActiveSet:
             )
         dtypes = [block.param.dtype for block in blocks]
         device, ranks = devices.pop(), self._settings.ranks
-        self._backend = select(self._backend_name, device, set(dtypes), self._storage)
+        grad_dtypes = {getattr(block.param, "grad_dtype", None) or block.param.dtype for block in blocks}
+        self._backend = select(self._backend_name, device, {*dtypes, *grad_dtypes}, self._storage)
         self.arena = Arena(
             [part.numel for part in self.slots.parts],
             dtypes,

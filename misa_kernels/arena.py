@@ -8,6 +8,7 @@ score) exist for all of them.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,6 +22,11 @@ from misa_kernels.storage import Buffer, Storage
 ALIGNMENT = GROUP
 # Overlapping moves go through a bounce buffer of this many elements: 4 MB in float32.
 MOVE_ELEMENTS = 1 << 20
+
+
+def host(values: Sequence[Any], dtype: torch.dtype = torch.int64) -> Tensor:
+    """Return numbers as a tensor on the host, whatever the default device is."""
+    return torch.tensor(values, dtype=dtype, device="cpu")
 
 
 def sent(values: Tensor, device: torch.device) -> Tensor:
@@ -171,7 +177,7 @@ class Arena:
         self.sq_norm = torch.zeros(count, dtype=torch.float64, device=device)
         self.v_floor = torch.zeros(count, dtype=torch.float64, device=device) if v_floor else None
         self.skipped = torch.zeros((), dtype=torch.int32, device=device)
-        self._counted = torch.tensor([] if counted is None else counted, dtype=torch.float64).to(device)
+        self._counted = sent(host([] if counted is None else counted, torch.float64), device)
         self._active = torch.zeros(count, dtype=torch.int32, device=device)
         self._scratch = torch.zeros(count, dtype=torch.int32, device=device)
         self._active_index = torch.zeros(0, dtype=torch.int64, device=device)
@@ -201,11 +207,11 @@ class Arena:
                 self.numel,
                 clear,
             )
-        fresh = sent(torch.tensor([*left, *enter], dtype=torch.int64), self.device)
+        fresh = sent(host([*left, *enter]), self.device)
         self.age.index_fill_(0, fresh, 0)
         if self.v_floor is not None:
             self.v_floor.index_fill_(0, fresh, 0)
-        self._active_index = sent(torch.tensor([*keep, *enter], dtype=torch.int64), self.device)
+        self._active_index = sent(host([*keep, *enter]), self.device)
         self._active.zero_().index_fill_(0, self._active_index, 1)
         for sums in (self.updates, self.score_sum, self.sq_norm, self.skipped):
             sums.zero_()

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from misa_kernels.arena import host, sent
 from misa_kernels.shards import is_sharded
 
 if TYPE_CHECKING:
@@ -173,8 +174,7 @@ class Replica:
         # An expert that got no token on this rank may have got some on another.
         device = params[0].device
         present = [param.grad is not None for param in params]
-        # From pinned memory, or the copy would wait for what the device has still to do.
-        here = torch.tensor(present, dtype=torch.int32, pin_memory=device.type == "cuda").to(device, non_blocking=True)
+        here = sent(host(present, torch.int32), device)
         dist.all_reduce(here, dist.ReduceOp.MAX, group=self._group)
         missing = {param for param in params if param.grad is None}
         if missing:
@@ -307,7 +307,7 @@ def load(model: nn.Module, optimizer: MISA, checkpoint_id: str | os.PathLike[str
             wanted[name] = None
             continue
         param = params.get(str(path[2])) if path[1] == "state" else None
-        place = torch.empty(stored.size, dtype=stored.properties.dtype)
+        place = torch.empty(stored.size, dtype=stored.properties.dtype, device="cpu")
         # Moments and masters come back cut as the parameter is now, all else whole.
         if param is not None and is_sharded(param) and param.shape == stored.size:
             place = torch.empty_like(param, dtype=stored.properties.dtype)

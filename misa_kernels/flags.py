@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -167,14 +167,7 @@ class Flags:
             return
         _, thawed, stray = self._seen()
         self._put_back(stray)
-        for index in self._presumed.intersection(thawed):
-            self.chosen[index] = self.counted[index] = self.due = True
-            self._set[index] = index in self._drawn
-            if self._set[index]:
-                self._on.add(index)
-            else:
-                self._switch_off(index)
-        self._presumed.difference_update(thawed)
+        self._take_thawed(self._presumed.intersection(thawed))
 
     def compare(self, is_idle: bool = False) -> None:
         """Take over what somebody else froze and thawed since the last call, switch off what is merely on.
@@ -182,6 +175,8 @@ class Flags:
         Args:
             is_idle: Whether nothing that is drawn had a gradient in the round that ends.
         """
+        if self.lent:
+            return
         was_suspended, self.is_suspended = self.is_suspended, False
         if list(map(REQUIRES_GRAD, self.params)) == self._set:
             return
@@ -194,12 +189,9 @@ class Flags:
         for index in frozen:
             self.chosen[index] = False
             self._switch_off(index)
-        for index in thawed:
-            self.chosen[index] = self.counted[index] = True
-            self._switch_off(index)
-        self._presumed.difference_update(thawed)
         self._on.difference_update(frozen)
-        self._refused = thawed
+        self._refused = [index for index in thawed if not self.counted[index]]
+        self._take_thawed(thawed)
         self.due = self.due or bool(frozen or thawed)
         if frozen:
             warn(
@@ -214,6 +206,17 @@ class Flags:
                 f"{self._listed(others)} had requires_grad switched on in mid-run, and MISA switches it off, its role "
                 "being 'frozen': leave out of MISA's groups what something else trains"
             )
+
+    def _take_thawed(self, indices: Collection[int]) -> None:
+        for index in indices:
+            self.chosen[index] = self.counted[index] = self.due = True
+            # What was frozen in this round goes on, all other waits for the next one.
+            if index in self._drawn:
+                self._set[index] = True
+                self._on.add(index)
+            else:
+                self._switch_off(index)
+        self._presumed.difference_update(indices)
 
     def settle(self) -> None:
         """Note that the modules were made anew of what is chosen."""
@@ -272,7 +275,7 @@ class Flags:
 
     def chosen_now(self) -> list[bool]:
         """Return what the user chooses, with what `compare` would take over; changes nothing."""
-        frozen, thawed, _ = self._seen()
+        frozen, thawed = map(set, self._seen()[:2])
         return [flag and i not in frozen or i in thawed for i, flag in enumerate(self.chosen)]
 
     def give_back(self) -> None:
@@ -287,9 +290,9 @@ class Flags:
 
         Where all that is drawn is off, that says nothing, unless `are_all_meant`.
         """
-        now = self.chosen if self.lent else list(map(REQUIRES_GRAD, self.params))
         if self.lent:
             return [], [], []
+        now = list(map(REQUIRES_GRAD, self.params))
         other = [index for index, flag in enumerate(now) if flag != self._set[index]]
         frozen, on = ([index for index in other if self._set[index] == was] for was in (True, False))
         if any(self.chosen[index] or index in self._presumed for index in on) and all(
@@ -304,7 +307,8 @@ class Flags:
             else:
                 # Nobody freezes the two matrices of a layer that happen to be active.
                 whole = {self._layers[index] for index in frozen} - left - {None}
-                frozen = [i for i, flag in enumerate(self.chosen) if flag and (i in frozen or self._layers[i] in whole)]
+                meant = set(frozen)
+                frozen = [i for i, flag in enumerate(self.chosen) if flag and (i in meant or self._layers[i] in whole)]
         return frozen, [i for i in on if not self.chosen[i]], [i for i in on if self.chosen[i]]
 
     def _put_back(self, stray: list[int]) -> None:

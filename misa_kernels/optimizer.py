@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 Params = Iterable[Tensor] | Iterable[tuple[str, Tensor]] | Iterable[dict[str, Any]]
-# Whose optimizers refuse to clip what unscales its gradients by itself.
-LIGHTNING = ("lightning.fabric", "lightning.pytorch", "lightning_fabric", "pytorch_lightning")
+# What refuses to clip gradients that an optimizer unscales by itself.
+LIGHTNING = ("lightning", "pytorch_lightning")
 
 
 class MISA(torch.optim.Optimizer):
@@ -236,9 +236,10 @@ class MISA(torch.optim.Optimizer):
     @property
     def _step_supports_amp_scaling(self) -> bool:
         """Whether torch.amp.GradScaler leaves unscaling and skipping to the step, which need not look at the device."""
-        # Where Lightning shall clip, it must unscale before.
-        can_clip = self.max_grad_norm is not None or self.releases_gradients
-        return can_clip or not any(name in sys.modules for name in LIGHTNING)
+        if self.max_grad_norm is not None or self.releases_gradients:
+            return True
+        # Lightning asks to know whether it may unscale and clip before, which a step takes as well.
+        return not str(sys._getframe(1).f_globals.get("__name__")).startswith(LIGHTNING)
 
     def coverage(self, total_steps: int) -> Coverage:
         """Return how often a run visits each module on average, and advice where that is less than three times.

@@ -129,7 +129,7 @@ def adamw_step(
     """
     unscale = None if grad_scale is None else 1 / grad_scale.double()
     for row in rows:
-        norm = torch.linalg.vector_norm(row.grad, dtype=row.exp_avg.dtype).double()
+        norm = torch.linalg.vector_norm(row.grad, dtype=torch.promote_types(row.grad.dtype, row.exp_avg.dtype)).double()
         row.sq_norm.copy_((norm if unscale is None else norm * unscale).square())
     coefficient, finite = unscale, None
     if rows and (max_grad_norm is not None or skip_nonfinite):

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from misa_kernels.arena import ALIGNMENT, MOVE_ELEMENTS, Arena, sent
+from misa_kernels.arena import ALIGNMENT, MOVE_ELEMENTS, Arena, host, sent
 from misa_kernels.kernels import Row
 from misa_kernels.reference import Hyper
 from misa_kernels.storage import Storage
@@ -41,9 +41,9 @@ def squares(rows: Sequence[Row], arena: Arena, storage: Storage, groups: Sequenc
     sums = torch.zeros(2, len(arena.age), dtype=torch.float64, device=arena.device)
     if not pieces:
         return sums
-    at = sent(torch.tensor([(row.slot, row.group) for row, _, _ in pieces]), arena.device)
+    at = sent(host([(row.slot, row.group) for row, _, _ in pieces]), arena.device)
     hypers = [Hyper.of(group) for group in groups]
-    numbers = sent(torch.tensor([h[:3] for h in hypers], dtype=torch.float64), arena.device)
+    numbers = sent(host([h[:3] for h in hypers], torch.float64), arena.device)
     lr, beta1, beta2 = numbers[at[:, 1]].T
     t = arena.age[at[:, 0]].clamp(min=1)
     denom_scales = (1 - beta2**t).rsqrt().unbind()

@@ -70,7 +70,7 @@ def test_old_triton_is_named_with_what_brings_a_new_one(gpu_machine, monkeypatch
 def test_triton_asked_for_is_never_replaced(gpu_machine):
     kernels.check("triton")
     optimizer = MISA([nn.Parameter(torch.ones(2, 2))], delta=1.0, backend="triton")
-    with pytest.raises(RuntimeError, match="float32 weights on cpu.*use backend='auto'"):
+    with pytest.raises(RuntimeError, match="float32 weights or gradients on cpu.*use backend='auto'"):
         optimizer.step()
     with pytest.raises(RuntimeError, match="float64"):
         kernels.select("triton", CUDA, {torch.float64}, PLAIN)

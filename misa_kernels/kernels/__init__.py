@@ -78,7 +78,7 @@ def select(backend: str, device: torch.device, dtypes: Collection[torch.dtype], 
     Args:
         backend: A name that `check` has passed.
         device: Where the weights are.
-        dtypes: Their dtypes.
+        dtypes: Their dtypes, and those of their gradients.
         storage: How moments and weights are stored.
 
     Raises:
@@ -100,8 +100,8 @@ def select(backend: str, device: torch.device, dtypes: Collection[torch.dtype], 
     device_type = "cpu" if backend == "cpu" or _interpreted() else "cuda"
     if device.type != device_type or not all(dtype in _dtypes(backend) for dtype in dtypes):
         raise RuntimeError(
-            f"backend={backend!r} got {', '.join(sorted(map(str, dtypes)))} weights on {device}, and updates "
-            f"{', '.join(map(str, _dtypes(backend)))} on {device_type.upper()} devices: use backend='auto'"
+            f"backend={backend!r} got {', '.join(sorted(map(str, dtypes)))} weights or gradients on {device}, and "
+            f"updates {', '.join(map(str, _dtypes(backend)))} on {device_type.upper()} devices: use backend='auto'"
         )
     if storage not in _storages(backend):
         raise RuntimeError(

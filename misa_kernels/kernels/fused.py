@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from misa_kernels.arena import Arena, sent
+from misa_kernels.arena import Arena, host, sent
 from misa_kernels.kernels.rows import Row, Settings, StepInput
 from misa_kernels.kernels.table import SKIP, RowTable
 from misa_kernels.reference import noise_keys
@@ -61,7 +61,7 @@ class FusedStep:
             device=arena.device,
         )
         self._counted: Tensor | None = None
-        self._slots = sent(torch.tensor([row.slot for row in rows], dtype=torch.int64), arena.device)
+        self._slots = sent(host([row.slot for row in rows]), arena.device)
         age = arena.age[self._slots]
         self._launch.set_ages(age)
         # After a resume in mid-round this is not 0.
@@ -122,7 +122,7 @@ class FusedStep:
         ranks = self._settings.ranks
         assert ranks is not None
         if self._counted is None:
-            counted = torch.tensor([row.is_counted for row in self._rows], dtype=torch.float64)
+            counted = host([row.is_counted for row in self._rows], torch.float64)
             self._counted = torch.repeat_interleave(counted, self._launch.chunks).to(self._arena.device)
         return ranks.sum((partials * self._counted).sum())
 
