@@ -331,10 +331,10 @@ class ActiveSet:
     def _show(self, slot: int, row: Row) -> None:
         """Put views of a slot's state where torch's tools look for them."""
         assert self.arena is not None
-        held, shown = local(row.param), {}
-        shape = held.shape if row.stop - row.start == held.numel() else (-1, *held.shape[1:])
+        held, shown, numel = local(row.param), {}, row.stop - row.start
+        shape = held.shape if numel == held.numel() else (-1, *held.shape[1:])
         for name, view in self.arena.views(slot).items():
-            shaped = view.view(shape) if len(view) == row.stop - row.start else view
+            shaped = view.view(shape) if view.numel() == numel else view
             shown[self.slots.key(name, slot)] = like(shaped, row.param)
         self.state[row.param].put(shown)
 
