@@ -33,7 +33,7 @@ def batches(skip=0):
     return torch.utils.data.DataLoader(torch.utils.data.Subset(dataset, range(4 * skip, len(dataset))), 4)
 
 
-def fit(model, steps, folder, callbacks=(), checkpoint=None, skip=0):
+def fit(model, steps, folder, callbacks=(), checkpoint=None, skip=0, plugins=()):
     trainer = lightning.Trainer(
         accelerator="cpu",
         max_steps=steps,
@@ -43,6 +43,7 @@ def fit(model, steps, folder, callbacks=(), checkpoint=None, skip=0):
         logger=False,
         enable_checkpointing=bool(callbacks),
         callbacks=list(callbacks),
+        plugins=list(plugins),
         enable_progress_bar=False,
         enable_model_summary=False,
     )
@@ -71,18 +72,27 @@ class Manual(LanguageModel):
             optimizer.zero_grad()
 
 
-def by_hand():
+def scaler():
+    return torch.amp.GradScaler("cpu", init_scale=256.0)
+
+
+def by_hand(scaled=False):
     model = module()
+    # Where it is not enabled, it does nothing.
+    scale = scaler() if scaled else torch.amp.GradScaler("cpu", enabled=False)
     built = model.configure_optimizers()
     optimizer, schedule = built["optimizer"], built["lr_scheduler"]["scheduler"]
     losses = []
     for number, batch in enumerate(batches()):
-        loss = batch_loss(model.model, batch)
+        with torch.autocast("cpu", torch.float16, enabled=scaled):
+            loss = batch_loss(model.model, batch)
         losses.append(loss.item())
-        (loss / 2).backward()
+        scale.scale(loss / 2).backward()
         if number % 2:
+            scale.unscale_(optimizer)
             torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
-            optimizer.step()
+            scale.step(optimizer)
+            scale.update()
             schedule.step()
             optimizer.zero_grad()
     return losses, [record.active for record in optimizer.monitor.rounds]
@@ -112,3 +122,28 @@ def test_resumed_in_mid_round_it_goes_on_to_the_bit(tmp_path):
 def test_the_example_trains():
     losses = main(steps=6)
     assert len(losses) == 12 and losses[-1] < losses[0]
+
+
+class Measured(LanguageModel):
+    """Notes the norm of the gradients that each step gets."""
+
+    def configure_optimizers(self):
+        built = super().configure_optimizers()
+        self.norms = []
+        built["optimizer"].register_step_pre_hook(lambda optimizer, args, kwargs: self.norms.append(self.norm()))
+        return built
+
+    def norm(self):
+        squares = [param.grad.double().square().sum() for param in self.parameters() if param.grad is not None]
+        return sum(squares).sqrt().item()
+
+
+def test_in_fp16_gradients_are_unscaled_and_clipped(tmp_path):
+    model = module(Measured)
+    mixed = lightning.pytorch.plugins.precision.MixedPrecision("16-mixed", "cpu", scaler=scaler())
+    trainer = fit(model, STEPS, tmp_path, plugins=[mixed])
+    losses, draws = by_hand(scaled=True)
+    assert model.norms == pytest.approx([0.5] * STEPS, rel=1e-4)
+    # The order in which float16 adds up is not that of the loop.
+    assert model.losses == pytest.approx(losses, rel=1e-3)
+    assert [record.active for record in trainer.optimizers[0].monitor.rounds] == draws and len(draws) == 3

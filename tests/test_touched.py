@@ -878,3 +878,50 @@ def test_what_is_thawed_to_be_frozen_changes_no_flag(backend):
     assert f"{total(model):,} parameters" in repr(optimizer)
     optimizer.release()
     assert model.embedding.weight.requires_grad
+
+
+@on_tiniest_backends
+def test_a_gradient_of_another_size_is_refused_before_anything_changes(backend):
+    """It was left from a time when the weight was smaller; what lies behind it is no gradient."""
+    first, second = nn.Parameter(torch.ones(8, 4)), nn.Parameter(torch.ones(8, 4))
+    optimizer = MISA([first, second], lr=LR, delta=1.0, backend=backend)
+    first.grad, second.grad = torch.ones(8, 4), torch.ones(8, 4)
+    optimizer.step()
+    whole = second.data
+    second.grad = None
+    second.data = torch.ones(3, 4)
+    second.grad = torch.ones(3, 4)
+    second.data = whole
+    before = first.detach().clone(), second.detach().clone()
+    with pytest.raises(RuntimeError, match=r"12 elements and its weight 32.*zero_grad\(\)"):
+        optimizer.step()
+    assert torch.equal(first, before[0]) and torch.equal(second, before[1])
+    second.grad = torch.ones(8, 4)
+    optimizer.step()
+    assert not torch.equal(first, before[0])
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_float64_gradients_of_float32_weights_are_used_where_a_backend_can(backend):
+    weight = torch.arange(32.0).view(8, 4)
+    param, twin = nn.Parameter(weight.clone()), nn.Parameter(weight.clone())
+    param.grad_dtype = torch.float64
+    optimizer = MISA([param], lr=LR, delta=1.0, backend=backend)
+    right = torch.optim.AdamW([twin], lr=LR)
+    for step in range(3):
+        grad = torch.sin(weight + step)
+        param.grad, twin.grad = grad.double(), grad
+        optimizer.step()
+        right.step()
+    torch.testing.assert_close(param.detach(), twin.detach(), rtol=1e-6, atol=1e-6)
+    assert optimizer.backend == "reference"
+
+
+@pytest.mark.skipif("cpu" not in BACKENDS, reason="needs the CPU library")
+def test_a_backend_that_cannot_use_float64_gradients_names_one_that_can():
+    param = nn.Parameter(torch.ones(8, 4))
+    param.grad_dtype = torch.float64
+    optimizer = MISA([param], delta=1.0, backend="cpu")
+    param.grad = torch.ones(8, 4, dtype=torch.float64)
+    with pytest.raises(RuntimeError, match="float64 weights or gradients on cpu.*use backend='auto'"):
+        optimizer.step()

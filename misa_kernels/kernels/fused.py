@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from misa_kernels.arena import Arena, host, sent
-from misa_kernels.kernels.rows import Row, Settings, StepInput
+from misa_kernels.kernels.rows import Row, Settings, StepInput, check_size
 from misa_kernels.kernels.table import SKIP, RowTable
 from misa_kernels.reference import noise_keys
 from misa_kernels.shards import local
@@ -49,6 +49,8 @@ class FusedStep:
         self._weight_offset = offset * itemsize
         self._weight_pointers: Sequence[int] | None = None
         self._grad_dtypes = [getattr(row.param, "grad_dtype", None) or row.param.dtype for row in rows]
+        # An empty part has a gradient with an address, see `ActiveSet`.
+        self._numels = [param.numel() or 4 for param in self._params]
         self._grad_offset = offset * np.array([dtype.itemsize for dtype in self._grad_dtypes], dtype=np.int64)
         self._launch = self.table(
             numel=np.array([row.stop - row.start for row in rows], dtype=np.int64),
@@ -73,7 +75,7 @@ class FusedStep:
     def run(self, step: StepInput) -> None:
         """Launch the step."""
         copies: list[Tensor] = []
-        pointers = addresses(step.grads, self._grad_dtypes, copies)
+        pointers = addresses(step.grads, self._grad_dtypes, self._numels, copies)
         for hyper in step.hyper:
             if isinstance(hyper.lr, Tensor) and hyper.lr.device.type != "cpu":
                 raise TypeError(
@@ -148,38 +150,49 @@ class FusedStep:
         self._arena.score_sum.add_(self._arena.sq_norm)
 
 
-def addresses(grads: Sequence[Tensor | None], dtypes: list[torch.dtype], copies: list[Tensor]) -> list[int]:
+def addresses(
+    grads: Sequence[Tensor | None], dtypes: list[torch.dtype], numels: list[int], copies: list[Tensor]
+) -> list[int]:
     """Return where each gradient lies, 0 for None; of those that are not contiguous, where their copies do.
 
     With hundreds of tensors the host's time is in such loops, and `map` runs the usual one without the interpreter.
 
     Raises:
         TypeError: If one is not of its dtype.
+        RuntimeError: If one is of another size than its weight.
     """
     given: Sequence[Any] = grads
     try:
         found = list(map(Tensor.data_ptr, given))
-        if list(map(DTYPE, given)) == dtypes and all(map(Tensor.is_contiguous, given)):
+        if (
+            list(map(DTYPE, given)) == dtypes
+            and list(map(Tensor.numel, given)) == numels
+            and all(map(Tensor.is_contiguous, given))
+        ):
             return found
     except TypeError:
         # None is among them.
         pass
     return [
-        0 if g is None else g.data_ptr() if g.dtype is dtype and g.is_contiguous() else stray(g, dtype, copies)
-        for g, dtype in zip(grads, dtypes, strict=True)
+        0 if grad is None else address(grad, dtype, numel, copies)
+        for grad, dtype, numel in zip(grads, dtypes, numels, strict=True)
     ]
 
 
-def stray(grad: Tensor, dtype: torch.dtype, copies: list[Tensor]) -> int:
-    """Return the address of a contiguous copy of `grad`, which is kept in `copies`.
+def address(grad: Tensor, dtype: torch.dtype, numel: int, copies: list[Tensor]) -> int:
+    """Return the address of a gradient, or of a contiguous copy, which is kept in `copies`.
 
     Raises:
         TypeError: If it is not of `dtype`.
+        RuntimeError: If it has other elements than `numel`.
     """
+    check_size(grad, numel)
     if grad.dtype != dtype:
         raise TypeError(
             f"a gradient is {grad.dtype} but must be {dtype} in this round: set the parameter's grad_dtype before the "
             "first step"
         )
-    copies.append(grad.contiguous())
-    return copies[-1].data_ptr()
+    if not grad.is_contiguous():
+        grad = grad.contiguous()
+        copies.append(grad)
+    return grad.data_ptr()

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from misa_kernels import reference
 from misa_kernels.arena import Arena
-from misa_kernels.kernels.rows import Row, Settings, StepInput
-from misa_kernels.shards import Ranks
+from misa_kernels.kernels.rows import Row, Settings, StepInput, check_size
+from misa_kernels.shards import Ranks, local
 from misa_kernels.storage import split, state_noise
 
 
@@ -37,6 +37,9 @@ class PlainStep:
         """Update everything that has a gradient, and count it in the arena."""
         arena, settings, storage = self._arena, self._settings, self._settings.storage
         present, stores, counted = [], [], []
+        for row, grad in zip(self._rows, step.grads, strict=True):
+            if grad is not None:
+                check_size(grad, local(row.param).numel() or grad.numel())
         for row, views, grad in zip(self._rows, self._views, step.grads, strict=True):
             if grad is None:
                 arena.sq_norm[row.slot].zero_()

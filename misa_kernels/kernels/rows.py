@@ -92,3 +92,12 @@ class StepInput:
     def noise_key(self, row: Row) -> int:
         """Return the key of a row's rounding noise in this step."""
         return noise_key(self.seed, 2 * self.number, row.index)
+
+
+def check_size(grad: Tensor, numel: int) -> None:
+    """Raise RuntimeError unless a gradient has as many elements as its weight."""
+    if grad.numel() != numel:
+        raise RuntimeError(
+            f"a gradient has {grad.numel()} elements and its weight {numel}, which was resized in between: call "
+            "zero_grad() after that"
+        )
