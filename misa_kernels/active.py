@@ -194,7 +194,9 @@ class ActiveSet:
         blocks = enumerate(self.slots.blocks)
         leave = [n for n, block in blocks if block.index not in same or (block.index, block.start) not in kept]
         if self.arena is not None:
-            self.switch([slot for slot in leave if slot in self.rows], [])
+            # What is frozen from now on moves no more than its master lets it.
+            frozen = {slot for slot in leave if self.slots.blocks[slot].index not in params}
+            self.switch([slot for slot in leave if slot in self.rows], [], frozen)
             self.collect()
             held = checkpoint.detach(self.state)
             self.forget()
@@ -309,14 +311,19 @@ class ActiveSet:
         if "master" in views:
             adopt_weight(views["master"], weight)
 
-    def switch(self, leave: Iterable[int], enter: Sequence[int]) -> None:
+    def switch(self, leave: Iterable[int], enter: Sequence[int], frozen: Container[int] = ()) -> None:
         """Retire the slots that leave and train those that enter, at age 0, beside the ones that stay.
 
         A slot may leave and enter at once, and then starts afresh. Before the first step nothing happens.
+
+        Args:
+            leave: Slots that leave.
+            enter: Slots that enter.
+            frozen: Those that leave for good, without a flush.
         """
         if self.arena is None:
             return
-        self.retire(leave)
+        self.retire(leave, frozen)
         assert self._backend is not None
         fill = self._backend.reads_fresh_state
         self.arena.lend(list(self.rows), enter, clear=fill)
@@ -472,14 +479,14 @@ class ActiveSet:
             for name in KEYS
         ]
 
-    def retire(self, leave: Iterable[int]) -> None:
-        """Flush, write back and forget the slots given; before the first step there is nothing to do."""
+    def retire(self, leave: Iterable[int], frozen: Container[int] = ()) -> None:
+        """Flush unless frozen, write back and forget the slots given; before the first step there is nothing to do."""
         if self.arena is None:
             return
         self.adopt()
         rows = {slot: self.rows.pop(slot) for slot in leave}
         for slot, row in rows.items():
-            self._write_back(row)
+            self._write_back(row, self._momentum_flush and slot not in frozen)
             own = self.state[row.param]
             for name in self.arena.pools[self.arena.dtypes[slot]].kinds:
                 own.drop(self.slots.key(name, slot))
@@ -493,13 +500,13 @@ class ActiveSet:
             self._take_over([local(param).data_ptr() for param in self._params], self._read_versions(), kept)
             self._adopt_masters(kept)
             for slot in kept:
-                self._write_back(self.rows[slot])
+                self._write_back(self.rows[slot], self._momentum_flush)
         self.forget()
 
-    def _write_back(self, row: Row) -> None:
+    def _write_back(self, row: Row, flush: bool) -> None:
         """Leave in the weight what momentum and master still hold of it."""
         assert self.arena is not None
-        flushed = self._momentum_flush and row.module is not None
+        flushed = flush and row.module is not None
         if not (flushed or self.arena.refines(row.slot)):
             return
         views = self.arena.views(row.slot)

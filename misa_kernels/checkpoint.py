@@ -29,6 +29,11 @@ NUMBERS = ("round", "round_step", "steps", "seed", "skipped_steps")
 STORED = ("state_dtype", "param_precision")
 GIVEN = ("inner_steps", "sampler", "delta")
 POSITION = (*NUMBERS, *STORED, *GIVEN)
+# The other reason of several differences, and its remedy.
+CHANGED = (
+    "; or, if layers were frozen or thawed in mid-run, construct MISA with the flags of the first time, repeat that "
+    "within `with optimizer.thawed():`, and load then"
+)
 
 
 def detach(state: Mapping[Any, Mapping[str, Any]]) -> dict[Any, dict[str, Any]]:
@@ -87,7 +92,7 @@ def read(saved: Mapping[str, Any], groups: Sequence[dict[str, Any]], layout: Lay
     """
     position, storage = _position(saved)
     own = _match(saved, groups, layout, layout.slots.sizes(storage))
-    values = layout.slots.read(own)
+    values = layout.slots.read(own, layout.partition.names, CHANGED)
     _check_modules(values["module"], layout)
     active = np.flatnonzero(layout.slots.first(values["active"]))
     spread = torch.from_numpy(np.isin(layout.slots.candidate, active))
@@ -141,7 +146,7 @@ def _match(
     if counts != saved_counts:
         raise ValueError(
             f"state dict has param groups of {saved_counts} tensors but this optimizer has {counts}: it belongs to "
-            "another model"
+            f"another model{CHANGED}"
         )
     names = iter(layout.partition.names)
     own = {}
@@ -162,7 +167,7 @@ def _match(
     if strangers:
         raise ValueError(
             f"state dict has scores or moments of {len(strangers)} tensors that are frozen here, {strangers[0]} the "
-            "first of them: set the requires_grad that they had when it was saved"
+            f"first of them: set the requires_grad that they had when it was saved{CHANGED}"
         )
     return own
 

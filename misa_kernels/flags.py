@@ -26,12 +26,10 @@ if TYPE_CHECKING:
 REQUIRES_GRAD = attrgetter("requires_grad")
 # Names that a warning lists.
 LISTED = 3
-
-_holders: Any = WeakTensorKeyDictionary()
-
-
 # What a copy of an optimizer goes on with.
 COPIED = ("chosen", "counted", "laid_out", "due", "is_suspended", "_presumed", "_drawn", "_set", "_on")
+
+_holders: Any = WeakTensorKeyDictionary()
 
 
 class Choices(NamedTuple):
@@ -82,6 +80,7 @@ class Flags:
         self.sentinel: Tensor | None = None
         self.is_suspended = False
         self.lent = 0
+        self._has_ended = False
         self._said: set[str] = set()
         self.due = False
         self._refused: list[int] = []
@@ -201,9 +200,9 @@ class Flags:
             )
         if drawable := [index for index in thawed if self._roles[index] != "frozen"]:
             warn(f"{self._listed(drawable)} had requires_grad switched on in mid-run and can be drawn from now on")
-        if others := [index for index in thawed if self._roles[index] == "frozen"]:
+        elif thawed:
             warn(
-                f"{self._listed(others)} had requires_grad switched on in mid-run, and MISA switches it off, its role "
+                f"{self._listed(thawed)} had requires_grad switched on in mid-run, and MISA switches it off, its role "
                 "being 'frozen': leave out of MISA's groups what something else trains"
             )
 
@@ -224,28 +223,32 @@ class Flags:
         self.due = False
         self._refused = []
 
-    def refuse(self) -> bool:
-        """Leave frozen what was thawed last, since no modules can be made of it; False if there is nothing."""
+    def refuse(self) -> str:
+        """Leave frozen all that was thawed last, of some of which no modules can be made; return which, listed."""
         for index in self._refused:
             self.chosen[index] = self.counted[index] = False
-        refused, self._refused = bool(self._refused), []
+        refused, self._refused = self._listed(self._refused), []
         return refused
 
     @contextmanager
     def thawed(self) -> Iterator[None]:
-        """Show the flags that the user chose, and take over what the user makes of them."""
+        """Show the flags that the user chose, and take over what the user makes of them; within another, do nothing."""
         self.compare()
+        if not self.lent:
+            for param, flag in zip(self.params, self.chosen, strict=True):
+                _set(param, flag)
         self.lent += 1
-        for param, flag in zip(self.params, self.chosen, strict=True):
-            _set(param, flag)
         try:
             yield
         finally:
             self.lent -= 1
-            if not self.lent:
+            # A run that has ended within has given them back.
+            if not (self.lent or self._has_ended):
+                self._take_shown()
                 self._take_back()
 
-    def _take_back(self) -> None:
+    def _take_shown(self) -> None:
+        """Take over what the user has made of the flags that are lent."""
         now = list(map(REQUIRES_GRAD, self.params))
         changed = [index for index, flag in enumerate(now) if flag != self.chosen[index]]
         self.due = self.due or bool(changed)
@@ -256,6 +259,8 @@ class Flags:
             # What was frozen in this round, and is thawed again, goes on.
             self._set[index] = now[index] and index in self._drawn
         self._on = {index for index, flag in enumerate(self._set) if flag}
+
+    def _take_back(self) -> None:
         for index, flag in enumerate(self._set):
             if flag:
                 _set(self.params[index], True)
@@ -264,6 +269,8 @@ class Flags:
 
     def choices(self) -> Choices:
         """Return what a copy of the optimizer is given with `choose`."""
+        if self.lent:
+            self._take_shown()
         shown = self._set if self.lent else list(map(REQUIRES_GRAD, self.params))
         return Choices({name: copy.copy(getattr(self, name)) for name in COPIED}, shown)
 
@@ -275,11 +282,14 @@ class Flags:
 
     def chosen_now(self) -> list[bool]:
         """Return what the user chooses, with what `compare` would take over; changes nothing."""
+        if self.lent:
+            return list(map(REQUIRES_GRAD, self.params))
         frozen, thawed = map(set, self._seen()[:2])
         return [flag and i not in frozen or i in thawed for i, flag in enumerate(self.chosen)]
 
     def give_back(self) -> None:
         """Give every parameter the flag that the user chose, and let go of it."""
+        self._has_ended = True
         for param, flag in zip(self.params, self.chosen_now(), strict=True):
             _set(param, flag)
             if self._run is not None and _holders.get(param) is self._run:

@@ -92,6 +92,23 @@ class State(defaultdict[Tensor, Entry]):
             self[param] = own
         return self[param]
 
+    def copy(self) -> dict[Tensor, Entry]:  # type: ignore[override]
+        """Return a plain dict of the entries, of which it is a copy as a defaultdict's is."""
+        return dict(self)
+
+    def __copy__(self) -> dict[Tensor, Entry]:  # type: ignore[override]
+        """Copy it as a plain dict."""
+        return dict(self)
+
+    def __or__(self, other: Any) -> Any:
+        """Join it with another one in a plain dict."""
+        return dict(self) | other
+
+    def __ior__(self, other: Any) -> State:  # type: ignore[override]
+        """Take copies of entries, and note it."""
+        self.update(other)
+        return self
+
     def __reduce__(self) -> tuple[Any, ...]:
         """Copy and pickle it as a plain dict."""
         return dict, (dict(self),)

@@ -231,6 +231,7 @@ class MISA(torch.optim.Optimizer):
 
     @property
     def _released(self) -> bool:
+        """Whether the run has ended, under the name that this had before."""
         return self.is_released
 
     @property
@@ -310,7 +311,7 @@ class MISA(torch.optim.Optimizer):
         return loss
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Forget gradients, and switch off what somebody switched on that is not active in this round."""
+        """Forget gradients; where somebody switched the whole model on, switch off what is not active in this round."""
         self._run.put_back()
         super().zero_grad(set_to_none)
 

@@ -13,13 +13,12 @@ from torch import nn
 from misa_kernels.shards import is_sharded, local
 
 
-# A value all the same: what may be exchanged is no part of it.
-@dataclass(slots=True, unsafe_hash=True)
+@dataclass(frozen=True, slots=True)
 class Block:
     """A contiguous range of rows of one parameter; mostly all of it.
 
     Args:
-        param: The parameter; `Partition.exchange` puts another one here.
+        param: The parameter; no part of the value.
         index: Its position in the optimizer's order, over all groups.
         number: Which of the parameter's blocks this is, from 0, by rising `start`.
         start: First element of `param.view(-1)`.

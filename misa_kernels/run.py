@@ -345,10 +345,14 @@ class Run:
             try:
                 layout = self._lay_out()
             except (TypeError, ValueError) as error:
-                if self.flags.refuse():
-                    warn(f"what was thawed in mid-run stays frozen: {error}")
+                if refused := self.flags.refuse():
+                    warn(f"{refused}, thawed in mid-run, stays frozen: {error}")
                     continue
-                self.flags.warn_once("layout", f"MISA goes on with the modules that it has: {error}")
+                self.flags.warn_once(
+                    "layout",
+                    "all that could be sampled is frozen now, so nothing is trained until some of it is thawed within "
+                    "`with optimizer.thawed():`",
+                )
                 return None
             self.flags.settle()
             return layout
@@ -644,5 +648,7 @@ class Run:
         )
 
     def exchange_state(self, state: Any) -> None:
-        """Take what somebody assigned to `optimizer.state`."""
-        self.trained.state = state if isinstance(state, State) else State(state)
+        """Take a copy of what somebody assigned to `optimizer.state`, as far as it is of the parameters here."""
+        if state is not self.trained.state:
+            known = set(self.flags.params)
+            self.trained.state = State({param: own for param, own in dict(state).items() if param in known})

@@ -6,6 +6,7 @@ one parameter are a range and its scores a view of one vector.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -113,11 +114,13 @@ class Slots:
         sampled = self.candidate[self.dense :]
         self.scores[name].numpy()[self.dense :] = values[sampled]
 
-    def read(self, own: dict[Tensor, dict[str, Any]]) -> dict[str, Tensor]:
+    def read(self, own: dict[Tensor, dict[str, Any]], names: Sequence[str], changed: str) -> dict[str, Tensor]:
         """Return saved score vectors over all slots, on the host.
 
         Args:
-            own: Saved state by parameter, see `checkpoint.match`.
+            own: Saved state by parameter.
+            names: Name of every parameter, by its position.
+            changed: Another reason of missing scores, as the end of a sentence.
 
         Raises:
             ValueError: If scores are missing, or the blocks of a parameter are not those that were saved.
@@ -126,19 +129,19 @@ class Slots:
         for param, span in self.spans.items():
             if span.start < self.dense:
                 continue
-            shape, count = tuple(param.shape), span.stop - span.start
+            whose, count = names[self.blocks[span.start].index], span.stop - span.start
             for name, vector in vectors.items():
                 if name not in own[param]:
                     raise ValueError(
-                        f"state dict has no scores ({name!r}) for a tensor of shape {shape}: it belongs to another "
-                        "model, or went through torch's set_optimizer_state_dict, as accelerate does, which "
-                        "drops what is frozen now: use misa_kernels.distributed.load(model, optimizer, folder), or "
-                        "optimizer.load_state_dict for what get_optimizer_state_dict gave"
+                        f"state dict has no scores ({name!r}) for {whose}: it belongs to another model, or went "
+                        "through torch's set_optimizer_state_dict, as accelerate does, which drops what is frozen now: "
+                        "use misa_kernels.distributed.load(model, optimizer, folder), or optimizer.load_state_dict for "
+                        f"what get_optimizer_state_dict gave{changed}"
                     )
                 if own[param][name].numel() != count:
                     raise ValueError(
-                        f"state dict has {own[param][name].numel()} blocks for a tensor of shape {shape} but this "
-                        f"optimizer has {count}: use the delta, granularity and oversized it was saved with"
+                        f"state dict has {own[param][name].numel()} blocks for {whose} but this optimizer has "
+                        f"{count}: use the delta, granularity and oversized it was saved with"
                     )
                 vector[span] = own[param][name].cpu()
         return vectors
