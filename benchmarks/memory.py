@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -51,7 +52,8 @@ class PeakMemory:
             raise ValueError(f"device={device} must be a cpu or cuda device: others report no allocations")
 
     def __enter__(self) -> PeakMemory:
-        """Begin to count."""
+        """Begin to count, after garbage of before is gone: it would count as given back here."""
+        gc.collect()
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
             torch.cuda.reset_peak_memory_stats(self.device)
