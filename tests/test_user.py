@@ -284,15 +284,15 @@ class User(RuleBasedStateMachine):
             return False
         self.optimizer = optimizer
         self.account, self.broken, self.saved = account, {}, None
-        if any("copied or saved" in str(w.message) for w in self.said[heard:]):
-            # The flags look like those of a round.
-            account.presumed = {name for name, kept in account.kept.items() if not kept.user}
         self.is_resized = self.is_due = self.is_edited = False
         if pattern in ROUNDS and hasattr(self.optimizer, "thawed"):
             with self.optimizer.thawed():
                 understood = self.now()
             if understood != {name: kept.user for name, kept in account.kept.items()}:
                 self.account = self.open(understood)
+        if any("copied or saved" in str(w.message) for w in self.said[heard:]):
+            # The flags look like those of a round.
+            self.account.presumed = {name for name, kept in self.account.kept.items() if not kept.user}
         self.take_draw()
         return True
 
@@ -386,7 +386,8 @@ class User(RuleBasedStateMachine):
                     self.param(name).grad = None
             if account.refusal() or account.lacks_backend():
                 self.refused(self.optimizer.step, flags=False)
-                self.flags, self.strays, self.is_due = self.now(), set(), was_due
+                self.flags, self.strays = self.now(), set()
+                self.is_due = self.is_due or bool(frozen or thawed)
                 if was_due and not account.refusal():
                     # The modules were made anew before the backend was asked.
                     self.take_draw()
@@ -727,6 +728,8 @@ class User(RuleBasedStateMachine):
             else:
                 kept.drop()
             kept.counted = now.kept[name].counted
+            # The next step begins with what the weights are by then.
+            kept.noticed = True
         then.presumed = now.presumed
         self.account = then
         assert self.active() == then.active
