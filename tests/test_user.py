@@ -684,6 +684,8 @@ class User(RuleBasedStateMachine):
                 state[param]["exp_avg"] = normal(rng, held.shape, held.dtype, 0.01)
                 kept.m = state[param]["exp_avg"].double()
                 anew = []
+            else:
+                return
         for name in anew:
             account.kept[name].begin()
             # It begins in the next step, with what the weight is by then.
