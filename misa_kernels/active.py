@@ -288,7 +288,9 @@ class ActiveSet:
             name: local_like(own[key], row.param).to(self.arena.device) for name, key in keys.items() if key in own
         }
         views, weight = self.arena.views(slot), row.weight()
-        # Of weights that were cast after they were saved there is none in it.
+        # Of weights that were cast since they were saved there may be none in it, or more than they need now.
+        if weight.element_size() != 2:
+            saved = {name: value for name, value in saved.items() if name in MOMENTS}
         if "master" in views:
             views["master"].copy_(weight)
         if "residual" in views:

@@ -788,3 +788,28 @@ def test_warnings_are_one_sentence_at_the_users_line():
     assert len(said) >= 6
     for warning in said:
         check_sentence(warning)
+
+
+@pytest.mark.parametrize("precision", ["master", "split"])
+@pytest.mark.parametrize("stored", ["fp32", "bf16"])
+def test_weights_cast_between_a_load_and_the_next_step_go_on_as_they_are(precision, stored):
+    """What the state holds beyond 16-bit weights means nothing to wider ones."""
+    weight = torch.arange(48.0).view(8, 6) / 7
+
+    def make(dtype):
+        param = nn.Parameter(weight.to(dtype))
+        options = {"param_precision": precision, "state_dtype": stored, "backend": "reference"}
+        return param, MISA([param], lr=1e-2, delta=1.0, weight_decay=0.0, **options)
+
+    param, optimizer = make(torch.bfloat16)
+    for _ in range(3):
+        param.grad = torch.ones_like(param)
+        optimizer.step()
+    param.grad = None
+    optimizer.load_state_dict(optimizer.state_dict())
+    param.data = param.data.float()
+    before = param.detach().clone()
+    param.grad = torch.ones_like(param)
+    optimizer.step()
+    # Gradients of 1 throughout: the update is lr.
+    torch.testing.assert_close(param.detach(), before - 1e-2, rtol=0, atol=2e-4)

@@ -233,10 +233,10 @@ class Account:
         kept = self.kept[name]
         had_more_bits = kept.seen.dtype.itemsize == 2
         kept.seen = weight.detach().clone()
-        if not had_more_bits:
-            kept.theta = kept.seen.double()
         if kept.theta.shape != weight.shape:
             kept.drop()
+        elif not had_more_bits:
+            kept.theta = kept.seen.double()
         kept.noticed = kept.noticed or is_visible
         kept.overwritten = not kept.noticed
         if kept.noticed or not self.has_master(kept):
