@@ -384,7 +384,7 @@ class User(RuleBasedStateMachine):
             if was_due:
                 for name in self.names:
                     self.param(name).grad = None
-            if account.refusal() or account.lacks_backend():
+            if was_due and account.refusal() or account.lacks_backend():
                 self.refused(self.optimizer.step, flags=False)
                 self.flags, self.strays = self.now(), set()
                 self.is_due = self.is_due or bool(frozen or thawed)
