@@ -380,11 +380,8 @@ class ActiveSet:
 
     def _check_state(self) -> None:
         storage = self._storage if self.arena is not None else self.storage_in_state
-        numbers = ("age", "updates", "score_sum", "v_floor")
-        for param, sizes in self.slots.sizes(storage).items():
+        for param, wanted in self.slots.sizes(storage).items():
             own: Mapping[str, Any] = self.state.get(param, {})
-            span = self.slots.spans[param]
-            wanted = sizes | dict.fromkeys(numbers, span.stop - span.start)
             for name in own.keys() & wanted.keys():
                 if isinstance(own[name], Tensor) and own[name].numel() not in (wanted[name], 1):
                     raise ValueError(

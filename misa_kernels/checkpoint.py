@@ -92,7 +92,7 @@ def read(saved: Mapping[str, Any], groups: Sequence[dict[str, Any]], layout: Lay
     """
     position, storage = _position(saved)
     own = _match(saved, groups, layout, layout.slots.sizes(storage))
-    values = layout.slots.read(own, layout.partition.names, CHANGED)
+    values = layout.slots.read(own)
     _check_modules(values["module"], layout)
     active = np.flatnonzero(layout.slots.first(values["active"]))
     spread = torch.from_numpy(np.isin(layout.slots.candidate, active))
@@ -159,9 +159,9 @@ def _match(
             name, found = next(names), saved["state"].get(index, {})
             if param in sizes:
                 own[param] = found
-                span = layout.slots.spans[param]
-                numbers = dict.fromkeys(("age", "updates", "score_sum", "v_floor"), span.stop - span.start)
-                _check_elements(found, sizes[param] | numbers, name)
+                if layout.slots.spans[param].start >= layout.slots.dense:
+                    _check_scores(found, name)
+                _check_elements(found, sizes[param], name)
             elif "importance" in found or "exp_avg" in found:
                 strangers.append(name)
     if strangers:
@@ -180,6 +180,17 @@ def _check_names(ours: list[Any] | None, theirs: list[Any] | None, what: str) ->
         f"state dict names {b!r} in {what} where this optimizer has {a!r}: build the groups as they were when it "
         "was saved"
     )
+
+
+def _check_scores(state: dict[str, Any], name: str) -> None:
+    for score in SCORES:
+        if score not in state:
+            raise ValueError(
+                f"state dict has no scores ({score!r}) for {name}: it belongs to another model, or went through "
+                "torch's set_optimizer_state_dict, as accelerate does, which drops what is frozen now: use "
+                "misa_kernels.distributed.load(model, optimizer, folder), or optimizer.load_state_dict for what "
+                f"get_optimizer_state_dict gave{CHANGED}"
+            )
 
 
 def _check_elements(state: dict[str, Any], sizes: dict[str, int], name: str) -> None:

@@ -10,6 +10,7 @@ import copy
 import weakref
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import compress, count
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -27,7 +28,7 @@ REQUIRES_GRAD = attrgetter("requires_grad")
 # Names that a warning lists.
 LISTED = 3
 # What a copy of an optimizer goes on with.
-COPIED = ("chosen", "counted", "laid_out", "due", "is_suspended", "_presumed", "_drawn", "_set", "_on")
+COPIED = ("chosen", "counted", "laid_out", "due", "is_suspended", "_presumed", "_drawn", "_on")
 
 _holders: Any = WeakTensorKeyDictionary()
 
@@ -37,11 +38,27 @@ class Choices(NamedTuple):
 
     Attributes:
         held: Attributes of `Flags` by name.
-        shown: `requires_grad` of each parameter.
+        shown: Positions of what requires a gradient.
     """
 
     held: dict[str, Any]
-    shown: list[bool]
+    shown: set[int]
+
+
+class Seen(NamedTuple):
+    """What somebody else has made of the flags, as positions, ascending.
+
+    Attributes:
+        frozen: What they froze.
+        thawed: What they thawed of what the user had frozen.
+        stray: What they switched on that is merely off in this round.
+        is_whole: Whether they switched on the whole model.
+    """
+
+    frozen: list[int]
+    thawed: list[int]
+    stray: list[int]
+    is_whole: bool = False
 
 
 class Flags:
@@ -75,7 +92,8 @@ class Flags:
             role for group in groups for role in group.get("thawed", [group.get("role")] * len(group["params"]))
         ]
         self._marks = Marks(self._names, self.params)
-        self._look()
+        # Positions of what MISA has left on, and of what it switched on when the round began.
+        self._on = self._now()
         self._drawn: set[int] = set()
         self.sentinel: Tensor | None = None
         self.is_suspended = False
@@ -95,9 +113,9 @@ class Flags:
             self.chosen, self.counted = map(list, known)
         self.settle()
 
-    def _look(self) -> None:
-        self._set: list[bool] = list(map(REQUIRES_GRAD, self.params))
-        self._on = {index for index, flag in enumerate(self._set) if flag}
+    def _now(self) -> set[int]:
+        """Return the positions of what requires a gradient."""
+        return set(compress(count(), map(REQUIRES_GRAD, self.params)))
 
     def _advice(self) -> list[str]:
         """Return what to warn of, after taking the user's flags from a round in which these may have been copied."""
@@ -129,7 +147,7 @@ class Flags:
             other.release("another MISA was constructed on its parameters, which released it")
         if self._others:
             self._others.clear()
-            self._look()
+            self._on = self._now()
         self._run = weakref.ref(run)
         for param in self.params:
             _holders[param] = self._run
@@ -144,18 +162,14 @@ class Flags:
 
     def train(self, indices: set[int]) -> None:
         """Switch these parameters on, and all others off; what is as it should be is left alone."""
+        before, self._on, self._drawn = self._on, set(indices), indices
         if self.lent:
-            self._set = [index in indices for index in range(len(self.params))]
-            self._on, self._drawn = set(indices), indices
             return
-        for index in self._on - indices:
+        for index in before - indices:
             self._switch_off(index)
         for index in indices:
             _set(self.params[index], True)
-            self._set[index] = True
-        self._on, self._drawn = set(indices), indices
-        off = (i for i, (is_on, chosen) in enumerate(zip(self._set, self.chosen, strict=True)) if chosen > is_on)
-        first = next(off, None)
+        first = next((index for index, flag in enumerate(self.chosen) if flag and index not in indices), None)
         self.sentinel = None if first is None else self.params[first]
         if first is not None:
             self._marks.remember(indices, self.chosen)
@@ -164,9 +178,10 @@ class Flags:
         """Switch off again what somebody switched on, if one look at one parameter says so: cheap enough for a step."""
         if self.sentinel is None or not self.sentinel.requires_grad or self.lent:
             return
-        _, thawed, stray = self._seen()
-        self._put_back(stray)
-        self._take_thawed(self._presumed.intersection(thawed))
+        seen = self._seen()
+        self._put_back(seen.stray)
+        if seen.is_whole:
+            self._take_thawed(seen.thawed)
 
     def compare(self, is_idle: bool = False) -> None:
         """Take over what somebody else froze and thawed since the last call, switch off what is merely on.
@@ -177,18 +192,18 @@ class Flags:
         if self.lent:
             return
         was_suspended, self.is_suspended = self.is_suspended, False
-        if list(map(REQUIRES_GRAD, self.params)) == self._set:
+        now = self._now()
+        if now == self._on:
             return
         are_all_meant = was_suspended and is_idle
-        frozen, thawed, stray = self._seen(are_all_meant)
+        frozen, thawed, stray, _ = self._seen(are_all_meant)
         self._put_back(stray)
         if are_all_meant:
             self._presumed.update(frozen)
-        self.is_suspended = not (frozen or thawed or any(map(REQUIRES_GRAD, (self.params[i] for i in self._on))))
+        self.is_suspended = not (frozen or thawed) and self._on.isdisjoint(now)
         for index in frozen:
             self.chosen[index] = False
             self._switch_off(index)
-        self._on.difference_update(frozen)
         self._refused = [index for index in thawed if not self.counted[index]]
         self._take_thawed(thawed)
         self.due = self.due or bool(frozen or thawed)
@@ -211,7 +226,6 @@ class Flags:
             self.chosen[index] = self.counted[index] = self.due = True
             # What was frozen in this round goes on, all other waits for the next one.
             if index in self._drawn:
-                self._set[index] = True
                 self._on.add(index)
             else:
                 self._switch_off(index)
@@ -249,21 +263,20 @@ class Flags:
 
     def _take_shown(self) -> None:
         """Take over what the user has made of the flags that are lent."""
-        now = list(map(REQUIRES_GRAD, self.params))
-        changed = [index for index, flag in enumerate(now) if flag != self.chosen[index]]
+        now = self._now()
+        changed = now ^ {index for index, flag in enumerate(self.chosen) if flag}
         self.due = self.due or bool(changed)
-        self._refused = [index for index in changed if now[index] and not self.counted[index]]
+        self._refused = sorted(index for index in changed & now if not self.counted[index])
         for index in changed:
-            self.chosen[index] = now[index]
-            self.counted[index] = self.counted[index] or now[index]
-            # What was frozen in this round, and is thawed again, goes on.
-            self._set[index] = now[index] and index in self._drawn
-        self._on = {index for index, flag in enumerate(self._set) if flag}
+            self.chosen[index] = index in now
+            self.counted[index] = self.counted[index] or index in now
+        # What was frozen in this round, and is thawed again, goes on.
+        self._on = self._on - changed | changed & now & self._drawn
 
     def _take_back(self) -> None:
-        for index, flag in enumerate(self._set):
-            if flag:
-                _set(self.params[index], True)
+        for index, param in enumerate(self.params):
+            if index in self._on:
+                _set(param, True)
             else:
                 self._switch_off(index)
 
@@ -271,20 +284,21 @@ class Flags:
         """Return what a copy of the optimizer is given with `choose`."""
         if self.lent:
             self._take_shown()
-        shown = self._set if self.lent else list(map(REQUIRES_GRAD, self.params))
+        shown = set(self._on) if self.lent else self._now()
         return Choices({name: copy.copy(getattr(self, name)) for name in COPIED}, shown)
 
     def choose(self, choices: Choices) -> None:
         """Take over the flags of the optimizer that this one is a copy of."""
         self.__dict__.update(choices.held)
-        for param, flag in zip(self.params, choices.shown, strict=True):
-            _set(param, flag)
+        for index, param in enumerate(self.params):
+            _set(param, index in choices.shown)
 
     def chosen_now(self) -> list[bool]:
         """Return what the user chooses, with what `compare` would take over; changes nothing."""
         if self.lent:
             return list(map(REQUIRES_GRAD, self.params))
-        frozen, thawed = map(set, self._seen()[:2])
+        seen = self._seen()
+        frozen, thawed = set(seen.frozen), set(seen.thawed)
         return [flag and i not in frozen or i in thawed for i, flag in enumerate(self.chosen)]
 
     def give_back(self) -> None:
@@ -295,31 +309,26 @@ class Flags:
             if self._run is not None and _holders.get(param) is self._run:
                 del _holders[param]
 
-    def _seen(self, are_all_meant: bool = False) -> tuple[list[int], list[int], list[int]]:
-        """Return what somebody else froze, what they thawed, and what they switched on that is off in this round.
-
-        Where all that is drawn is off, that says nothing, unless `are_all_meant`.
-        """
-        if self.lent:
-            return [], [], []
-        now = list(map(REQUIRES_GRAD, self.params))
-        other = [index for index, flag in enumerate(now) if flag != self._set[index]]
-        frozen, on = ([index for index in other if self._set[index] == was] for was in (True, False))
+    def _seen(self, are_all_meant: bool = False) -> Seen:
+        """Compare the flags with what was set; all that is drawn being off says nothing, unless `are_all_meant`."""
+        now = self._now()
+        frozen, on = sorted(self._on - now), sorted(now - self._on)
         if any(self.chosen[index] or index in self._presumed for index in on) and all(
-            flag or not param.is_floating_point() for flag, param in zip(now, self.params, strict=True)
+            index in now or not param.is_floating_point() for index, param in enumerate(self.params)
         ):
             # Wholesale, as GANs and frameworks do: no statement about what the user had frozen, if they had.
-            return [], [i for i in on if i in self._presumed], [i for i in on if i not in self._presumed]
+            presumed = [i for i in on if i in self._presumed]
+            return Seen([], presumed, [i for i in on if i not in self._presumed], is_whole=True)
         if frozen:
-            left = {self._layers[index] for index in self._on if now[index]}
-            if not any(now[index] for index in self._on) and not are_all_meant:
+            left = {self._layers[index] for index in self._on & now}
+            if self._on.isdisjoint(now) and not are_all_meant:
                 frozen = []
             else:
                 # Nobody freezes the two matrices of a layer that happen to be active.
                 whole = {self._layers[index] for index in frozen} - left - {None}
                 meant = set(frozen)
                 frozen = [i for i, flag in enumerate(self.chosen) if flag and (i in meant or self._layers[i] in whole)]
-        return frozen, [i for i in on if not self.chosen[i]], [i for i in on if self.chosen[i]]
+        return Seen(frozen, [i for i in on if not self.chosen[i]], [i for i in on if self.chosen[i]])
 
     def _put_back(self, stray: list[int]) -> None:
         for index in stray:
@@ -336,7 +345,7 @@ class Flags:
         param = self.params[index]
         _set(param, False)
         param.grad = None
-        self._set[index] = False
+        self._on.discard(index)
 
     def _listed(self, indices: Sequence[int]) -> str:
         names = ", ".join(self._names[index] for index in indices[:LISTED])

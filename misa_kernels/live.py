@@ -96,9 +96,7 @@ class State(defaultdict[Tensor, Entry]):
         """Return a plain dict of the entries, of which it is a copy as a defaultdict's is."""
         return dict(self)
 
-    def __copy__(self) -> dict[Tensor, Entry]:  # type: ignore[override]
-        """Copy it as a plain dict."""
-        return dict(self)
+    __copy__ = copy  # type: ignore[assignment]
 
     def __or__(self, other: Any) -> Any:
         """Join it with another one in a plain dict."""

@@ -289,8 +289,6 @@ class MISA(torch.optim.Optimizer):
             ValueError: For a tensor in `state` that does not fit; nothing is changed.
         """
         run = self._run
-        if run.ended is not None:
-            run.refuse_ended("step()", "construct a new MISA to go on training")
         loss, releases_gradients = None, run.options.release_gradients
         if closure is not None:
             with torch.enable_grad():

@@ -154,7 +154,10 @@ def _update(row: Row, coefficient: Tensor | None, finite: Tensor | None, floor: 
     g = row.grad.to(compute_dtype)
     if coefficient is not None:
         g = g * coefficient.to(compute_dtype)
-    old = row.theta.to(compute_dtype) if row.master is None else row.master
+    old = row.theta.to(compute_dtype)
+    if row.master is not None:
+        # Before its first update the weight is what counts, as for the kernels.
+        old = torch.where(row.age > 0, row.master, old)
     h = row.hyper
     # In float64 and rounded once: 1 - beta2^t in float32 is off by 1e-5 at small t.
     t = row.age.double() + 1

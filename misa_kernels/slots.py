@@ -6,7 +6,6 @@ one parameter are a range and its scores a view of one vector.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -28,6 +27,10 @@ SCORES = {
     "last_round": torch.int64,
     "active": torch.bool,
 }
+
+
+# One number a slot that the arena holds, where it has them.
+NUMBERS = ("age", "updates", "score_sum", "v_floor")
 
 
 class Slots:
@@ -72,13 +75,14 @@ class Slots:
         self.spread("module", np.arange(len(self.of)))
 
     def sizes(self, storage: Storage) -> dict[Tensor, dict[str, int]]:
-        """Return, for every parameter, the state keys of what its blocks store, and their numel."""
+        """Return, for every parameter, the keys that its state may have, and their numel."""
         return {
             param: {
                 self.key(name, slot): buffer.numel(self.blocks[slot].stop - self.blocks[slot].start)
                 for slot in range(span.start, span.stop)
                 for name, buffer in storage.buffers(param.dtype).items()
             }
+            | dict.fromkeys((*NUMBERS, *SCORES), span.stop - span.start)
             for param, span in self.spans.items()
         }
 
@@ -114,36 +118,17 @@ class Slots:
         sampled = self.candidate[self.dense :]
         self.scores[name].numpy()[self.dense :] = values[sampled]
 
-    def read(self, own: dict[Tensor, dict[str, Any]], names: Sequence[str], changed: str) -> dict[str, Tensor]:
+    def read(self, own: dict[Tensor, dict[str, Any]]) -> dict[str, Tensor]:
         """Return saved score vectors over all slots, on the host.
 
         Args:
-            own: Saved state by parameter.
-            names: Name of every parameter, by its position.
-            changed: Another reason of missing scores, as the end of a sentence.
-
-        Raises:
-            ValueError: If scores are missing, or the blocks of a parameter are not those that were saved.
+            own: Saved state by parameter, with all scores of the sampled ones.
         """
         vectors = {name: torch.zeros_like(vector) for name, vector in self.scores.items()}
         for param, span in self.spans.items():
-            if span.start < self.dense:
-                continue
-            whose, count = names[self.blocks[span.start].index], span.stop - span.start
-            for name, vector in vectors.items():
-                if name not in own[param]:
-                    raise ValueError(
-                        f"state dict has no scores ({name!r}) for {whose}: it belongs to another model, or went "
-                        "through torch's set_optimizer_state_dict, as accelerate does, which drops what is frozen now: "
-                        "use misa_kernels.distributed.load(model, optimizer, folder), or optimizer.load_state_dict for "
-                        f"what get_optimizer_state_dict gave{changed}"
-                    )
-                if own[param][name].numel() != count:
-                    raise ValueError(
-                        f"state dict has {own[param][name].numel()} blocks for {whose} but this optimizer has "
-                        f"{count}: use the delta, granularity and oversized it was saved with"
-                    )
-                vector[span] = own[param][name].cpu()
+            if span.start >= self.dense:
+                for name, vector in vectors.items():
+                    vector[span] = own[param][name].cpu()
         return vectors
 
     def sum(self, values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:

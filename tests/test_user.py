@@ -285,7 +285,7 @@ class User(RuleBasedStateMachine):
         self.optimizer = optimizer
         self.account, self.broken, self.saved = account, {}, None
         self.is_resized = self.is_due = self.is_edited = False
-        if pattern in ROUNDS and hasattr(self.optimizer, "thawed"):
+        if pattern in ROUNDS:
             with self.optimizer.thawed():
                 understood = self.now()
             if understood != {name: kept.user for name, kept in account.kept.items()}:
@@ -539,7 +539,6 @@ class User(RuleBasedStateMachine):
             self.strays = {name for name, kept in self.account.kept.items() if kept.user and not kept.flag}
 
     @is_sound
-    @precondition(lambda self: hasattr(self.optimizer, "thawed"))
     @rule(rng=seeds)
     def within_thawed(self, rng: random.Random) -> None:
         account = self.account

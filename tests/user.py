@@ -238,8 +238,9 @@ class Account:
         elif not had_more_bits:
             kept.theta = kept.seen.double()
         kept.noticed = kept.noticed or is_visible
-        kept.overwritten = not kept.noticed
-        if kept.noticed or not self.has_master(kept):
+        # Before the first update a master is not read.
+        kept.overwritten = not kept.noticed and kept.age > 0
+        if not kept.overwritten or not self.has_master(kept):
             self.adopt(kept)
 
     def adopt_all(self) -> None:
