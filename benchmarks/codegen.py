@@ -113,7 +113,7 @@ def compile_variant(variant: Variant, capability: int) -> Code:
     kernel = launch.kernels.step_kernel
     buffers = variant.storage.buffers(variant.weight)
     state = launch.State.of(
-        {key: torch.empty(buffer.numel(128), dtype=buffer.dtype) for key, buffer in buffers.items()}
+        {key: torch.empty(buffer.numel(128), dtype=buffer.dtype) for key, buffer in buffers.items()}, variant.storage
     )
     arguments = ARGUMENTS | {f"{key}_ptr": POINTERS[buffer.dtype] for key, buffer in buffers.items()}
     constants: dict[str, Any] = {

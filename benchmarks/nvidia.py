@@ -29,7 +29,7 @@ SMALL_TESTS += ("large or few or rounds_equal and dtype1 and (stochastic or int8
 PYTEST = ("-x", "-q", "-p", "no:benchmark", "-p", "no:cacheprovider")
 # Of mangled names: Triton's kernels, and those in the namespace of csrc. What torch launches besides is not looked at,
 # or a run would take minutes.
-KERNELS = "regex=^(step|collect)_kernel|4misa"
+KERNELS = "regex=^(step|collect|close)_kernel|4misa"
 FOUND = 99
 # What the warm-up may take of the time, and what is left for the tool to sum up when the tests are stopped.
 WARM_UP, GRACE_S = 0.4, 8.0
@@ -128,12 +128,13 @@ def overrun() -> None:
 
     from misa_kernels.kernels import native
     from misa_kernels.kernels.launch import Launch
+    from misa_kernels.storage import Storage
 
     device, zero, dtypes = torch.device("cuda"), np.zeros(1, dtype=np.int64), [torch.float32]
     for table in (Launch, native.CudaTable) if native.path("cuda") else (Launch,):
         state = {name: torch.zeros(512, device=device) for name in ("exp_avg", "exp_avg_sq")}
         weight, grad = torch.zeros(512, device=device), torch.zeros(500, device=device)
-        rows = table(zero + 512, zero, zero, zero, dtypes, dtypes, {torch.float32: state}, device)
+        rows = table(zero + 512, zero, zero, zero, dtypes, dtypes, {torch.float32: state}, Storage(), device)
         rows.step([weight.data_ptr()], [grad.data_ptr()], [[1e-3, 0.9, 0.99, 1e-8, 0.0]])
         # What is wrong shows when it is waited for, and the next kernel has its turn nevertheless.
         with contextlib.suppress(RuntimeError):

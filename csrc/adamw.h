@@ -62,6 +62,17 @@ MISA_HOST_DEVICE void adamw(float& theta, float g, float& m, float& v, float dec
   theta = fma_nearest(-step_size, divide_nearest(m, denom), decay * theta);
 }
 
+// m / (sqrt(v) + eps) with bias corrections: the last update over its step size. Here and in `flush` each
+// operation is rounded, as in misa_kernels/reference.py.
+MISA_HOST_DEVICE float update_ratio(float m, float v, float denom_scale, float eps) {
+  return divide_nearest(m, fma_nearest(1.0f, denom_scale * sqrt_nearest(v), eps));
+}
+
+// Returns theta after what is left in its momentum: flush_size = lr * beta1 / (1 - beta1) / (1 - beta1^t).
+MISA_HOST_DEVICE float momentum_flush(float theta, float ratio, float flush_size) {
+  return fma_nearest(-1.0f, flush_size * ratio, theta);
+}
+
 MISA_HOST_DEVICE std::uint32_t bits_of(float x) {
   std::uint32_t bits;
   std::memcpy(&bits, &x, sizeof bits);

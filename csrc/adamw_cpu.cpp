@@ -98,12 +98,10 @@ struct LastScalars {
   }
 };
 
-void update_chunk(const ChunkFunctions& functions, const MisaStep& step, const MisaRow& row,
-                  std::int64_t index, float unscale, bool controlled, LastScalars& last) {
-  if (row.grad == nullptr) return;
+// Weight and state of a chunk, and where it is in its parameter.
+void point(Chunk& chunk, const MisaStep& step, const MisaRow& row, std::int64_t index) {
   const std::int64_t begin = (index - row.first_chunk) * CHUNK;
   const MisaState& state = step.state[row.weight_dtype];
-  Chunk chunk = gradient_of(row, begin, unscale);
   chunk.weight = static_cast<char*>(row.weight) + begin * bytes_of(row.weight_dtype);
   const std::int64_t at = row.offset + begin;
   chunk.m = static_cast<char*>(state.exp_avg) + at * code_bytes(step.format);
@@ -114,13 +112,27 @@ void update_chunk(const ChunkFunctions& functions, const MisaStep& step, const M
   if (state.residual != nullptr) chunk.residual = state.residual + at;
   chunk.first = static_cast<std::uint64_t>(row.start + begin);
   chunk.key = static_cast<std::uint32_t>(row.key);
-  chunk.coefficient = controlled ? step.control[0] : 1.0f;
   chunk.fresh = step.age[index] == 0;
+}
+
+void update_chunk(const ChunkFunctions& functions, const MisaStep& step, const MisaRow& row,
+                  std::int64_t index, float unscale, bool controlled, LastScalars& last) {
+  if (row.grad == nullptr) return;
+  Chunk chunk = gradient_of(row, (index - row.first_chunk) * CHUNK, unscale);
+  point(chunk, step, row, index);
+  chunk.coefficient = controlled ? step.control[0] : 1.0f;
   chunk.scalars = last.of(step, row.group, step.age[index]);
-  const auto update = functions.update[step.format][kind_of(row, state)][row.grad_dtype];
+  const auto update =
+      functions.update[step.format][kind_of(row, step.state[row.weight_dtype])][row.grad_dtype];
   const double sq_norm = update(chunk);
   step.sq_sum[index] += controlled ? step.partial[index] : sq_norm;
   ++step.age[index];
+}
+
+bool is_small(const MisaStep& step) {
+  std::int64_t elements = 0;
+  for (std::int64_t i = 0; i < step.row_count; ++i) elements += step.rows[i].numel;
+  return elements < ALONE;
 }
 
 int run(const MisaStep& step, [[maybe_unused]] int threads) {
@@ -132,21 +144,20 @@ int run(const MisaStep& step, [[maybe_unused]] int threads) {
   bool skip = step.found_inf != nullptr && *step.found_inf != 0.0f;
   if (skip && !controlled) return MISA_OK;
   if (controlled && !takes_norms) skip = step.control[2] != 0.0f;
-  std::int64_t elements = 0;
-  for (std::int64_t i = 0; i < step.row_count; ++i) elements += step.rows[i].numel;
-  if (elements < ALONE) threads = 1;
+  const std::int64_t first = step.rows[0].first_chunk, end = end_chunk(step, CHUNK);
+  if (is_small(step)) threads = 1;
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
     if (takes_norms) {
       Cursor cursor{step, 0};
 #pragma omp for schedule(static)
-      for (std::int64_t i = 0; i < step.chunk_count; ++i) {
+      for (std::int64_t i = first; i < end; ++i) {
         step.partial[i] = norm_chunk(functions, cursor.to(i), i, unscale);
       }
 #pragma omp single
       {
         double sq_norm = 0.0;
-        for (std::int64_t i = 0; i < step.chunk_count; ++i) sq_norm += step.partial[i];
+        for (std::int64_t i = first; i < end; ++i) sq_norm += step.partial[i];
         write_control(step.control, sq_norm, step);
         skip = step.control[2] != 0.0f;
       }
@@ -155,10 +166,40 @@ int run(const MisaStep& step, [[maybe_unused]] int threads) {
       Cursor cursor{step, 0};
       LastScalars last;
 #pragma omp for schedule(static)
-      for (std::int64_t i = 0; i < step.chunk_count; ++i) {
+      for (std::int64_t i = first; i < end; ++i) {
         update_chunk(functions, step, cursor.to(i), i, unscale, controlled, last);
       }
     }
+  }
+  return MISA_OK;
+}
+
+void close_chunk(const ChunkFunctions& functions, const MisaStep& step, const MisaRow& row,
+                 std::int64_t index, double* moved) {
+  if (row.action == 0) return;
+  const std::int64_t begin = (index - row.first_chunk) * CHUNK, left = row.numel - begin;
+  Chunk chunk{};
+  chunk.numel = left < CHUNK ? left : CHUNK;
+  double sums[2] = {};
+  if (chunk.numel > 0) {
+    point(chunk, step, row, index);
+    const auto close = functions.close[step.format][kind_of(row, step.state[row.weight_dtype])];
+    close(chunk, row.action, closing(step.hyper[row.group], step.age[index]), sums);
+  }
+  if ((row.action & MISA_MEASURE) == 0) return;
+  moved[index] = sums[0];
+  moved[step.chunk_count + index] = sums[1];
+}
+
+int close(const MisaStep& step, double* moved, [[maybe_unused]] int threads) {
+  const ChunkFunctions& functions = *in_use.load(std::memory_order_relaxed)->functions;
+  const std::int64_t first = step.rows[0].first_chunk, end = end_chunk(step, CHUNK);
+  if (is_small(step)) threads = 1;
+#pragma omp parallel num_threads(threads) if (threads > 1)
+  {
+    Cursor cursor{step, 0};
+#pragma omp for schedule(static)
+    for (std::int64_t i = first; i < end; ++i) close_chunk(functions, step, cursor.to(i), i, moved);
   }
   return MISA_OK;
 }
@@ -179,11 +220,16 @@ int misa_cpu_step(const MisaStep* step, int threads) {
   return step->row_count == 0 ? MISA_OK : misa::run(*step, threads);
 }
 
-int misa_cpu_collect(const MisaStep* step, double* collected) {
-  const int status = misa::check_tables(step, misa::CHUNK);
+int misa_cpu_close(const MisaStep* step, double* moved, int threads) {
+  const int status = misa::check_close(step, moved, misa::CHUNK);
   if (status != MISA_OK) return status;
-  if (collected == nullptr && step->row_count > 0) return MISA_BAD_POINTER;
-  if (!misa::aligned(collected, sizeof(double))) return MISA_BAD_ALIGNMENT;
+  if (threads < 1) return MISA_BAD_SIZE;
+  return step->row_count == 0 ? MISA_OK : misa::close(*step, moved, threads);
+}
+
+int misa_cpu_collect(const MisaStep* step, double* collected) {
+  const int status = misa::check_collect(step, collected, misa::CHUNK);
+  if (status != MISA_OK) return status;
   for (std::int64_t i = 0; i < step->row_count; ++i) {
     const MisaRow& row = step->rows[i];
     double sq_sum = 0.0;

@@ -2,7 +2,7 @@
 //
 // A block works on one chunk, whose age and sum of squares it alone writes: no races, no atomics on floats,
 // and two runs give the same bits. The tables travel in the arguments of the launch: nothing is allocated,
-// uploaded or waited for, and a captured graph holds all it needs.
+// uploaded or waited for.
 #include <cuda_runtime.h>
 
 #include <algorithm>
@@ -40,6 +40,8 @@ struct Tables {
   MisaHyper hyper[GROUPS];
   Row rows[ROWS];
   int row_count;
+  int action;     // of all rows, when a round ends
+  double* moved;  // see misa_cuda_close
 };
 
 // The chunks of row i are those from first_chunk[i] up to first_chunk[i + 1].
@@ -96,6 +98,11 @@ __device__ bool wide(const T* at) {
 
 __device__ float to_float(float x) { return x; }
 __device__ float to_float(std::uint16_t x) { return bf16_to_float(x); }
+
+// What this library can work on.
+bool float32_moments(const MisaStep& step) {
+  return step.format == MISA_STATE_FP32 && step.state[MISA_BFLOAT16].residual == nullptr;
+}
 
 __host__ __device__ bool controlled(const MisaStep& step) {
   return (step.flags & (MISA_CLIP | MISA_SKIP_NONFINITE)) != 0;
@@ -298,6 +305,70 @@ __global__ void __launch_bounds__(THREADS, RESIDENT) norm_kernel(const __grid_co
   }
 }
 
+// Does for a chunk what its row's action says.
+template <int WEIGHT, bool MASTER>
+__global__ void __launch_bounds__(THREADS, RESIDENT) close_kernel(const __grid_constant__ Tables tables) {
+  const MisaStep& step = tables.step;
+  const Row& row = find_row(tables);
+  const int number = static_cast<int>(blockIdx.x) - row.first_block;
+  const int chunk = row.first_chunk + number;
+  const std::int64_t begin = number * CHUNK;
+  const bool measures = (tables.action & MISA_MEASURE) != 0, writes = (tables.action & MISA_WRITE_BACK) != 0;
+  const bool flushes = (tables.action & MISA_FLUSH) != 0, adopts = (tables.action & MISA_ADOPT) != 0;
+
+  // By one thread: some GPUs have 1/64 of their speed in float64.
+  __shared__ Closing shared;
+  __shared__ bool written;
+  if (threadIdx.x == 0) {
+    const int age = step.age[chunk];
+    written = age > 0;
+    shared = closing(tables.hyper[row.group], age);
+  }
+  __syncthreads();
+  const Closing s = shared;
+
+  const MisaState& state = step.state[WEIGHT];
+  auto* const weight = static_cast<Stored<WEIGHT>*>(row.weight) + begin;
+  const float* const exp_avg = static_cast<const float*>(state.exp_avg) + row.offset + begin;
+  const float* const exp_avg_sq = static_cast<const float*>(state.exp_avg_sq) + row.offset + begin;
+  float* const master = MASTER ? state.master + row.offset + begin : nullptr;
+  const Noise noise = noise_from(static_cast<std::uint64_t>(row.start + begin), row.key);
+  const int n = static_cast<int>(row.numel - begin < CHUNK ? row.numel - begin : CHUNK);
+  float updates = 0.0f, weights = 0.0f;
+#pragma unroll 4
+  for (int i = threadIdx.x; i < n; i += THREADS) {
+    float theta = to_float(weight[i]);
+    if (measures) weights = fma_nearest(theta, theta, weights);
+    if (!written) continue;
+    float ratio = 0.0f;
+    if (measures || flushes) ratio = update_ratio(exp_avg[i], exp_avg_sq[i], s.denom_scale, s.eps);
+    updates = fma_nearest(ratio, ratio, updates);
+    if constexpr (MASTER) {
+      const float held = master[i];
+      if (to_float(bf16_nearest(held)) == theta) {
+        theta = held;
+      } else if (adopts) {
+        master[i] = theta;
+      }
+    }
+    if (!writes) continue;
+    if (flushes) theta = momentum_flush(theta, ratio, s.flush_size);
+    if constexpr (WEIGHT == MISA_FLOAT32) {
+      weight[i] = theta;
+    } else {
+      weight[i] = bf16_stochastic(theta, noise16(noise, static_cast<std::uint32_t>(i)));
+    }
+  }
+  if (!measures) return;
+  const double sq_update = block_sum(updates);
+  __syncthreads();
+  const double sq_weight = block_sum(weights);
+  if (threadIdx.x == 0) {
+    tables.moved[chunk] = written ? s.step_size * s.step_size * sq_update : 0.0;
+    tables.moved[step.chunk_count + chunk] = sq_weight;
+  }
+}
+
 __global__ void __launch_bounds__(THREADS) collect_kernel(const __grid_constant__ Chunks chunks) {
   const int first = chunks.first_chunk[blockIdx.x], end = chunks.first_chunk[blockIdx.x + 1];
   const double sq_sum = array_sum(chunks.sq_sum + first, end - first);
@@ -322,12 +393,17 @@ const Kernel UPDATE[MISA_DTYPES][MISA_DTYPES][2] = {
     {{update_kernel<1, 0, false>, update_kernel<1, 0, true>},
      {update_kernel<1, 1, false>, update_kernel<1, 1, true>}},
 };
+const Kernel CLOSE[MISA_DTYPES][2] = {{close_kernel<0, false>, nullptr},
+                                      {close_kernel<1, false>, close_kernel<1, true>}};
 
 // Launches a kernel over the rows that it is for, as many at a time as its tables hold.
 template <class Wanted>
-cudaError_t launch_rows(Kernel kernel, const MisaStep& step, cudaStream_t stream, Wanted wanted) {
+cudaError_t launch_rows(Kernel kernel, const MisaStep& step, cudaStream_t stream, Wanted wanted,
+                        int action = 0, double* moved = nullptr) {
   Tables tables;
   tables.step = step;
+  tables.action = action;
+  tables.moved = moved;
   std::int64_t groups[GROUPS];
   int rows = 0, group_count = 0, blocks = 0;
   for (std::int64_t i = 0; i < step.row_count; ++i) {
@@ -367,6 +443,26 @@ cudaError_t run(const MisaStep& step, cudaStream_t stream) {
     error = launch_rows(kernel, step, stream, [=](const MisaRow& row) {
       return row.weight_dtype == weight && row.grad_dtype == grad && row.grad != nullptr;
     });
+  }
+  return error;
+}
+
+cudaError_t close(const MisaStep& step, double* moved, cudaStream_t stream) {
+  cudaError_t error = cudaSuccess;
+  constexpr int ACTIONS = 2 * MISA_WRITE_BACK;
+  bool wanted[MISA_DTYPES][ACTIONS] = {};
+  for (std::int64_t i = 0; i < step.row_count; ++i) {
+    if (step.rows[i].action != 0) wanted[step.rows[i].weight_dtype][step.rows[i].action] = true;
+  }
+  for (int weight = 0; weight < MISA_DTYPES; ++weight) {
+    const Kernel kernel = CLOSE[weight][step.state[weight].master != nullptr];
+    for (int action = 1; action < ACTIONS && error == cudaSuccess; ++action) {
+      if (!wanted[weight][action]) continue;
+      const auto is_one = [=](const MisaRow& row) {
+        return row.weight_dtype == weight && row.action == action;
+      };
+      error = launch_rows(kernel, step, stream, is_one, action, moved);
+    }
   }
   return error;
 }
@@ -420,20 +516,27 @@ int64_t misa_cuda_chunk(void) { return misa::CHUNK; }
 int misa_cuda_step(const MisaStep* step, int device, void* stream) {
   const int status = misa::check_step(step, misa::CHUNK);
   if (status != MISA_OK || step->row_count == 0) return status;
-  if (step->format != MISA_STATE_FP32 || step->state[MISA_BFLOAT16].residual != nullptr)
-    return MISA_BAD_DTYPE;
+  if (!misa::float32_moments(*step)) return MISA_BAD_DTYPE;
   if (step->chunk_count > INT32_MAX) return MISA_BAD_SIZE;
   if (step->arrived == nullptr && misa::controlled(*step)) return MISA_BAD_POINTER;
   return misa::on_device(device, [=] { return misa::run(*step, static_cast<cudaStream_t>(stream)); });
 }
 
 int misa_cuda_collect(const MisaStep* step, double* collected, int device, void* stream) {
-  const int status = misa::check_tables(step, misa::CHUNK);
+  const int status = misa::check_collect(step, collected, misa::CHUNK);
   if (status != MISA_OK || step->row_count == 0) return status;
   if (step->chunk_count > INT32_MAX) return MISA_BAD_SIZE;
-  if (collected == nullptr) return MISA_BAD_POINTER;
   return misa::on_device(device,
                          [=] { return misa::collect(*step, collected, static_cast<cudaStream_t>(stream)); });
+}
+
+int misa_cuda_close(const MisaStep* step, double* moved, int device, void* stream) {
+  const int status = misa::check_close(step, moved, misa::CHUNK);
+  if (status != MISA_OK || step->row_count == 0) return status;
+  if (!misa::float32_moments(*step)) return MISA_BAD_DTYPE;
+  if (step->chunk_count > INT32_MAX) return MISA_BAD_SIZE;
+  return misa::on_device(device,
+                         [=] { return misa::close(*step, moved, static_cast<cudaStream_t>(stream)); });
 }
 
 const char* misa_cuda_built(void) { return MISA_CUDA_ARCHITECTURES; }

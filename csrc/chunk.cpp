@@ -177,6 +177,12 @@ struct UpdateOf {
   }
 };
 
+double sum_of(const double* sums) {
+  double total = 0.0;
+  for (int lane = 0; lane < LANES; ++lane) total += sums[lane];
+  return total;
+}
+
 // Calls `element(i)` for all i below n and returns the sum of the squares of what it returned.
 template <class Element>
 double sum_of_squares(std::int64_t n, Element element) {
@@ -201,9 +207,7 @@ double sum_of_squares(std::int64_t n, Element element) {
     element.close(end);
     for (int lane = 0; lane < LANES; ++lane) sums[lane] += static_cast<double>(squares[lane]);
   }
-  double total = 0.0;
-  for (int lane = 0; lane < LANES; ++lane) total += sums[lane];
-  return total;
+  return sum_of(sums);
 }
 
 // State of age 0 is whatever the memory held. It is filled here, a chunk at a time, while it is in the cache.
@@ -233,6 +237,72 @@ double sq_norm(const Chunk& chunk) {
                         SquaresOf<Grad>{static_cast<const typename Grad::type*>(chunk.grad), chunk.unscale});
 }
 
+// Adds the squares of a block to `sums`, each lane in float32 first.
+void add_squares(const float* x, int n, double* sums) {
+  float squares[LANES] = {};
+  int i = 0;
+  for (; i + LANES <= n; i += LANES) {
+    MISA_INDEPENDENT
+    for (int lane = 0; lane < LANES; ++lane) {
+      squares[lane] = fma_nearest(x[i + lane], x[i + lane], squares[lane]);
+    }
+  }
+  for (int lane = 0; i < n; ++i, ++lane) squares[lane] = fma_nearest(x[i], x[i], squares[lane]);
+  for (int lane = 0; lane < LANES; ++lane) sums[lane] += static_cast<double>(squares[lane]);
+}
+
+template <class Moments, WeightKind KIND>
+void close(const Chunk& chunk, std::int64_t action, const Closing& s, double moved[2]) {
+  using Weight = std::conditional_t<KIND == FLOAT32, Float32, BFloat16>;
+  const bool written = !chunk.fresh;
+  const bool moments_wanted = written && (action & (MISA_MEASURE | MISA_FLUSH)) != 0;
+  const Noise noise = noise_from(chunk.first, chunk.key);
+  Moments moments(chunk);
+  double updates[LANES] = {}, weights[LANES] = {};
+  for (std::int64_t begin = 0; begin < chunk.numel; begin += BLOCK) {
+    const int n = static_cast<int>(chunk.numel - begin < BLOCK ? chunk.numel - begin : BLOCK);
+    auto* __restrict weight = static_cast<typename Weight::type*>(chunk.weight) + begin;
+    float theta[BLOCK], ratio[BLOCK];
+    for (int i = 0; i < n; ++i) theta[i] = Weight::load(weight + i);
+    if (action & MISA_MEASURE) add_squares(theta, n, weights);
+    if (!written) continue;
+    if (moments_wanted) {
+      moments.open(begin, begin + n);
+      const float* m = moments.m + (begin - moments.begin);
+      const float* v = moments.v + (begin - moments.begin);
+      for (int i = 0; i < n; ++i) ratio[i] = update_ratio(m[i], v[i], s.denom_scale, s.eps);
+      if (action & MISA_MEASURE) add_squares(ratio, n, updates);
+    }
+    if constexpr (KIND == MASTER) {
+      float* __restrict master = chunk.master + begin;
+      for (int i = 0; i < n; ++i) {
+        theta[i] = bf16_to_float(bf16_nearest(master[i])) == theta[i] ? master[i] : theta[i];
+      }
+      if (action & MISA_ADOPT) {
+        for (int i = 0; i < n; ++i) master[i] = theta[i];
+      }
+    }
+    if constexpr (KIND == SPLIT) {
+      for (int i = 0; i < n; ++i) theta[i] = bf16_join(weight[i], chunk.residual[begin + i]);
+    }
+    if (!(action & MISA_WRITE_BACK)) continue;
+    if (action & MISA_FLUSH) {
+      for (int i = 0; i < n; ++i) theta[i] = momentum_flush(theta[i], ratio[i], s.flush_size);
+    }
+    const auto first = static_cast<std::uint32_t>(begin);
+    MISA_INDEPENDENT
+    for (int i = 0; i < n; ++i) {
+      if constexpr (KIND == FLOAT32) {
+        weight[i] = theta[i];
+      } else {
+        weight[i] = bf16_stochastic(theta[i], noise16(noise, first + static_cast<std::uint32_t>(i)));
+      }
+    }
+  }
+  moved[0] = written ? s.step_size * s.step_size * sum_of(updates) : 0.0;
+  moved[1] = sum_of(weights);
+}
+
 using BFloat16Moments = StoredMoments<RoundedMoment, RoundedMoment>;
 using Int8Moments = StoredMoments<SoftSign, Root>;
 
@@ -240,12 +310,15 @@ using Int8Moments = StoredMoments<SoftSign, Root>;
 #define MISA_KINDS(MOMENTS)                                                                    \
   {MISA_GRADS(MOMENTS, FLOAT32), MISA_GRADS(MOMENTS, STOCHASTIC), MISA_GRADS(MOMENTS, MASTER), \
    MISA_GRADS(MOMENTS, SPLIT)}
+#define MISA_CLOSE(MOMENTS) \
+  {close<MOMENTS, FLOAT32>, close<MOMENTS, STOCHASTIC>, close<MOMENTS, MASTER>, close<MOMENTS, SPLIT>}
 
 }  // namespace
 
 extern const ChunkFunctions MISA_INSTRUCTIONS = {
     {MISA_KINDS(PlainMoments), MISA_KINDS(BFloat16Moments), MISA_KINDS(Int8Moments)},
     {sq_norm<Float32>, sq_norm<BFloat16>},
+    {MISA_CLOSE(PlainMoments), MISA_CLOSE(BFloat16Moments), MISA_CLOSE(Int8Moments)},
 };
 
 }  // namespace misa

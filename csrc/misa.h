@@ -29,6 +29,14 @@ enum MisaFormat { MISA_STATE_FP32 = 0, MISA_STATE_BF16 = 1, MISA_STATE_INT8 = 2,
 // the caller corrects `control` in between.
 enum MisaFlag { MISA_CLIP = 1, MISA_SKIP_NONFINITE = 2, MISA_NORMS = 4, MISA_UPDATE = 8 };
 
+// What `misa_*_close` does with a row; several together, and nothing that needs a state of age 0.
+enum MisaAction {
+  MISA_MEASURE = 1,     // sum up the squares of the last update, weight decay apart, and of the weight
+  MISA_ADOPT = 2,       // where a weight is not its master rounded, somebody set it: into the master with it
+  MISA_FLUSH = 4,       // before it is written back, apply what is left in the momentum
+  MISA_WRITE_BACK = 8,  // leave in the weight what master or residual hold of it, rounded stochastically
+};
+
 enum MisaStatus {
   MISA_OK = 0,
   MISA_BAD_VERSION = 1,
@@ -56,6 +64,7 @@ typedef struct MisaRow {
   int64_t first_chunk;   // chunks of all rows before it; a row has ceil(numel / misa_*_chunk()), at least one
   int64_t weight_dtype;  // a MisaDtype
   int64_t grad_dtype;    // a MisaDtype; need not be that of the weight
+  int64_t action;        // of MisaAction; a step does not look at it
 } MisaRow;
 
 typedef struct MisaHyper {
@@ -66,9 +75,9 @@ typedef struct MisaHyper {
 // bfloat16 weights are rounded stochastically. The CUDA library knows no residual.
 typedef struct MisaState {
   void* exp_avg;
-  void* exp_avg_sq;
   float* exp_avg_scale;     // MISA_STATE_INT8: one a group of 128 elements; offsets are multiples of 128
-  float* exp_avg_sq_scale;  // the same
+  void* exp_avg_sq;
+  float* exp_avg_sq_scale;  // as that of exp_avg
   float* master;            // the weights in float32, or NULL
   int16_t* residual;        // what the weights lack of float32, or NULL
   int64_t elements;         // of each buffer
@@ -82,7 +91,7 @@ typedef struct MisaStep {
   int64_t group_count;
   MisaState state[MISA_DTYPES];  // by weight dtype
   int64_t format;                // a MisaFormat
-  int64_t chunk_count;           // of all rows
+  int64_t chunk_count;           // of all rows of the table, of which `rows` may be a stretch
   int32_t* age;                  // [chunk_count], updates so far; at 0, moments and master are not read
   double* sq_sum;                // [chunk_count], the sum of squares of each chunk's gradient is added to it
   double* partial;               // [chunk_count], workspace
@@ -102,6 +111,9 @@ MISA_API int64_t misa_cpu_chunk(void);
 MISA_API int misa_cpu_step(const MisaStep* step, int threads);
 // Write age and sum of squares of each row to double[row_count][2].
 MISA_API int misa_cpu_collect(const MisaStep* step, double* collected);
+// Do what each row's action says. `moved` is double[2][chunk_count], where MISA_MEASURE puts the sums of a
+// chunk: of the squares of the update and of the weight. NULL where no row is measured.
+MISA_API int misa_cpu_close(const MisaStep* step, double* moved, int threads);
 // The instruction sets this library was built for, best first, separated by spaces, and the one in use, which
 // is the best that the processor has until `misa_cpu_use_instructions` names another. All give the same bits.
 MISA_API const char* misa_cpu_built(void);
@@ -114,6 +126,7 @@ MISA_API int64_t misa_cuda_chunk(void);
 // Launch a step on a stream (a cudaStream_t) of a device; nothing waits for it.
 MISA_API int misa_cuda_step(const MisaStep* step, int device, void* stream);
 MISA_API int misa_cuda_collect(const MisaStep* step, double* collected, int device, void* stream);
+MISA_API int misa_cuda_close(const MisaStep* step, double* moved, int device, void* stream);
 // The architectures this library holds machine code for, such as "80 90 100", the version of the CUDA runtime
 // in it and of what the driver supports, such as 13000; 0 for no driver.
 MISA_API const char* misa_cuda_built(void);

@@ -18,18 +18,25 @@ struct Scalars {
   float decay, step_size, beta1, beta2, one_minus_beta1, one_minus_beta2, denom_scale, eps;
 };
 
-// In float64 and rounded once: 1 - beta2^t in float32 is off by 1e-5 at small t. Powers by squaring, which
-// gives the same bits in any language.
-MISA_HOST_DEVICE Scalars scalars(const MisaHyper& hyper, int age) {
-  double base1 = hyper.beta1, base2 = hyper.beta2, beta1_t = 1.0, beta2_t = 1.0;
-  for (int exponent = age + 1; exponent > 0; exponent /= 2) {
+// Both to a power, by squaring, which gives the same bits in any language.
+MISA_HOST_DEVICE void powers(double& base1, double& base2, int exponent) {
+  double power1 = 1.0, power2 = 1.0;
+  for (; exponent > 0; exponent /= 2) {
     if (exponent % 2 == 1) {
-      beta1_t *= base1;
-      beta2_t *= base2;
+      power1 *= base1;
+      power2 *= base2;
     }
     base1 *= base1;
     base2 *= base2;
   }
+  base1 = power1;
+  base2 = power2;
+}
+
+// In float64 and rounded once: 1 - beta2^t in float32 is off by 1e-5 at small t.
+MISA_HOST_DEVICE Scalars scalars(const MisaHyper& hyper, int age) {
+  double beta1_t = hyper.beta1, beta2_t = hyper.beta2;
+  powers(beta1_t, beta2_t, age + 1);
   Scalars s;
   s.decay = static_cast<float>(1.0 - hyper.lr * hyper.weight_decay);
   s.step_size = static_cast<float>(hyper.lr / (1.0 - beta1_t));
@@ -37,6 +44,24 @@ MISA_HOST_DEVICE Scalars scalars(const MisaHyper& hyper, int age) {
   s.beta2 = static_cast<float>(hyper.beta2);
   s.one_minus_beta1 = static_cast<float>(1.0 - hyper.beta1);
   s.one_minus_beta2 = static_cast<float>(1.0 - hyper.beta2);
+  s.denom_scale = static_cast<float>(1.0 / sqrt(1.0 - beta2_t));
+  s.eps = static_cast<float>(hyper.eps);
+  return s;
+}
+
+// What all elements of a tensor share when a round ends.
+struct Closing {
+  double step_size;
+  float flush_size, denom_scale, eps;
+};
+
+// Of the last update, the `age`-th.
+MISA_HOST_DEVICE Closing closing(const MisaHyper& hyper, int age) {
+  double beta1_t = hyper.beta1, beta2_t = hyper.beta2;
+  powers(beta1_t, beta2_t, age);
+  Closing s;
+  s.step_size = hyper.lr / (1.0 - beta1_t);
+  s.flush_size = static_cast<float>(hyper.lr * hyper.beta1 / (1.0 - hyper.beta1) / (1.0 - beta1_t));
   s.denom_scale = static_cast<float>(1.0 / sqrt(1.0 - beta2_t));
   s.eps = static_cast<float>(hyper.eps);
   return s;
@@ -125,18 +150,30 @@ static inline int check_state(const MisaState& state, std::int64_t format) {
   return MISA_OK;
 }
 
+// One past the chunks of a table's rows, which may be a stretch of it.
+static inline std::int64_t end_chunk(const MisaStep& step, std::int64_t chunk) {
+  const MisaRow& last = step.rows[step.row_count - 1];
+  return last.first_chunk + chunks_of(last, chunk);
+}
+
+// Whether they are all of them.
+static inline bool is_whole(const MisaStep& step, std::int64_t chunk) {
+  return step.rows[0].first_chunk == 0 && end_chunk(step, chunk) == step.chunk_count;
+}
+
 // What reading the table and the chunks needs; `chunk` is the elements of one. No sum in it can overflow.
 static inline int check_tables(const MisaStep* step, std::int64_t chunk) {
   if (step == nullptr) return MISA_BAD_POINTER;
   if (!aligned(step, alignof(MisaStep))) return MISA_BAD_ALIGNMENT;
   if (step->bytes != static_cast<std::int64_t>(sizeof(MisaStep))) return MISA_BAD_VERSION;
   if (step->row_count < 0 || step->group_count < 0) return MISA_BAD_SIZE;
-  if (step->row_count == 0) return step->chunk_count == 0 ? MISA_OK : MISA_BAD_SIZE;
+  if (step->row_count == 0) return step->chunk_count >= 0 ? MISA_OK : MISA_BAD_SIZE;
   if (step->rows == nullptr || step->age == nullptr || step->sq_sum == nullptr) return MISA_BAD_POINTER;
   if (!aligned(step->rows, alignof(MisaRow)) || !aligned(step->age, sizeof(std::int32_t)) ||
       !aligned(step->sq_sum, sizeof(double)))
     return MISA_BAD_ALIGNMENT;
-  std::int64_t chunks = 0;
+  std::int64_t chunks = step->rows[0].first_chunk;
+  if (chunks < 0) return MISA_BAD_SIZE;
   for (std::int64_t i = 0; i < step->row_count; ++i) {
     // Every row has a chunk: too large a count of rows is found before a row that is not there is read.
     if (chunks >= step->chunk_count) return MISA_BAD_SIZE;
@@ -145,7 +182,26 @@ static inline int check_tables(const MisaStep* step, std::int64_t chunk) {
     if (chunks_of(row, chunk) > step->chunk_count - chunks) return MISA_BAD_SIZE;
     chunks += chunks_of(row, chunk);
   }
-  return chunks == step->chunk_count ? MISA_OK : MISA_BAD_SIZE;
+  return MISA_OK;
+}
+
+// What is the same for a step and the end of a round; `wanted` says which rows are read.
+template <class Wanted>
+static inline int check_memory(const MisaStep& step, Wanted wanted) {
+  if (step.format < 0 || step.format >= MISA_FORMATS) return MISA_BAD_DTYPE;
+  if (step.hyper == nullptr) return MISA_BAD_POINTER;
+  if (!aligned(step.hyper, alignof(MisaHyper))) return MISA_BAD_ALIGNMENT;
+  const MisaState& plain = step.state[MISA_FLOAT32];
+  if (plain.master != nullptr || plain.residual != nullptr) return MISA_BAD_POINTER;
+  int status = MISA_OK;
+  for (const MisaState& state : step.state) {
+    status = check_state(state, step.format);
+    if (status != MISA_OK) return status;
+  }
+  for (std::int64_t i = 0; i < step.row_count && status == MISA_OK; ++i) {
+    if (wanted(step.rows[i])) status = check_row(step.rows[i], step);
+  }
+  return status;
 }
 
 // Everything that would otherwise be a crash.
@@ -160,22 +216,36 @@ static inline int check_step(const MisaStep* step, std::int64_t chunk) {
   if ((step->flags & MISA_CLIP) && !(step->max_grad_norm > 0.0 && step->max_grad_norm < HUGE_VAL))
     return MISA_BAD_NORM;
   if (step->row_count == 0) return MISA_OK;
-  if (step->hyper == nullptr || step->partial == nullptr || step->control == nullptr) return MISA_BAD_POINTER;
-  if (!aligned(step->hyper, alignof(MisaHyper)) || !aligned(step->partial, sizeof(double)))
-    return MISA_BAD_ALIGNMENT;
+  // The norm is that of all rows.
+  if ((step->flags & controls) != 0 && !is_whole(*step, chunk)) return MISA_BAD_SIZE;
+  if (step->partial == nullptr || step->control == nullptr) return MISA_BAD_POINTER;
+  if (!aligned(step->partial, sizeof(double))) return MISA_BAD_ALIGNMENT;
   for (const float* pointer : {static_cast<const float*>(step->control), step->grad_scale, step->found_inf}) {
     if (!aligned(pointer, sizeof(float))) return MISA_BAD_ALIGNMENT;
   }
-  if (step->format < 0 || step->format >= MISA_FORMATS) return MISA_BAD_DTYPE;
-  const MisaState& plain = step->state[MISA_FLOAT32];
-  if (plain.master != nullptr || plain.residual != nullptr) return MISA_BAD_POINTER;
-  for (const MisaState& state : step->state) {
-    status = check_state(state, step->format);
-    if (status != MISA_OK) return status;
+  return check_memory(*step, [](const MisaRow&) { return true; });
+}
+
+static inline int check_collect(const MisaStep* step, const double* collected, std::int64_t chunk) {
+  const int status = check_tables(step, chunk);
+  if (status != MISA_OK || step->row_count == 0) return status;
+  if (!is_whole(*step, chunk)) return MISA_BAD_SIZE;
+  if (collected == nullptr) return MISA_BAD_POINTER;
+  return aligned(collected, sizeof(double)) ? MISA_OK : MISA_BAD_ALIGNMENT;
+}
+
+static inline int check_close(const MisaStep* step, const double* moved, std::int64_t chunk) {
+  const int status = check_tables(step, chunk);
+  if (status != MISA_OK || step->row_count == 0) return status;
+  if (!is_whole(*step, chunk)) return MISA_BAD_SIZE;
+  if (!aligned(moved, sizeof(double))) return MISA_BAD_ALIGNMENT;
+  for (std::int64_t i = 0; i < step->row_count; ++i) {
+    const std::int64_t action = step->rows[i].action;
+    constexpr std::int64_t known = MISA_MEASURE | MISA_ADOPT | MISA_FLUSH | MISA_WRITE_BACK;
+    if ((action & ~known) != 0) return MISA_BAD_FLAG;
+    if ((action & MISA_MEASURE) != 0 && moved == nullptr) return MISA_BAD_POINTER;
   }
-  for (std::int64_t i = 0; i < step->row_count && status == MISA_OK; ++i)
-    status = check_row(step->rows[i], *step);
-  return status;
+  return check_memory(*step, [](const MisaRow& row) { return row.action != 0; });
 }
 
 static inline const char* message(int status) {

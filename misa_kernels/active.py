@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import replace
 from operator import attrgetter
@@ -13,14 +14,15 @@ import torch
 from torch import Tensor
 
 from misa_kernels import checkpoint
-from misa_kernels.arena import MOVE_ELEMENTS, Arena
+from misa_kernels.arena import Arena
 from misa_kernels.kernels import Backend, Row, Settings, Step, StepInput, select
+from misa_kernels.kernels.table import ADOPT, ALL, FLUSH, NONE, WRITE_BACK
 from misa_kernels.live import State
-from misa_kernels.reference import Hyper, momentum_flush, noise_key, store_weight
+from misa_kernels.reference import Hyper, noise_key
+from misa_kernels.release import Arrivals
 from misa_kernels.shards import Ranks, is_sharded, like, local, local_like
 from misa_kernels.slots import Slots
 from misa_kernels.storage import KEYS, MOMENTS, split, state_noise
-from misa_kernels.updates import squares
 
 VERSION = attrgetter("_version")
 DTYPE = attrgetter("dtype")
@@ -80,9 +82,9 @@ class ActiveSet:
         self.arena: Arena | None = None
         self.rows: dict[int, Row] = {}
         self._step: Step | None = None
-        # Parameters whose hook ran in this step, and slots that were updated in one; see `receive`.
-        self._received: set[Tensor] = set()
-        self._updated: set[int] = set()
+        # The gradients that came in this step, see `receive`, and its hyperparameters.
+        self._arrivals: Arrivals | None = None
+        self._hyper: list[Hyper] | None = None
         # The parameter of each row, and what changes when somebody else exchanges its memory or, if the arena holds
         # bits that the weight lacks, writes to it.
         self._params: list[Tensor] = []
@@ -92,7 +94,7 @@ class ActiveSet:
         self._form: list[tuple[torch.Size, torch.dtype]] = []
         self._all: list[Tensor] = []
         self._all_numels: list[int] = []
-        self._refined: list[Row] = []
+        self._refined: list[int] = []
         self._refined_params: list[Tensor] = []
         self._versions: list[int] = []
 
@@ -115,15 +117,18 @@ class ActiveSet:
         refuse_capture()
         self._adopt()
         grads = [param.grad for param in self._params]
+        rows = ALL
         if self._settings.ranks is not None:
             grads = [None if g is None else self._part_of_grad(g, p) for g, p in zip(grads, self._params, strict=True)]
-        if self._updated:
-            grads = [None if slot in self._updated else grad for slot, grad in zip(self.rows, grads, strict=True)]
-        self._run(grads, grad_scale, found_inf)
+        if self._arrivals:
+            grads = self._arrivals.left_over(grads)
+            if all(grad is None for grad in grads):
+                grads, rows = [], NONE
+        self._run(grads, rows, grad_scale, found_inf)
         self.steps += 1
-        if self._received:
-            self._received.clear()
-            self._updated.clear()
+        self._hyper = None
+        if self._arrivals:
+            self._arrivals.begin()
 
     def _part_of_grad(self, grad: Tensor, param: Tensor) -> Tensor:
         part = local(grad) if is_sharded(grad) and grad.placements == param.placements else local_like(grad, param)  # type: ignore[attr-defined]
@@ -143,41 +148,53 @@ class ActiveSet:
             RuntimeError: If it has had one since the last step, or within the capture of a CUDA graph.
         """
         refuse_capture()
-        if param in self._received:
+        if self._arrivals is None:
+            self._arrivals = Arrivals(list(self.rows.values()))
+        if self._arrivals.has(param):
             raise RuntimeError(
                 f"release_gradients=True got a second gradient of shape {tuple(param.shape)} before step(), and the "
                 "first is used up: call step() after every backward(), or leave release_gradients out to accumulate"
             )
-        self._adopt()
-        self._received.add(param)
-        received = {slot for slot, row in self.rows.items() if row.param in self._received}
-        ready = {slot for slot in received - self._updated if received.issuperset(self.rows[slot].fellows)}
-        self._run([row.param.grad if slot in ready else None for slot, row in self.rows.items()], None, None)
-        self._updated |= ready
-        waiting = {self.rows[slot].param for slot in self.rows.keys() - self._updated}
-        for other in {self.rows[slot].param for slot in ready} - waiting:
-            other.grad = None
+        for module in self._arrivals.take(param):
+            self._adopt(module)
+            self._run([held.grad for held in self._params[module]], module)
 
-    def _run(self, grads: Sequence[Tensor | None], grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
-        assert self._step is not None
-        step = StepInput(
+    def _input(
+        self,
+        grads: Sequence[Tensor | None] = (),
+        rows: slice = ALL,
+        grad_scale: Tensor | None = None,
+        found_inf: Tensor | None = None,
+    ) -> StepInput:
+        if self._hyper is None:
+            self._hyper = [Hyper.of(group) for group in self._groups]
+        return StepInput(
             grads=grads,
-            weight_pointers=self._pointers,
-            hyper=[Hyper.of(group) for group in self._groups],
+            weight_pointers=self._pointers if rows is ALL else self._pointers[rows],
+            hyper=self._hyper,
             seed=self.seed,
             number=self.steps,
             grad_scale=grad_scale,
             found_inf=found_inf,
         )
+
+    def _run(
+        self,
+        grads: Sequence[Tensor | None],
+        rows: slice,
+        grad_scale: Tensor | None = None,
+        found_inf: Tensor | None = None,
+    ) -> None:
+        assert self._step is not None
         try:
-            self._step.run(step)
+            self._step.run(self._input(grads, rows, grad_scale, found_inf), rows)
         except (NotImplementedError, RuntimeError):
             # Asked only now: the layout of 300 gradients takes a quarter of the host's time in a step. A sparse
             # one has neither an address nor a flat view, so nothing has been launched.
-            self._refuse_sparse(grads)
+            self._refuse_sparse(grads, rows)
             raise
         if self._refined:
-            self._versions = self._read_versions()
+            self._versions[self._refined_in(rows)] = self._read_versions(rows)
 
     def exchange(self, slots: Slots, ranks: Ranks | None, budget: int, kept: Container[tuple[int, int]]) -> None:
         """Go on with another numbering; the state goes into `state` until the next step allocates the arena anew.
@@ -274,6 +291,7 @@ class ActiveSet:
         self.storage_in_state = self._storage
         # Once more, with the ages and sums that were loaded.
         self._prepare()
+        self._close(dict.fromkeys(self.rows, ADOPT))
 
     def _show_vectors(self) -> None:
         assert self.arena is not None
@@ -310,8 +328,6 @@ class ActiveSet:
             if "residual" in views:
                 rounded, residual = split(theta)
                 views["residual"].copy_(torch.where(rounded == weight, residual, 0))
-        if "master" in views:
-            adopt_weight(views["master"], weight)
 
     def switch(self, leave: Iterable[int], enter: Sequence[int], frozen: Container[int] = ()) -> None:
         """Retire the slots that leave and train those that enter, at age 0, beside the ones that stay.
@@ -408,21 +424,23 @@ class ActiveSet:
         self._params = [row.param for row in self.rows.values()]
         self._pointers = [local(param).data_ptr() for param in self._params]
         self._numels = [param.numel() for param in map(local, self._params)]
-        self._refined = [row for slot, row in self.rows.items() if self.arena.refines(slot)]
-        self._refined_params = [row.param for row in self._refined]
-        self._versions = self._read_versions()
+        self._refined = [number for number, slot in enumerate(self.rows) if self.arena.refines(slot)]
+        self._refined_params = [self._params[number] for number in self._refined]
+        self._versions = self._read_versions(ALL)
         self._step = self._backend(list(self.rows.values()), self.arena, self._settings)
+        self._arrivals = None
 
     def read_round(self) -> tuple[npt.NDArray[np.float64], int]:
         """Return five rows of numbers by slot, over all ranks, and the steps skipped in this round; waits.
 
-        The rows are the scores and the updates of this round, the updates since activation, and the two of `squares`.
+        The rows are the scores and the updates of this round, the updates since activation, and the two of
+        `RowTable.measure`.
         """
-        assert self.arena is not None
+        assert self.arena is not None and self._step is not None
         self.collect()
         arena, ranks = self.arena, self._settings.ranks
-        sampled = [row for row in self.rows.values() if row.module is not None]
-        moved = squares(sampled, arena, self._storage, self._groups)
+        moved = self._step.measure(self._input())
+        self._hyper = None
         moved = moved if ranks is None else arena.sum_over(ranks, moved)
         return arena.read_round(self.score_sum, arena.updates, arena.age, *moved)
 
@@ -482,11 +500,11 @@ class ActiveSet:
         """Flush unless frozen, write back and forget the slots given; before the first step there is nothing to do."""
         if self.arena is None:
             return
-        self.adopt()
-        rows = {slot: self.rows.pop(slot) for slot in leave}
-        for slot, row in rows.items():
-            self._write_back(row, self._momentum_flush and slot not in frozen)
-            own = self.state[row.param]
+        self._adopt()
+        leave = set(leave)
+        self._close({slot: self._leaving(row, frozen) if slot in leave else ADOPT for slot, row in self.rows.items()})
+        for slot in leave:
+            own = self.state[self.rows.pop(slot).param]
             for name in self.arena.pools[self.arena.dtypes[slot]].kinds:
                 own.drop(self.slots.key(name, slot))
 
@@ -496,29 +514,25 @@ class ActiveSet:
             # What the flush and the write-back do depends on the ages.
             self.collect()
             kept = {slot for slot in self.rows if self._changed(slot) is None}
-            self._take_over([local(param).data_ptr() for param in self._params], self._read_versions(), kept)
-            self._adopt_masters(kept)
-            for slot in kept:
-                self._write_back(self.rows[slot], self._momentum_flush)
+            self._take_over([local(param).data_ptr() for param in self._params], self._read_versions(ALL), ALL, kept)
+            self._close({slot: self._leaving(self.rows[slot]) for slot in kept})
         self.forget()
 
-    def _write_back(self, row: Row, flush: bool) -> None:
-        """Leave in the weight what momentum and master still hold of it."""
+    def _leaving(self, row: Row, frozen: Container[int] = ()) -> int:
+        """Return what is to be done with a row that leaves."""
+        flush = self._momentum_flush and row.module is not None and row.slot not in frozen
+        return WRITE_BACK | FLUSH if flush else WRITE_BACK
+
+    def _close(self, actions: Mapping[int, int]) -> None:
+        """Do with each slot what is left to do, where its state holds anything that its weight lacks."""
         assert self.arena is not None
-        flushed = flush and row.module is not None
-        if not (flushed or self.arena.refines(row.slot)):
-            return
-        views = self.arena.views(row.slot)
-        weight, age = row.weight(), self.arena.age[row.slot]
-        # A state without an update may never have been filled.
-        theta = torch.where(age > 0, self._storage.theta(views, weight), self._storage.theta({}, weight))
-        if flushed:
-            hyper = Hyper.of(self._groups[row.group])
-            m, v = (self._storage.decode(name, views, len(weight)) for name in ("exp_avg", "exp_avg_sq"))
-            theta = momentum_flush(theta, m, v, hyper, age)
-        # Stochastic, or updates below half an ulp would be lost in every round. Odd numbers, since the even ones
-        # key the noise of the steps.
-        store_weight(weight, theta, row.start, noise_key(self.seed, 2 * self.steps + 1, row.index))
+        due = [
+            action if (action := actions.get(slot, 0)) & FLUSH or self.arena.refines(slot) else 0 for slot in self.rows
+        ]
+        if any(due):
+            assert self._step is not None
+            self._step.close(self._input(), due)
+            self._hyper = None
 
     def forget(self) -> None:
         """Drop rows and arena, writing nothing back; what is in `state` counts from now on."""
@@ -526,8 +540,7 @@ class ActiveSet:
         self.rows = {}
         self._params, self._pointers, self._numels, self._versions = [], [], [], []
         self._refined, self._refined_params = [], []
-        self._received.clear()
-        self._updated.clear()
+        self._arrivals = self._hyper = None
 
     def check_form(self) -> None:
         """Refuse weights that changed, of all that may be trained: before a round ends and others are drawn.
@@ -573,52 +586,60 @@ class ActiveSet:
         """Let the weights win over masters wherever they differ, however somebody wrote to them."""
         if self.arena is not None:
             self._adopt()
-            self._adopt_masters(self.rows)
+            self._close(dict.fromkeys(self.rows, ADOPT))
 
-    def _adopt_masters(self, slots: Container[int]) -> None:
-        assert self.arena is not None
-        for row in self._refined:
-            if row.slot in slots and "master" in (views := self.arena.views(row.slot)):
-                adopt_weight(views["master"], row.weight())
-
-    def _adopt(self) -> None:
+    def _adopt(self, rows: slice = ALL) -> None:
         """Take over into the masters what torch tells that was written to the weights; refuse weights that changed."""
         assert self.arena is not None
-        held = self._params if self._settings.ranks is None else list(map(local, self._params))
+        held = self._params[rows] if self._settings.ranks is None else list(map(local, self._params[rows]))
         pointers = list(map(Tensor.data_ptr, held))
-        versions = self._read_versions() if self._refined else []
+        versions = self._read_versions(rows) if self._refined else []
         if (
-            pointers == self._pointers
-            and versions == self._versions
-            and list(map(Tensor.numel, held)) == self._numels
+            pointers == self._pointers[rows]
+            and versions == self._versions[self._refined_in(rows)]
+            and list(map(Tensor.numel, held)) == self._numels[rows]
             and all(map(Tensor.is_contiguous, held))
         ):
             return
-        for slot in self.rows:
+        slots = list(self.rows)[rows]
+        for slot in slots:
             self._check_form(slot)
-        self._take_over(pointers, versions, self.rows)
-        self._pointers = pointers
-        self._versions = versions
+        self._take_over(pointers, versions, rows, slots)
 
-    def _take_over(self, pointers: list[int], versions: list[int], slots: Container[int]) -> None:
+    def _take_over(self, pointers: list[int], versions: list[int], rows: slice, slots: Container[int]) -> None:
+        """Let the state follow the weights of some slots whose address or version is another than it was."""
         assert self.arena is not None
-        moved = {slot for slot, now, last in zip(self.rows, pointers, self._pointers, strict=True) if now != last}
-        for row, version, last in zip(self._refined, versions, self._versions, strict=True):
-            if row.slot in slots and (version != last or row.slot in moved):
-                views = self.arena.views(row.slot)
-                if "master" in views:
-                    adopt_weight(views["master"], row.weight())
+        before = dict(zip(self._refined, self._versions, strict=True))
+        now = dict(zip(self._refined[self._refined_in(rows)], versions, strict=True))
+        numbers = range(len(self._params))[rows]
+        moved = {n for n, pointer in zip(numbers, pointers, strict=True) if pointer != self._pointers[n]}
+        adopted = {}
+        for number, slot in enumerate(self.rows):
+            if number in now and slot in slots and (now[number] != before[number] or number in moved):
+                if "master" in (views := self.arena.views(slot)):
+                    adopted[slot] = ADOPT
                 else:
                     # What the old weight lacked means nothing to the new one.
                     views["residual"].zero_()
+        # Another list, by which the step knows that there are other addresses.
+        self._pointers = [*self._pointers]
+        self._pointers[rows] = pointers
+        self._versions[self._refined_in(rows)] = versions
+        self._close(adopted)
 
-    def _read_versions(self) -> list[int]:
+    def _refined_in(self, rows: slice) -> slice:
+        """Return where the refined ones of some rows are in the list of them."""
+        if rows is ALL:
+            return ALL
+        return slice(bisect_left(self._refined, rows.start), bisect_left(self._refined, rows.stop))
+
+    def _read_versions(self, rows: slice) -> list[int]:
         # Twice a step: `local` would take more than half of the time.
-        params = self._refined_params
+        params = self._refined_params[self._refined_in(rows)]
         return list(map(VERSION, params if self._settings.ranks is None else map(local, params)))
 
-    def _refuse_sparse(self, grads: Sequence[Tensor | None]) -> None:
-        for row, grad in zip(self.rows.values(), grads, strict=True):
+    def _refuse_sparse(self, grads: Sequence[Tensor | None], rows: slice) -> None:
+        for row, grad in zip(list(self.rows.values())[rows], grads, strict=True):
             if grad is not None and grad.layout is not torch.strided:
                 raise TypeError(
                     f"the gradient of {self._names[row.index]} is {grad.layout}: MISA updates dense gradients; use "
@@ -634,13 +655,6 @@ def refuse_capture() -> None:
             "noise and the addresses of its round: capture forward and backward alone, anew in every round and "
             "without release_gradients, and call step() outside"
         )
-
-
-def adopt_weight(master: Tensor, theta: Tensor) -> None:
-    """Where a 16-bit weight is no longer its master rounded, somebody set it: take it over into the master."""
-    pieces = (torch.split(tensor, MOVE_ELEMENTS) for tensor in (master, theta))
-    for own, weight in zip(*pieces, strict=True):
-        own.copy_(torch.where(own.to(weight.dtype) == weight, own, weight.to(own.dtype)))
 
 
 def _take(place: Tensor, value: Any, param: Tensor) -> None:

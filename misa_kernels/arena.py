@@ -20,8 +20,8 @@ from misa_kernels.storage import Buffer, Storage
 
 # Offsets are multiples of this many elements, so that groups with a scale of their own begin with the slot.
 ALIGNMENT = GROUP
-# Overlapping moves go through a bounce buffer of this many elements: 4 MB in float32.
-MOVE_ELEMENTS = 1 << 20
+# Overlapping moves go through a bounce buffer of this many elements: 2 MiB in float32.
+MOVE_ELEMENTS = 1 << 19
 
 
 def host(values: Sequence[Any], dtype: torch.dtype = torch.int64) -> Tensor:
@@ -178,8 +178,6 @@ class Arena:
         self.v_floor = torch.zeros(count, dtype=torch.float64, device=device) if v_floor else None
         self.skipped = torch.zeros((), dtype=torch.int32, device=device)
         self._counted = sent(host([] if counted is None else counted, torch.float64), device)
-        self._active = torch.zeros(count, dtype=torch.int32, device=device)
-        self._scratch = torch.zeros(count, dtype=torch.int32, device=device)
         self._active_index = torch.zeros(0, dtype=torch.int64, device=device)
 
     @property
@@ -212,7 +210,6 @@ class Arena:
         if self.v_floor is not None:
             self.v_floor.index_fill_(0, fresh, 0)
         self._active_index = sent(host([*keep, *enter]), self.device)
-        self._active.zero_().index_fill_(0, self._active_index, 1)
         for sums in (self.updates, self.score_sum, self.sq_norm, self.skipped):
             sums.zero_()
 
@@ -241,26 +238,24 @@ class Arena:
         vectors = {"age": self.age, "updates": self.updates, "score_sum": self.score_sum}
         return vectors if self.v_floor is None else {**vectors, "v_floor": self.v_floor}
 
-    def advance(self, missing: Iterable[int], idle: Iterable[int], finite: Tensor | None) -> None:
-        """Count one step: ages, updates and scores of the active slots.
+    def advance(self, updated: Sequence[int], counted: Sequence[int], finite: Tensor | None) -> None:
+        """Count a step of some slots: ages, updates and scores.
 
         Args:
-            missing: Active slots that had no gradient; their age stays.
-            idle: Those of them whose whole module had none; their updates stay, too.
-            finite: 0-dim bool, False if the whole step was skipped; None if it cannot be.
+            updated: Slots that had a gradient, whose age grows.
+            counted: Those whose module had one, whose updates grow.
+            finite: 0-dim bool, False if the step was skipped; None if it cannot be.
         """
-        for counter, absent in ((self.age, missing), (self.updates, idle)):
-            applied = self._scratch.copy_(self._active)
-            for slot in absent:
-                applied[slot].zero_()
-            if finite is not None:
-                applied.mul_(finite)
-            counter.add_(applied)
+        one = torch.ones((), dtype=torch.int32, device=self.device) if finite is None else finite.int()
+        for counter, slots in ((self.age, updated), (self.updates, counted)):
+            index = sent(host(slots), self.device)
+            counter.index_add_(0, index, one.expand(len(slots)))
         if finite is not None:
             skipped = finite.logical_not()
             self.sq_norm.masked_fill_(skipped, 0.0)
             self.skipped.add_(skipped)
         self.score_sum.add_(self.sq_norm)
+        self.sq_norm.zero_()
 
     def root_of_squares(self, modules: Iterable[Sequence[int]]) -> None:
         """Turn ‖g‖² of the step into ‖g‖; that of a module of several slots goes into the first of them."""

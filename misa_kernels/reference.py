@@ -199,9 +199,14 @@ def momentum_flush(theta: Tensor, m: Tensor, v: Tensor, hyper: Hyper, age: Tenso
         age: Updates since activation, 0-dim; its bias corrections are those of the last step.
     """
     t = age.double().clamp(min=1)
-    step_size = hyper.lr * hyper.beta1 / (1 - hyper.beta1) / (1 - hyper.beta1**t)
-    denom = (1 - hyper.beta2**t).rsqrt().to(v.dtype) * v.sqrt() + hyper.eps
-    return torch.where(age > 0, theta - step_size.to(m.dtype) * (m / denom), theta)
+    flush_size = hyper.lr * hyper.beta1 / (1 - hyper.beta1) / (1 - hyper.beta1**t)
+    return torch.where(age > 0, theta - flush_size.to(m.dtype) * update_ratio(m, v, hyper, age), theta)
+
+
+def update_ratio(m: Tensor, v: Tensor, hyper: Hyper, age: Tensor) -> Tensor:
+    """Return m / (√v̂ + ε): the last update, weight decay apart, is lr / (1−β₁ᵗ) times this."""
+    t = age.double().clamp(min=1)
+    return m / ((1 - hyper.beta2**t).rsqrt().to(v.dtype) * v.sqrt() + hyper.eps)
 
 
 def store_weight(target: Tensor, theta: Tensor, start: int, noise_key: int | None) -> None:

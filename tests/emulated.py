@@ -45,8 +45,5 @@ class EmulatedTable(native.NativeTable):
         with patch.object(native, "library", lambda name: library()):
             super().__init__(*args, **options)
 
-    def _call_step(self):
-        return self._library.misa_cuda_step(self._reference, 0, None)
-
-    def _collect(self):
-        self._check(self._library.misa_cuda_collect(self._reference, self.collected.data_ptr(), 0, None))
+    def _call(self, function, *pointers):
+        return self._function(function)(self._reference, *pointers, 0, None)

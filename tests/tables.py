@@ -161,6 +161,7 @@ class Step:
             [row.dtype for row in rows],
             self.grad_dtypes,
             self.state,
+            storage,
             device,
         )
         self.theta = [weight.double().cpu().numpy() for weight in self.weights]

@@ -92,7 +92,8 @@ def test_round_is_read_in_slot_order_and_skips_count_nothing():
     for finite, missing in ((True, []), (False, []), (True, [3]), (None, [])):
         arena.sq_norm[[1, 3, 4]] = torch.tensor([1.0, 10.0, 100.0 if finite is not False else torch.nan]).double()
         arena.sq_norm[missing] = 0.0
-        arena.advance(missing, missing, None if finite is None else torch.tensor(finite))
+        updated = [slot for slot in (1, 3, 4) if slot not in missing]
+        arena.advance(updated, updated, None if finite is None else torch.tensor(finite))
     (score_sum, updates), skipped = arena.read_round(arena.score_sum, arena.updates)
     np.testing.assert_array_equal(score_sum, [0, 3, 0, 20, 300])
     np.testing.assert_array_equal(updates, [0, 3, 0, 2, 3])

@@ -15,6 +15,7 @@ from emulated import EmulatedTable
 
 from benchmarks import nvcc
 from misa_kernels.kernels import native, table
+from misa_kernels.storage import Storage
 
 FP32, BF16 = torch.float32, torch.bfloat16
 DTYPES = [(FP32, FP32), (FP32, BF16), (BF16, FP32), (BF16, BF16)]
@@ -46,7 +47,9 @@ class Rows:
         start = np.arange(len(sizes)) * (2**32 - 1000)
         weight_dtypes, grad_dtypes = zip(*self.dtypes, strict=True)
         group = np.where(np.arange(len(sizes)) < 100, np.arange(len(sizes)) % 11, 0)
-        self.table = make(self.numel, offset, group, start, weight_dtypes, grad_dtypes, self.state, device)
+        storage = Storage(param_precision="stochastic" if stochastic else "master")
+        rows = self.numel, offset, group, start, weight_dtypes, grad_dtypes
+        self.table = make(*rows, self.state, storage, device)
 
     def step(self, grads, lr=1e-2, **options):
         hyper = [(lr / (group + 1), 0.9 - group / 100, 0.99, 1e-8, 0.1) for group in range(11)]

@@ -18,7 +18,9 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 
 from benchmarks import launcher  # noqa: E402
 from misa_kernels import MISA  # noqa: E402
+from misa_kernels.codec import FORMATS  # noqa: E402
 from misa_kernels.kernels import launch  # noqa: E402
+from misa_kernels.kernels.table import ROW_COLUMNS  # noqa: E402
 from misa_kernels.storage import KEYS  # noqa: E402
 
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
@@ -200,11 +202,11 @@ def test_the_arguments_are_those_that_the_kernel_names(stub):
         "found_inf": optimizer.found_inf,
     }.items():
         assert update[f"{name}_ptr"] is tensor, name
-    assert update["row_ptr"].data_ptr() + 8 * 3 * 10 == update["hyper_ptr"].data_ptr()
+    assert update["row_ptr"].data_ptr() + 8 * 3 * ROW_COLUMNS == update["hyper_ptr"].data_ptr()
     assert update["program_ptr"].tolist() == [0, 0, 1, 0, 2, 0]
     numbers = {"first_program": 0, "programs": 3, "max_grad_norm": 0.25, "skip_nonfinite": 1}
-    codecs = {"M_CODEC": launch.CODECS.index(launch.FORMATS["int8"]["exp_avg"])}
-    codecs["V_CODEC"] = launch.CODECS.index(launch.FORMATS["int8"]["exp_avg_sq"])
+    codecs = {"M_CODEC": launch.CODECS.index(FORMATS["int8"]["exp_avg"])}
+    codecs["V_CODEC"] = launch.CODECS.index(FORMATS["int8"]["exp_avg_sq"])
     assert numbers.items() <= update.items() and codecs.items() <= update.items() and update["ALIGNED"] is True
     flags = [(call["UPDATE"], call["CONTROLLED"]) for call in (norm, update)]
     assert flags == [(False, False), (True, True)]

@@ -169,7 +169,7 @@ def test_elements_beyond_32_bits(kernel, library):
     weight[-tail:], grad[-tail:] = 1.0, 2.0
     zero, dtypes = np.zeros(1, dtype=np.int64), [torch.float32]
     state = {torch.float32: {"exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}}
-    rows = kernel.table(np.array([numel]), zero, zero, zero, dtypes, dtypes, state, kernel.device)
+    rows = kernel.table(np.array([numel]), zero, zero, zero, dtypes, dtypes, state, PLAIN, kernel.device)
     rows.step([weight.data_ptr()], [grad.data_ptr()], [list(HYPER.values())])
     # At age 1 the step is lr, whatever the gradient.
     np.testing.assert_allclose(weight[-tail:], 1 - 1e-2 * 0.1 - 1e-2, rtol=1e-6)
@@ -181,7 +181,7 @@ def test_what_it_does_not_know_is_named(kernel):
     one = np.ones(1, dtype=np.int64)
     for dtype in (torch.float16, torch.float64):
         with pytest.raises(ValueError, match=f"{dtype} must be one of torch.float32, torch.bfloat16: use backend"):
-            kernel.table(one, one, one, one, [dtype], [dtype], {dtype: {}}, kernel.device)
+            kernel.table(one, one, one, one, [dtype], [dtype], {dtype: {}}, PLAIN, kernel.device)
 
 
 def test_every_status_has_a_message(library):

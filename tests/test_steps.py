@@ -126,7 +126,7 @@ def test_ages_can_be_set(kernel):
 def test_sums_begin_anew(kernel):
     step = Step(kernel, [Row(300), Row(9000)])
     step.both(step.draw())
-    step.table.clear_sums()
+    step.table.sq_sums.zero_()
     step.sq_sum[:] = 0
     step.both(step.draw())
     step.check()
@@ -455,7 +455,7 @@ def test_nonfinite_weights_stay_so(kernel, stochastic):
 
 def test_no_rows(kernel):
     empty = np.zeros(0, dtype=np.int64)
-    nothing = kernel.table(empty, empty, empty, empty, [], [], {}, kernel.device)
+    nothing = kernel.table(empty, empty, empty, empty, [], [], {}, PLAIN, kernel.device)
     nothing.step([], [], np.zeros((0, 5)))
     assert nothing.collect().shape == (0, 2)
 
@@ -470,7 +470,7 @@ def test_state_beyond_32_bits(kernel):
     weight, grad = torch.ones(numel, device=kernel.device), torch.full((numel,), 2.0, device=kernel.device)
     zero, dtypes = np.zeros(1, dtype=np.int64), [torch.float32]
     sizes = np.array([numel]), np.array([offset])
-    table = kernel.table(*sizes, zero, zero, dtypes, dtypes, {torch.float32: state}, kernel.device)
+    table = kernel.table(*sizes, zero, zero, dtypes, dtypes, {torch.float32: state}, PLAIN, kernel.device)
     table.step([weight.data_ptr()], [grad.data_ptr()], [list(HYPER.values())])
     # At age 1 the step is lr, whatever the gradient.
     np.testing.assert_allclose(weight.cpu(), 1 - 1e-2 * 0.1 - 1e-2, rtol=1e-6)

@@ -8,7 +8,20 @@ from unittest.mock import patch
 import numpy as np
 import pytest
 import torch
-from tables import HYPER, OTHER, Kernel, Row, Step, interpreted, missing, mixed_rows, reserve, same_bits, triton_kernel
+from tables import (
+    HYPER,
+    OTHER,
+    PLAIN,
+    Kernel,
+    Row,
+    Step,
+    interpreted,
+    missing,
+    mixed_rows,
+    reserve,
+    same_bits,
+    triton_kernel,
+)
 from torch import nn
 
 from misa_kernels import MISA
@@ -53,7 +66,7 @@ def test_offsets_beyond_32_bits(kernel):
     weight[-tail:], grad[-tail:] = 1.0, 2.0
     zero = np.zeros(2, dtype=np.int64)
     dtypes = [torch.bfloat16] * 2
-    round_ = kernel.table(numel, offset, zero, zero, dtypes, dtypes, {torch.bfloat16: state}, device)
+    round_ = kernel.table(numel, offset, zero, zero, dtypes, dtypes, {torch.bfloat16: state}, PLAIN, device)
     (bucket,) = round_._buckets
     round_._buckets = [bucket._replace(first_program=bucket.programs - 2, programs=2)]
     small_grad = torch.full_like(small, 2.0)
@@ -78,7 +91,7 @@ def test_wrong_uses_are_named():
     ]
     for dtype, device, error, message in cases:
         with pytest.raises(error, match=message):
-            table(one, one, one, one, [dtype], [dtype], state, device)
+            table(one, one, one, one, [dtype], [dtype], state, PLAIN, device)
 
 
 def test_unchanged_tables_are_not_uploaded_again(kernel):

@@ -2,7 +2,8 @@
 
 A backend is a class built at every switch from the rows, the arena and the settings of the run. Its
 `run(StepInput)` takes a step: weights, moments and masters in place, without waiting for the device; its
-`collect()` brings the arena's ages, scores and skips up to date, before they are read.
+`collect()` brings the arena's ages, scores and skips up to date, before they are read; `measure` and `close` do what is
+left when a round ends, without memory of their own.
 """
 
 from __future__ import annotations
@@ -13,12 +14,14 @@ from collections.abc import Collection, Sequence
 from typing import Protocol
 
 import torch
+from torch import Tensor
 
 from misa_kernels.arena import Arena
 from misa_kernels.codec import FORMATS
 from misa_kernels.kernels import native, table
 from misa_kernels.kernels.plain import PlainStep
 from misa_kernels.kernels.rows import Row, Settings, StepInput
+from misa_kernels.kernels.table import ALL
 from misa_kernels.notices import warn
 from misa_kernels.storage import PRECISIONS, Storage
 
@@ -33,11 +36,17 @@ PREFERRED = {"cuda": ("triton", "cuda"), "cpu": ("cpu",)}
 class Step(Protocol):
     """The steps of one round."""
 
-    def run(self, step: StepInput) -> None:
-        """Take one step."""
+    def run(self, step: StepInput, rows: slice = ALL) -> None:
+        """Take one step of all rows; or of a stretch of them, and in the end of `NONE`."""
 
     def collect(self) -> None:
         """Bring the arena's counters up to date."""
+
+    def measure(self, step: StepInput) -> Tensor:
+        """Return Σ of the squares of the last update of each slot, and of its weight: float64[2, slots]."""
+
+    def close(self, step: StepInput, actions: Sequence[int]) -> None:
+        """Do with each row what its action says; see `RowTable.close`."""
 
 
 class Backend(Protocol):

@@ -7,12 +7,13 @@ from operator import attrgetter
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from misa_kernels.arena import Arena, host, sent
 from misa_kernels.kernels.rows import Row, Settings, StepInput, check_size
-from misa_kernels.kernels.table import SKIP, RowTable
+from misa_kernels.kernels.table import ALL, NONE, SKIP, WRITE_BACK, RowTable
 from misa_kernels.reference import noise_keys
 from misa_kernels.shards import local
 
@@ -52,6 +53,8 @@ class FusedStep:
         # An empty part has a gradient with an address, see `ActiveSet`.
         self._numels = [param.numel() or 4 for param in self._params]
         self._grad_offset = offset * np.array([dtype.itemsize for dtype in self._grad_dtypes], dtype=np.int64)
+        # Rows of a module are neighbours, the first of them has its score where that is of its norm.
+        self._is_first = np.array([row.slot == row.fellows[0] for row in rows], dtype=np.bool_)
         self._launch = self.table(
             numel=np.array([row.stop - row.start for row in rows], dtype=np.int64),
             offset=np.array([arena.offset(row.slot) for row in rows], dtype=np.int64),
@@ -60,6 +63,7 @@ class FusedStep:
             weight_dtypes=[param.dtype for param in self._params],
             grad_dtypes=self._grad_dtypes,
             state={dtype: pool.buffers for dtype, pool in arena.pools.items()},
+            storage=settings.storage,
             device=arena.device,
         )
         self._counted: Tensor | None = None
@@ -68,30 +72,33 @@ class FusedStep:
         self._launch.set_ages(age)
         # After a resume in mid-round this is not 0.
         self._score_before = arena.score_sum[self._slots]
+        if settings.root:
+            firsts, chunks = np.flatnonzero(self._is_first), self._launch.chunks.numpy()
+            self._first_chunks = (np.cumsum(chunks) - chunks)[firsts]
+            self._chunks_of_module = sent(
+                torch.from_numpy(np.diff(self._first_chunks, append=chunks.sum())), arena.device
+            )
+            self._slots_of_modules = self._slots[sent(torch.from_numpy(firsts), arena.device)]
+            self._norms = arena.score_sum[self._slots_of_modules]
         # A row's updates in this round less its age: what they were before, and steps in which it had no gradient but
         # another tensor of its module had.
         self._beyond_age = arena.updates[self._slots] - age
 
-    def run(self, step: StepInput) -> None:
-        """Launch the step."""
+    def run(self, step: StepInput, rows: slice = ALL) -> None:
+        """Launch the step of some rows, or of all."""
         copies: list[Tensor] = []
-        pointers = addresses(step.grads, self._grad_dtypes, self._numels, copies)
-        for hyper in step.hyper:
-            if isinstance(hyper.lr, Tensor) and hyper.lr.device.type != "cpu":
-                raise TypeError(
-                    f"lr is a tensor on {hyper.lr.device}, and reading it would wait for the device: use a float or a "
-                    "tensor on the CPU"
-                )
-        if step.weight_pointers is not self._weight_pointers:
-            self._weight_pointers = step.weight_pointers
-            self._weights = np.array(step.weight_pointers, dtype=np.int64) + self._weight_offset
+        grad_dtypes, numels = (
+            (self._grad_dtypes, self._numels) if rows is ALL else (self._grad_dtypes[rows], self._numels[rows])
+        )
+        pointers = addresses(step.grads, grad_dtypes, numels, copies)
         grads = np.array(pointers, dtype=np.int64)
         settings = self._settings
         self._launch.step(
-            self._weights,
-            np.where(grads == 0, 0, grads + self._grad_offset),
+            self._weights_of(step, rows),
+            np.where(grads == 0, 0, grads + self._grad_offset[rows]),
             np.array(step.hyper[: self._groups], dtype=np.float64),
-            noise_keys(step.seed, 2 * step.number, self._index) if self._noisy else None,
+            noise_keys(step.seed, 2 * step.number, self._index[rows]) if self._noisy else None,
+            rows=rows,
             max_grad_norm=settings.max_grad_norm,
             skip_nonfinite=settings.skip_nonfinite,
             grad_scale=step.grad_scale,
@@ -100,15 +107,47 @@ class FusedStep:
         )
         # Autograd must notice that saved weights are no longer what they were.
         present = bool(grads.all())
-        written = self._params if present else [p for p, pointer in zip(self._params, pointers, strict=True) if pointer]
+        params = self._params if rows is ALL else self._params[rows]
+        written = params if present else [p for p, pointer in zip(params, pointers, strict=True) if pointer]
         torch.autograd.graph.increment_version(written)
         skipped = self._skipped(step.found_inf)
         if skipped is not None:
             self._arena.skipped.add_(skipped)
         if not present:
             self._count_fellows(step.grads, skipped)
-        if settings.root:
+        if rows is ALL or rows is NONE:
+            self._end_step()
+
+    def _weights_of(self, step: StepInput, rows: slice = ALL) -> npt.NDArray[np.int64]:
+        """Return where the weights of rows are."""
+        if rows is not ALL:
+            return np.array(step.weight_pointers, dtype=np.int64) + self._weight_offset[rows]
+        if step.weight_pointers is not self._weight_pointers:
+            self._weight_pointers = step.weight_pointers
+            self._weights = np.array(step.weight_pointers, dtype=np.int64) + self._weight_offset
+        return self._weights
+
+    def _end_step(self) -> None:
+        """Take what is added up of whole steps."""
+        if self._settings.root:
             self._add_norms()
+
+    def measure(self, step: StepInput) -> Tensor:
+        """Return Σ of the squares of the last update of each slot, and of its weight; see `RowTable.measure`."""
+        sums = self._launch.measure(self._weights_of(step), np.array(step.hyper[: self._groups], dtype=np.float64))
+        found = sums.new_zeros(2, len(self._arena.age))
+        return found.index_copy_(1, self._slots, sums)
+
+    def close(self, step: StepInput, actions: Sequence[int]) -> None:
+        """Do with each row what is left to do when a round ends; see `RowTable.close`."""
+        self._launch.close(
+            self._weights_of(step),
+            np.array(step.hyper[: self._groups], dtype=np.float64),
+            np.array(actions, dtype=np.int64),
+            noise_keys(step.seed, 2 * step.number + 1, self._index),
+        )
+        written = [param for param, action in zip(self._params, actions, strict=True) if action & WRITE_BACK]
+        torch.autograd.graph.increment_version(written)
 
     def collect(self) -> None:
         """Bring ages, updates and scores of the arena up to date."""
@@ -116,17 +155,23 @@ class FusedStep:
         age = collected[:, 0].int()
         self._arena.age.index_copy_(0, self._slots, age)
         self._arena.updates.index_copy_(0, self._slots, age + self._beyond_age)
-        if not self._settings.root:
+        if self._settings.root:
+            self._arena.score_sum.index_copy_(0, self._slots_of_modules, self._norms)
+        else:
             self._arena.score_sum.index_copy_(0, self._slots, self._score_before + collected[:, 1])
 
     def _total(self, partials: Tensor) -> Tensor:
         """Return ‖g‖² over all ranks, from the sums of squares of the chunks on this one."""
         ranks = self._settings.ranks
         assert ranks is not None
+        return ranks.sum(self._counted_once(partials).sum())
+
+    def _counted_once(self, sums: Tensor) -> Tensor:
+        """Return sums of chunks without those that another rank has, too."""
         if self._counted is None:
             counted = host([row.is_counted for row in self._rows], torch.float64)
             self._counted = torch.repeat_interleave(counted, self._launch.chunks).to(self._arena.device)
-        return ranks.sum((partials * self._counted).sum())
+        return sums * self._counted
 
     def _skipped(self, found_inf: Tensor | None) -> Tensor | None:
         """Return 1 or 0 on the device, whether the step was skipped; None if it cannot have been."""
@@ -142,12 +187,11 @@ class FusedStep:
 
     def _add_norms(self) -> None:
         """Add ‖g‖ of the step, of the whole module where it has several tensors, to the scores."""
-        self._arena.sq_norm.index_copy_(0, self._slots, self._launch.collect()[:, 1])
-        self._launch.clear_sums()
-        if (ranks := self._settings.ranks) is not None:
-            self._arena.sum_sq_norm(ranks)
-        self._arena.root_of_squares(row.fellows for row in self._rows if row.slot == row.fellows[0])
-        self._arena.score_sum.add_(self._arena.sq_norm)
+        sums, ranks = self._launch.sq_sums, self._settings.ranks
+        counted = sums if ranks is None else self._counted_once(sums)
+        sq_norms = torch.segment_reduce(counted, "sum", lengths=self._chunks_of_module, unsafe=True)
+        self._norms.add_((sq_norms if ranks is None else ranks.sum(sq_norms)).sqrt_())
+        sums.zero_()
 
 
 def addresses(

@@ -15,14 +15,16 @@ from torch import Tensor
 from triton.compiler import CompiledKernel
 
 from misa_kernels.arena import sent
-from misa_kernels.codec import E4M3, FORMATS
+from misa_kernels.codec import E4M3
 from misa_kernels.kernels import triton as kernels
 from misa_kernels.kernels.fused import FusedStep
 from misa_kernels.kernels.table import (
+    ALL,
     DTYPES,
     GRAD,
     GRAD_DTYPE,
     NORMS,
+    ROW_COLUMNS,
     UPDATE,
     WEIGHT,
     WEIGHT_DTYPE,
@@ -30,7 +32,7 @@ from misa_kernels.kernels.table import (
     RowTable,
 )
 from misa_kernels.kernels.triton_codec import CODECS, INTERPRETED
-from misa_kernels.storage import KEYS
+from misa_kernels.storage import KEYS, Storage
 
 # A thread holds 8 elements at a time, two 16-byte vectors of float32, and a program takes 8 such blocks in turn.
 # The interpreter pays by the block instead of by the element.
@@ -66,16 +68,9 @@ class State(NamedTuple):
     max_registers: dict[bool, int]
 
     @classmethod
-    def of(cls, buffers: Mapping[str, Tensor]) -> State:
-        """Return it for the buffers of a pool, whose dtypes and lengths tell the formats apart."""
-        m, v = next(
-            list(codecs.values())
-            for codecs in FORMATS.values()
-            if all(
-                buffers[name].dtype == codec.dtype and len(buffers[name]) * codec.elements == len(buffers["exp_avg"])
-                for name, codec in codecs.items()
-            )
-        )
+    def of(cls, buffers: Mapping[str, Tensor], storage: Storage) -> State:
+        """Return it for the buffers of a pool."""
+        m, v = storage.codecs.values()
         # As bytes, since Triton has no float8 on sm_80 and its interpreter truncates it.
         words = {key: x.view(torch.uint8) if x.dtype == E4M3.dtype else x for key, x in buffers.items()}
         return cls(
@@ -95,25 +90,33 @@ class Upload:
 
     def __init__(self, values: npt.NDArray[Any], device: torch.device) -> None:
         self.tensor = sent(torch.from_numpy(values.reshape(-1).copy()), device)
+        self._is_free = False
         self._ring: deque[tuple[Tensor, torch.cuda.Event]] = deque()
         if device.type == "cuda":
             for _ in range(UPLOAD_BUFFERS):
                 buffer = torch.empty_like(self.tensor, device="cpu", pin_memory=True)
                 self._ring.append((buffer, torch.cuda.Event()))  # type: ignore[no-untyped-call]
 
-    def put(self, values: npt.NDArray[Any]) -> None:
-        """Copy the values to the device."""
-        source = torch.from_numpy(values.reshape(-1))
+    def put(self, values: npt.NDArray[Any], words: slice = ALL) -> None:
+        """Copy the values to the device, or some words of them, until `turn` each word once."""
+        source = torch.from_numpy(values.reshape(-1)[words])
         if self.tensor.device.type == "cpu":
-            self.tensor.copy_(source)
+            self.tensor[words].copy_(source)
             return
         buffer, done = self._ring[0]
-        self._ring.rotate(-1)
-        # Returns at once unless the device is as many uploads behind as there are buffers.
-        done.synchronize()
-        buffer.copy_(source)
-        self.tensor.copy_(buffer, non_blocking=True)
-        done.record()
+        if not self._is_free:
+            # Returns at once unless the device is as many steps behind as there are buffers.
+            done.synchronize()
+            self._is_free = True
+        buffer[words].copy_(source)
+        self.tensor[words].copy_(buffer[words], non_blocking=True)
+
+    def turn(self) -> None:
+        """Take another buffer for the next step, since the device may still read this one."""
+        if self._is_free:
+            self._ring[0][1].record()
+            self._ring.rotate(-1)
+            self._is_free = False
 
 
 class Launch(RowTable):
@@ -135,6 +138,7 @@ class Launch(RowTable):
         weight_dtypes: Sequence[torch.dtype],
         grad_dtypes: Sequence[torch.dtype],
         state: Mapping[torch.dtype, Mapping[str, Tensor]],
+        storage: Storage,
         device: torch.device,
     ) -> None:
         if (device.type == "cpu") != bool(INTERPRETED):
@@ -142,23 +146,24 @@ class Launch(RowTable):
                 f"the Triton kernels cannot run on {device}: they need CUDA tensors, or CPU tensors and "
                 "TRITON_INTERPRET=1 in the environment before the import"
             )
-        super().__init__(numel, offset, group, start, weight_dtypes, grad_dtypes, state, device)
+        super().__init__(numel, offset, group, start, weight_dtypes, grad_dtypes, state, storage, device)
         self._on_device: AbstractContextManager[Any] = (
             torch.cuda.device(device) if device.type == "cuda" else nullcontext()
         )
         self._compiled: dict[Any, Any] = {}
-        self._buffers = {dtype: State.of(state[dtype]) for dtype in dict.fromkeys(weight_dtypes)}
+        self._buffers = {dtype: State.of(state[dtype], storage) for dtype in dict.fromkeys(weight_dtypes)}
         self._divisible = numel % 4 == 0
         self._row_of_chunk = np.repeat(np.arange(len(numel)), self._chunks)
-        first_chunk = np.cumsum(self._chunks) - self._chunks
-        self._number = np.arange(len(self._row_of_chunk)) - first_chunk[self._row_of_chunk]
+        self._first_chunk = np.cumsum(self._chunks) - self._chunks
+        self._number = np.arange(len(self._row_of_chunk)) - self._first_chunk[self._row_of_chunk]
         self._pair = len(DTYPES) * self._rows[:, WEIGHT_DTYPE] + self._rows[:, GRAD_DTYPE]
         self._sent = self._tables.copy()
         self._table_upload = Upload(self._tables, device)
         self._device_rows = self._table_upload.tensor[: self._row_words]
         self._device_hyper = self._table_upload.tensor[self._row_words :].view(torch.float64)
         self._programs = np.zeros((len(self._number), 2), dtype=np.int32)
-        self._group(self._divisible)
+        self._aligned = self._divisible.copy()
+        self._group()
         self._program_upload = Upload(self._programs, device)
 
     def _run(
@@ -168,43 +173,94 @@ class Launch(RowTable):
         grad_scale: Tensor | None,
         found_inf: Tensor | None,
         half: int,
+        rows: slice = ALL,
     ) -> None:
-        aligned = self._divisible & ((self._rows[:, WEIGHT] | self._rows[:, GRAD]) & 15 == 0)
-        regroup = not np.array_equal(aligned, self._aligned)
-        if regroup:
-            self._group(aligned)
         control = max_grad_norm is not None or skip_nonfinite
         scalars = float("inf") if max_grad_norm is None else float(max_grad_norm), int(skip_nonfinite)
         with self._on_device:
-            if regroup:
-                self._program_upload.put(self._programs)
-            if not np.array_equal(self._tables, self._sent):
-                self._table_upload.put(self._tables)
-                np.copyto(self._sent, self._tables)
+            self._upload(rows)
+            buckets = self._buckets if rows is ALL else self._buckets_of(rows)
             if control and half != UPDATE:
                 # The coefficient needs the norms of all buckets.
-                for bucket in self._buckets:
+                for bucket in buckets:
                     self._launch(bucket, grad_scale, found_inf, *scalars, update=False, controlled=False)
-            for bucket in self._buckets if half != NORMS else ():
+            for bucket in buckets if half != NORMS else ():
                 self._launch(bucket, grad_scale, found_inf, *scalars, update=True, controlled=control)
 
-    def _collect(self) -> None:
+    def _upload(self, rows: slice) -> None:
+        """Bring the device's tables up to date, as far as they are about these rows."""
+        pointers = self._rows[rows]
+        aligned = self._divisible[rows] & ((pointers[:, WEIGHT] | pointers[:, GRAD]) & 15 == 0)
+        if not np.array_equal(aligned, self._aligned[rows]):
+            self._aligned[rows] = aligned
+            self._group()
+            self._program_upload.put(self._programs)
+            # Once more within the step, where it comes in several calls, would be the same words again.
+            self._program_upload.turn()
+        first, end, _ = rows.indices(len(self._rows))
+        if rows is ALL:
+            # Of a step in several calls some words may be on their way.
+            self._table_upload.turn()
+            stretches = [ALL]
+        else:
+            stretches = [slice(first * ROW_COLUMNS, end * ROW_COLUMNS), slice(self._row_words, None)]
+        for words in stretches:
+            if not np.array_equal(self._tables[words], self._sent[words]):
+                self._table_upload.put(self._tables, words)
+                self._sent[words] = self._tables[words]
+        if rows is ALL or first == end:
+            self._table_upload.turn()
+
+    def _collect(self, sums: Tensor, into: Tensor) -> None:
         with self._on_device:
             kernels.collect_kernel[(len(self._chunks),)](
-                self._device_rows, self._ages, self._sq_sums, self.collected, CHUNK=self.chunk, **OPTIONS
+                self._device_rows, self._ages, sums, into, CHUNK=self.chunk, **OPTIONS
             )
 
-    def _group(self, aligned: npt.NDArray[np.bool_]) -> None:
+    def _close(self, moved: Tensor | None) -> None:
+        with self._on_device:
+            self._upload(ALL)
+            for bucket in self._buckets:
+                weight_dtype, state = bucket.dtypes[0], self._buffers[bucket.dtypes[0]]
+                kernels.close_kernel[(bucket.programs,)](
+                    self._program_upload.tensor,
+                    self._device_rows,
+                    self._device_hyper,
+                    *state.pointers,
+                    self._ages,
+                    moved,
+                    bucket.first_program,
+                    len(self._programs),
+                    TRITON_DTYPES[weight_dtype],
+                    *state.codecs.values(),
+                    bucket.aligned,
+                    BLOCK,
+                    BLOCKS,
+                    maxnreg=state.max_registers[bucket.aligned],
+                    **OPTIONS,
+                )
+
+    def _group(self) -> None:
         """Sort the programs by bucket. Ages and sums stay where they are, being numbered by chunk."""
-        self._aligned = aligned
-        kind = (2 * self._pair + ~aligned)[self._row_of_chunk]
-        order = np.argsort(kind, kind="stable")
+        self._kind = 2 * self._pair + ~self._aligned
+        order = np.argsort(self._kind[self._row_of_chunk], kind="stable")
         self._programs[:, 0] = self._row_of_chunk[order]
         self._programs[:, 1] = self._number[order]
-        kinds, first, count = np.unique(kind[order], return_index=True, return_counts=True)
-        self._buckets = [
-            Bucket((DTYPES[kind // 6], DTYPES[kind // 2 % 3]), kind % 2 == 0, first_program, programs)
-            for kind, first_program, programs in zip(kinds.tolist(), first.tolist(), count.tolist(), strict=True)
+        # A row's first program, beside which all others of it lie.
+        self._first_program = np.argsort(order)[self._first_chunk]
+        self._buckets = self._buckets_of(ALL)
+
+    def _buckets_of(self, rows: slice) -> list[Bucket]:
+        """Return the programs of some neighbouring rows, which lie side by side in each bucket."""
+        kinds, first_program, chunks = self._kind[rows], self._first_program[rows], self._chunks[rows]
+        return [
+            Bucket(
+                (DTYPES[kind // 6], DTYPES[kind // 2 % 3]),
+                kind % 2 == 0,
+                int(first_program[kinds == kind].min()),
+                int(chunks[kinds == kind].sum()),
+            )
+            for kind in np.unique(kinds).tolist()
         ]
 
     def _launch(

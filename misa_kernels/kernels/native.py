@@ -6,23 +6,24 @@ import ctypes
 from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from misa_kernels.arena import Arena
 from misa_kernels.kernels.fused import FusedStep
-from misa_kernels.kernels.rows import Row, Settings, StepInput
-from misa_kernels.kernels.table import Integers, RowTable
+from misa_kernels.kernels.rows import Row, Settings
+from misa_kernels.kernels.table import ALL, Integers, RowTable
+from misa_kernels.storage import KEYS, Storage
 
 FOLDER = Path(__file__).parents[1]
 SUFFIXES = {".so", ".dylib", ".dll"}
 COMPILER = {"cpu": "a C++ compiler", "cuda": "nvcc"}
 CLIP, SKIP_NONFINITE = 1, 2
-# MisaFormat, by the dtype of `exp_avg`.
-FORMATS = (torch.float32, torch.bfloat16, torch.int8)
-# The members of MisaState, in order.
-KEYS = ("exp_avg", "exp_avg_sq", "exp_avg_scale", "exp_avg_sq_scale", "master", "residual")
+# MisaFormat: the number of a `state_dtype`.
+FORMATS = ("fp32", "bf16", "int8")
 POINTER, INT64 = ctypes.c_void_p, ctypes.c_int64
 
 
@@ -98,6 +99,7 @@ def load(name: str, file: Path) -> ctypes.CDLL:
         ("built", ctypes.c_char_p, []),
         ("step", ctypes.c_int, [step, *(stream or [ctypes.c_int])]),
         ("collect", ctypes.c_int, [step, POINTER, *stream]),
+        ("close", ctypes.c_int, [step, POINTER, *(stream or [ctypes.c_int])]),
     ):
         entry = getattr(loaded, f"misa_{name}_{function}")
         entry.restype, entry.argtypes = result, arguments
@@ -153,14 +155,16 @@ class NativeTable(RowTable):
         weight_dtypes: Sequence[torch.dtype],
         grad_dtypes: Sequence[torch.dtype],
         state: Mapping[torch.dtype, Mapping[str, Tensor]],
+        storage: Storage,
         device: torch.device,
     ) -> None:
         self._library = library(self.name)
         self.chunk = getattr(self._library, f"misa_{self.name}_chunk")()
-        super().__init__(numel, offset, group, start, weight_dtypes, grad_dtypes, state, device)
+        super().__init__(numel, offset, group, start, weight_dtypes, grad_dtypes, state, storage, device)
+        self._first_row = self._rows.ctypes.data
         self._struct = struct = Step(
             bytes=ctypes.sizeof(Step),
-            rows=self._rows.ctypes.data,
+            rows=self._first_row,
             row_count=len(self._rows),
             hyper=self._hyper.ctypes.data,
             group_count=len(self._hyper),
@@ -175,8 +179,7 @@ class NativeTable(RowTable):
             for name, buffer in state.get(dtype, {}).items():
                 setattr(struct.state[number], name, buffer.data_ptr())
             struct.state[number].elements = len(state[dtype]["exp_avg"]) if dtype in state else 0
-        # What m is stored in tells the formats apart.
-        struct.format = next((FORMATS.index(buffers["exp_avg"].dtype) for buffers in state.values()), 0)
+        struct.format = FORMATS.index(storage.state_dtype)
         self._reference = ctypes.byref(struct)
 
     def _run(
@@ -186,15 +189,35 @@ class NativeTable(RowTable):
         grad_scale: Tensor | None,
         found_inf: Tensor | None,
         half: int,
+        rows: slice = ALL,
     ) -> None:
         struct = self._struct
+        first, end, _ = rows.indices(len(self._rows))
+        struct.rows = self._first_row + first * self._rows.strides[0]
+        struct.row_count = end - first
         struct.flags = (max_grad_norm is not None) * CLIP | skip_nonfinite * SKIP_NONFINITE | half
         struct.max_grad_norm = 0.0 if max_grad_norm is None else max_grad_norm
         struct.grad_scale = None if grad_scale is None else grad_scale.data_ptr()
         struct.found_inf = None if found_inf is None else found_inf.data_ptr()
-        self._check(self._call_step())
+        self._check(self._call("step"))
 
-    def _call_step(self) -> int:
+    def _collect(self, sums: Tensor, into: Tensor) -> None:
+        self._whole(sums)
+        self._check(self._call("collect", into.data_ptr()))
+        self._struct.sq_sum = self._sq_sums.data_ptr()
+
+    def _close(self, moved: Tensor | None) -> None:
+        self._whole(self._sq_sums)
+        self._check(self._call("close", None if moved is None else moved.data_ptr()))
+
+    def _whole(self, sums: Tensor) -> None:
+        self._struct.rows, self._struct.row_count = self._first_row, len(self._rows)
+        self._struct.sq_sum = sums.data_ptr()
+
+    def _function(self, name: str) -> Any:
+        return getattr(self._library, f"misa_{self.name}_{name}")
+
+    def _call(self, function: str, *pointers: int | None) -> int:
         raise NotImplementedError
 
     def _check(self, status: int) -> None:
@@ -208,12 +231,10 @@ class CpuTable(NativeTable):
 
     name = "cpu"
 
-    def _call_step(self) -> int:
-        status: int = self._library.misa_cpu_step(self._reference, torch.get_num_threads())
+    def _call(self, function: str, *pointers: int | None) -> int:
+        threads = () if function == "collect" else (torch.get_num_threads(),)
+        status: int = self._function(function)(self._reference, *pointers, *threads)
         return status
-
-    def _collect(self) -> None:
-        self._check(self._library.misa_cpu_collect(self._reference, self.collected.data_ptr()))
 
 
 class CudaTable(NativeTable):
@@ -221,19 +242,13 @@ class CudaTable(NativeTable):
 
     name = "cuda"
 
-    def _stream(self) -> tuple[int, int]:
+    def _call(self, function: str, *pointers: int | None) -> int:
         # Not the device asked for, which may have no index.
         device = self._ages.device
-        return device.index, torch.cuda.current_stream(device).cuda_stream
-
-    def _call_step(self) -> int:
-        with torch.cuda.device(self._ages.device):
-            status: int = self._library.misa_cuda_step(self._reference, *self._stream())
+        with torch.cuda.device(device):
+            stream = torch.cuda.current_stream(device).cuda_stream
+            status: int = self._function(function)(self._reference, *pointers, device.index, stream)
         return status
-
-    def _collect(self) -> None:
-        with torch.cuda.device(self._ages.device):
-            self._check(self._library.misa_cuda_collect(self._reference, self.collected.data_ptr(), *self._stream()))
 
 
 class CpuStep(FusedStep):
@@ -252,6 +267,8 @@ class CpuStep(FusedStep):
         self._counters = [vector.numpy() for vector in (arena.age, arena.updates, arena.score_sum)]
         self._before = self._beyond_age.numpy(), self._score_before.numpy()
         self._age, self._sq_sum = self._launch.collected.numpy().T
+        if settings.root:
+            self._by_module = self._launch.sq_sums.numpy(), self._first_chunks, self._norms.numpy()
 
     def collect(self) -> None:
         """Bring ages, updates and scores of the arena up to date."""
@@ -260,13 +277,23 @@ class CpuStep(FusedStep):
         beyond_age, score_before = self._before
         ages[self._at] = self._age
         updates[self._at] = self._age + beyond_age
-        if not self._settings.root:
+        if self._settings.root:
+            scores[self._at[self._is_first]] = self._norms.numpy()
+        else:
             scores[self._at] = score_before + self._sq_sum
 
-    def run(self, step: StepInput) -> None:
-        """Take the step; the arena's counters are up to date after it, since nothing has to be waited for."""
-        super().run(step)
+    def _end_step(self) -> None:
+        """Bring the arena's counters up to date, since nothing has to be waited for."""
+        super()._end_step()
         self.collect()
+
+    def _add_norms(self) -> None:
+        if self._settings.ranks is not None:
+            super()._add_norms()
+        elif len(self._rows):
+            sums, first_chunks, norms = self._by_module
+            norms += np.sqrt(np.add.reduceat(sums, first_chunks))
+            sums[:] = 0.0
 
 
 class CudaStep(FusedStep):

@@ -10,8 +10,13 @@ from torch import Tensor
 from misa_kernels import reference
 from misa_kernels.arena import Arena
 from misa_kernels.kernels.rows import Row, Settings, StepInput, check_size
+from misa_kernels.kernels.table import ADOPT, ALL, FLUSH, NONE, WRITE_BACK
+from misa_kernels.reference import Hyper, momentum_flush, noise_key, store_weight, update_ratio
 from misa_kernels.shards import Ranks, local
 from misa_kernels.storage import split, state_noise
+
+# Elements at a time when a round ends: the noise and what is decoded take up to 100 bytes for each.
+PIECE = 1 << 15
 
 
 class PlainStep:
@@ -33,17 +38,20 @@ class PlainStep:
         self._settings = settings
         self._views = [arena.views(row.slot) for row in rows]
 
-    def run(self, step: StepInput) -> None:
-        """Update everything that has a gradient, and count it in the arena."""
+    def run(self, step: StepInput, rows: slice = ALL) -> None:
+        """Update some rows, as far as they have a gradient, and count it in the arena."""
+        if rows is NONE:
+            return
         arena, settings, storage = self._arena, self._settings, self._settings.storage
         present, stores, counted = [], [], []
-        for row, grad in zip(self._rows, step.grads, strict=True):
+        updated, own = set(), self._rows[rows]
+        for row, grad in zip(own, step.grads, strict=True):
             if grad is not None:
                 check_size(grad, local(row.param).numel() or grad.numel())
-        for row, views, grad in zip(self._rows, self._views, step.grads, strict=True):
+        for row, views, grad in zip(own, self._views[rows], step.grads, strict=True):
             if grad is None:
-                arena.sq_norm[row.slot].zero_()
                 continue
+            updated.add(row.slot)
             weight = row.weight()
             moments = {name: storage.decode(name, views, len(weight)) for name in storage.codecs}
             whole = storage.theta(views, weight) if "residual" in views else weight
@@ -76,10 +84,8 @@ class PlainStep:
         if settings.root:
             if settings.ranks is not None:
                 arena.sum_sq_norm(settings.ranks)
-            arena.root_of_squares(row.fellows for row in self._rows if row.slot == row.fellows[0])
-        missing = {row.slot for row, grad in zip(self._rows, step.grads, strict=True) if grad is None}
-        idle = [row.slot for row in self._rows if missing.issuperset(row.fellows)]
-        arena.advance(missing, idle, finite)
+            arena.root_of_squares(row.fellows for row in own if row.slot == row.fellows[0])
+        arena.advance(sorted(updated), [row.slot for row in own if not updated.isdisjoint(row.fellows)], finite)
 
     def _total(self, counted: list[bool], ranks: Ranks) -> Callable[[Tensor], Tensor]:
         """Return what sums the squared norms of rows over all ranks."""
@@ -108,3 +114,50 @@ class PlainStep:
 
     def collect(self) -> None:
         """Do nothing: the arena's counters are up to date after every step."""
+
+    def measure(self, step: StepInput) -> Tensor:
+        """Return Σ of the squares of the last update of each slot, and of its weight; see `RowTable.measure`."""
+        sums = torch.zeros(2, len(self._arena.age), dtype=torch.float64, device=self._arena.device)
+        for row in self._rows:
+            for start in range(0, row.stop - row.start, PIECE):
+                update, weight = self._measured(row, start, step.hyper[row.group])
+                sums[0, row.slot] += update
+                sums[1, row.slot] += weight
+        return sums
+
+    def _measured(self, row: Row, start: int, hyper: Hyper) -> tuple[Tensor, Tensor]:
+        numel = min(PIECE, row.stop - row.start - start)
+        views, age = self._arena.views(row.slot, start, numel), self._arena.age[row.slot]
+        m, v = (self._settings.storage.decode(name, views, numel) for name in ("exp_avg", "exp_avg_sq"))
+        step_size = hyper.lr / (1 - hyper.beta1 ** age.double().clamp(min=1))
+        update = step_size.square() * update_ratio(m, v, hyper, age).double().square().sum()
+        return torch.where(age > 0, update, 0.0), row.weight(start, numel).double().square().sum()
+
+    def close(self, step: StepInput, actions: Sequence[int]) -> None:
+        """Do with each row what is left to do when a round ends; see `RowTable.close`."""
+        for row, action in zip(self._rows, actions, strict=True):
+            if action:
+                key = noise_key(step.seed, 2 * step.number + 1, row.index)
+                for start in range(0, row.stop - row.start, PIECE):
+                    self._close(row, action, start, step.hyper[row.group], key)
+
+    def _close(self, row: Row, action: int, start: int, hyper: Hyper, key: int) -> None:
+        storage, numel = self._settings.storage, min(PIECE, row.stop - row.start - start)
+        views, age = self._arena.views(row.slot, start, numel), self._arena.age[row.slot]
+        weight = row.weight(start, numel)
+        plain = storage.theta({}, weight)
+        theta = storage.theta(views, weight)
+        if (master := views.get("master")) is not None:
+            # Where a weight is no longer its master rounded, somebody set it.
+            theta = torch.where(master.to(weight.dtype) == weight, master, plain)
+            if action & ADOPT:
+                master.copy_(torch.where(age > 0, theta, master))
+        if not action & WRITE_BACK:
+            return
+        # A state without an update may never have been filled.
+        theta = torch.where(age > 0, theta, plain)
+        if action & FLUSH:
+            m, v = (storage.decode(name, views, numel) for name in ("exp_avg", "exp_avg_sq"))
+            theta = momentum_flush(theta, m, v, hyper, age)
+        # Stochastic, or updates below half an ulp would be lost in every round.
+        store_weight(weight, theta, row.start + start, key)

@@ -10,13 +10,18 @@ import torch
 from torch import Tensor
 
 from misa_kernels.arena import sent
+from misa_kernels.storage import Storage
 
 Integers = npt.NDArray[np.int64]
 
 # Columns of the row table, int64: MisaRow of csrc/misa.h. A gradient pointer of 0 means that there is no gradient
 # this step; the state begins at element `OFFSET` of its pool; `START` is the first element's index in the whole
 # parameter.
-WEIGHT, GRAD, NUMEL, OFFSET, GROUP, START, KEY, FIRST_CHUNK, WEIGHT_DTYPE, GRAD_DTYPE, ROW_COLUMNS = range(11)
+WEIGHT, GRAD, NUMEL, OFFSET, GROUP, START, KEY, FIRST_CHUNK, WEIGHT_DTYPE, GRAD_DTYPE, ACTION, ROW_COLUMNS = range(12)
+# What `close` does with a row, see `rows`: MisaAction.
+MEASURE, ADOPT, FLUSH, WRITE_BACK = 1, 2, 4, 8
+# Stretches of rows.
+ALL, NONE = slice(None), slice(0, 0)
 # Columns of the table of hyperparameters, float64, one line a param group: MisaHyper.
 LR, BETA1, BETA2, EPS, WEIGHT_DECAY, HYPER_COLUMNS = range(6)
 # Columns of `control`, float32.
@@ -43,6 +48,7 @@ class RowTable:
         grad_dtypes: The same; need not be those of the weights.
         state: Per weight dtype the 1-D buffers of `Storage.buffers`, on 16 bytes. bfloat16 with neither master nor
             residual is rounded stochastically.
+        storage: How moments are stored in them.
         device: Where all of it is.
 
     Attributes:
@@ -69,6 +75,7 @@ class RowTable:
         weight_dtypes: Sequence[torch.dtype],
         grad_dtypes: Sequence[torch.dtype],
         state: Mapping[torch.dtype, Mapping[str, Tensor]],
+        storage: Storage,
         device: torch.device,
     ) -> None:
         for dtype in {*weight_dtypes, *grad_dtypes}:
@@ -112,6 +119,7 @@ class RowTable:
         hyper: npt.ArrayLike,
         noise_keys: npt.ArrayLike | None = None,
         *,
+        rows: slice = ALL,
         max_grad_norm: float | None = None,
         skip_nonfinite: bool = False,
         grad_scale: Tensor | None = None,
@@ -125,6 +133,8 @@ class RowTable:
             grads: `data_ptr()` of its gradient, 0 for none: weight, state, age and sum stay.
             hyper: lr, β₁, β₂, ε and weight decay of each group, shape (groups, 5).
             noise_keys: 32-bit key of each row for this step; for stochastic rounding.
+            rows: A stretch of the rows, where a step comes in several calls, the last of them with all or with none;
+                the other arguments are for these. Not with `max_grad_norm` or `skip_nonfinite`.
             max_grad_norm: Scale gradients by min(1, max_grad_norm / (‖g‖ + 1e-6)), ‖g‖ over all rows.
             skip_nonfinite: Change nothing, ages and sums included, when ‖g‖² is NaN or infinite.
             grad_scale: What `GradScaler` multiplied the loss by, one float32 on the device, or None.
@@ -134,13 +144,10 @@ class RowTable:
         """
         if not len(self._rows):
             return
-        self._rows[:, WEIGHT] = weights
-        self._rows[:, GRAD] = grads
-        self._hyper[:] = hyper
-        if noise_keys is not None:
-            self._rows[:, KEY] = noise_keys
+        self._fill(weights, hyper, noise_keys, rows)
+        self._rows[rows, GRAD] = grads
         if total is None or (max_grad_norm is None and not skip_nonfinite):
-            self._run(max_grad_norm, skip_nonfinite, grad_scale, found_inf, BOTH)
+            self._run(max_grad_norm, skip_nonfinite, grad_scale, found_inf, BOTH, rows)
             return
         self._run(max_grad_norm, skip_nonfinite, grad_scale, found_inf, NORMS)
         # What `write_control` of the kernels does, with another sum.
@@ -154,17 +161,66 @@ class RowTable:
         self._run(max_grad_norm, skip_nonfinite, grad_scale, found_inf, UPDATE)
 
     def collect(self) -> Tensor:
-        """Return age and Σ‖g‖² since `clear_sums` of each row: float64 of shape (rows, 2), on the device.
+        """Return age and Σ‖g‖² of each row: float64 of shape (rows, 2), on the device.
 
         Every call returns the same tensor, with new values.
         """
         if len(self._rows):
-            self._collect()
+            self._collect(self._sq_sums, self.collected)
         return self.collected
 
-    def clear_sums(self) -> None:
-        """Begin the sums of a round."""
-        self._sq_sums.zero_()
+    def close(
+        self,
+        weights: npt.ArrayLike,
+        hyper: npt.ArrayLike,
+        actions: npt.ArrayLike,
+        noise_keys: npt.ArrayLike | None = None,
+    ) -> None:
+        """Do with each row what its action says, at the end of a round: in place, in one pass, without workspace.
+
+        A row of age 0 stays as it is: it has no state.
+
+        Args:
+            weights: As in `step`; looked at where there is an action.
+            hyper: As in the last step.
+            actions: Of each row, a sum of `ADOPT`, `FLUSH` and `WRITE_BACK`, or 0.
+            noise_keys: 32-bit key of each row for the stochastic rounding of `WRITE_BACK`.
+        """
+        if not len(self._rows):
+            return
+        self._fill(weights, hyper, noise_keys, ALL)
+        self._rows[:, ACTION] = actions
+        self._close(None)
+
+    def measure(self, weights: npt.ArrayLike, hyper: npt.ArrayLike) -> Tensor:
+        """Return Σ of the squares of each row's last update, weight decay apart, and of its weight: float64[2, rows].
+
+        Args:
+            weights: As in `step`.
+            hyper: As in the last step.
+        """
+        collected = self.collected.new_zeros(2, *self.collected.shape)
+        if len(self._rows):
+            self._fill(weights, hyper, None, ALL)
+            self._rows[:, ACTION] = MEASURE
+            moved = self._sq_sums.new_zeros(2, len(self._sq_sums))
+            self._close(moved)
+            for sums, into in zip(moved, collected, strict=True):
+                self._collect(sums, into)
+        return collected[:, :, 1]
+
+    def _fill(
+        self, weights: npt.ArrayLike, hyper: npt.ArrayLike, noise_keys: npt.ArrayLike | None, rows: slice
+    ) -> None:
+        self._rows[rows, WEIGHT] = weights
+        self._hyper[:] = hyper
+        if noise_keys is not None:
+            self._rows[rows, KEY] = noise_keys
+
+    @property
+    def sq_sums(self) -> Tensor:
+        """Σ‖g‖² since the beginning of each chunk, float64[chunks] on the device; for who adds up something else."""
+        return self._sq_sums
 
     def set_ages(self, ages: Tensor) -> None:
         """Set how many updates each row has had; integers of shape (rows,), on any device."""
@@ -179,8 +235,14 @@ class RowTable:
         grad_scale: Tensor | None,
         found_inf: Tensor | None,
         half: int,
+        rows: slice = ALL,
     ) -> None:
         raise NotImplementedError
 
-    def _collect(self) -> None:
+    def _collect(self, sums: Tensor, into: Tensor) -> None:
+        """Write age and the sum over the chunks of each row into float64[rows, 2]."""
+        raise NotImplementedError
+
+    def _close(self, moved: Tensor | None) -> None:
+        """Do what the rows' actions say; of `MEASURE`, put the sums of each chunk into float64[2, chunks]."""
         raise NotImplementedError

@@ -24,11 +24,17 @@ if VERSION < (3, 6):
 LAUNCHES_COMPILED = VERSION <= (3, 9)
 
 # What stands in the tables, see `misa_kernels.kernels.table`.
-WEIGHT, GRAD, NUMEL, OFFSET, GROUP, START, KEY, FIRST_CHUNK = (tl.constexpr(i) for i in range(8))
+WEIGHT, GRAD, NUMEL = tl.constexpr(table.WEIGHT), tl.constexpr(table.GRAD), tl.constexpr(table.NUMEL)
+OFFSET, GROUP, START = tl.constexpr(table.OFFSET), tl.constexpr(table.GROUP), tl.constexpr(table.START)
+KEY, FIRST_CHUNK, ACTION = tl.constexpr(table.KEY), tl.constexpr(table.FIRST_CHUNK), tl.constexpr(table.ACTION)
 ROW_COLUMNS = tl.constexpr(table.ROW_COLUMNS)
-LR, BETA1, BETA2, EPS, WEIGHT_DECAY, HYPER_COLUMNS = (tl.constexpr(i) for i in range(6))
+LR, BETA1, BETA2 = tl.constexpr(table.LR), tl.constexpr(table.BETA1), tl.constexpr(table.BETA2)
+EPS, WEIGHT_DECAY = tl.constexpr(table.EPS), tl.constexpr(table.WEIGHT_DECAY)
+HYPER_COLUMNS = tl.constexpr(table.HYPER_COLUMNS)
 # Of `control`, which the last program of the norm launch writes.
-COEFFICIENT, NORM, SKIP = (tl.constexpr(i) for i in range(3))
+COEFFICIENT, NORM, SKIP = tl.constexpr(table.COEFFICIENT), tl.constexpr(table.NORM), tl.constexpr(table.SKIP)
+MEASURE, ADOPT = tl.constexpr(table.MEASURE), tl.constexpr(table.ADOPT)
+FLUSH, WRITE_BACK = tl.constexpr(table.FLUSH), tl.constexpr(table.WRITE_BACK)
 # float64 numbers that `sum_in_order` holds at once: 8 a thread.
 SUM_BLOCK = tl.constexpr(1024)
 
@@ -370,6 +376,132 @@ def step_kernel(
                 control_ptr, sum_in_order(partial_ptr, programs), found_inf_ptr, max_grad_norm, skip_nonfinite
             )
             tl.store(arrived_ptr, 0)
+
+
+@triton.jit
+def update_ratio(m, v, denom_scale, eps):
+    """Return m / (√v + ε) with bias corrections, the last update over its step size: csrc/adamw.h, and its bits."""
+    return tl.div_rn(m, denom_scale * tl.sqrt_rn(v) + eps)
+
+
+@triton.jit
+def momentum_flush(theta, ratio, flush_size):
+    """Return θ after what is left in its momentum: csrc/adamw.h, and its bits."""
+    return theta - flush_size * ratio
+
+
+@triton.jit
+def nearest_of(x, DTYPE: tl.constexpr):
+    """Return float32 rounded to a dtype, as float32."""
+    rounded = bf16_nearest(x) if DTYPE == tl.bfloat16 else x.to(DTYPE)
+    return rounded.to(tl.float32)
+
+
+@triton.jit
+def fp16_rounded(x, noise):
+    """Round float32 to one of its two neighbours in float16, the nearer with higher probability; `noise` 16 bits."""
+    nearest = x.to(tl.float16)
+    bits = nearest.to(tl.int16, bitcast=True).to(tl.int32)
+    bits -= (tl.abs(nearest.to(tl.float32)) > tl.abs(x)).to(tl.int32)
+    low = tl.abs(bits.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32))
+    high = tl.abs((bits + 1).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32))
+    finite = tl.abs(x) < float("inf")
+    share = tl.where(finite, tl.div_rn(tl.abs(x) - low, high - low) * 65536, 0.0).to(tl.int32)
+    bits += (share + noise.to(tl.int32) >= 65536).to(tl.int32)
+    return tl.where(finite, bits.to(tl.int16).to(tl.float16, bitcast=True), nearest)
+
+
+@triton.jit(do_not_specialize=["first_program", "chunks"])
+def close_kernel(
+    program_ptr,
+    row_ptr,
+    hyper_ptr,
+    exp_avg_ptr,
+    exp_avg_scale_ptr,
+    exp_avg_sq_ptr,
+    exp_avg_sq_scale_ptr,
+    master_ptr,
+    residual_ptr,
+    age_ptr,
+    moved_ptr,
+    first_program,
+    chunks,
+    WEIGHT_DTYPE: tl.constexpr,
+    M_CODEC: tl.constexpr,
+    V_CODEC: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCKS: tl.constexpr,
+):
+    """Do with one chunk what the action of its row says, when a round ends; see `RowTable.close`.
+
+    The arguments are those of `step_kernel`, and `moved_ptr`, float64[2, chunks], where `MEASURE` puts the sums of
+    squares of the last update and of the weight, or None; `chunks` counts those of all rows.
+    """
+    program_ptr += 2 * (tl.program_id(0) + first_program)
+    row_ptr += ROW_COLUMNS * tl.load(program_ptr)
+    action = tl.load(row_ptr + ACTION).to(tl.int32)
+    if action == 0:
+        return
+    number = tl.load(program_ptr + 1)
+    start = number.to(tl.int64) * (BLOCK * BLOCKS)
+    chunk = tl.load(row_ptr + FIRST_CHUNK) + number
+    state = tl.load(row_ptr + OFFSET) + start
+    weight_ptr = tl.load(row_ptr + WEIGHT).to(tl.pointer_type(WEIGHT_DTYPE)) + start
+    remaining = tl.minimum(tl.maximum(tl.load(row_ptr + NUMEL) - start, 0), BLOCK * BLOCKS).to(tl.int32)
+    age = tl.load(age_ptr + chunk)
+    # Limits instead of branches: what is not wanted is neither read nor written.
+    written = tl.where(age > 0, remaining, 0)
+    with_moments = tl.where((action & (MEASURE | FLUSH)) != 0, written, 0)
+    flushed = tl.where((action & FLUSH) != 0, written, 0)
+    adopted = tl.where((action & ADOPT) != 0, written, 0)
+    left = tl.where((action & WRITE_BACK) != 0, written, 0)
+    if ALIGNED:
+        weight_ptr = tl.multiple_of(weight_ptr, 16)
+        remaining, written = tl.multiple_of(remaining, 4), tl.multiple_of(written, 4)
+        with_moments = tl.multiple_of(with_moments, 4)
+        adopted, left = tl.multiple_of(adopted, 4), tl.multiple_of(left, 4)
+    if ALIGNED or exp_avg_scale_ptr is not None:
+        state = tl.multiple_of(state, 16)
+    hyper_ptr += HYPER_COLUMNS * tl.load(row_ptr + GROUP)
+    lr = tl.load(hyper_ptr + LR)
+    beta1 = tl.load(hyper_ptr + BETA1)
+    beta1_t, beta2_t = powers(beta1, tl.load(hyper_ptr + BETA2), tl.maximum(age, 1))
+    step_size = lr / (1 - beta1_t)
+    flush_size = (lr * beta1 / (1 - beta1) / (1 - beta1_t)).to(tl.float32)
+    denom_scale = (1 / tl.sqrt(1 - beta2_t)).to(tl.float32)
+    eps = tl.load(hyper_ptr + EPS).to(tl.float32)
+    first = tl.load(row_ptr + START) + start
+    key = tl.load(row_ptr + KEY).to(tl.uint32)
+
+    updates = tl.zeros((BLOCK,), tl.float32)
+    weights = tl.zeros((BLOCK,), tl.float32)
+    for i in range(BLOCKS):
+        begin = i * BLOCK
+        index = triton_codec.neighbours(begin, BLOCK, 4)
+        stored = tl.load(weight_ptr + index, mask=index < remaining, other=0.0)
+        weight = stored.to(tl.float32)
+        weights = tl.fma(weight, weight, weights)
+        m = triton_codec.load(exp_avg_ptr, exp_avg_scale_ptr, state, begin, with_moments, BLOCK, M_CODEC, ALIGNED)
+        v = triton_codec.load(exp_avg_sq_ptr, exp_avg_sq_scale_ptr, state, begin, with_moments, BLOCK, V_CODEC, ALIGNED)
+        ratio = tl.where(index < with_moments, update_ratio(m, v, denom_scale, eps), 0.0)
+        updates = tl.fma(ratio, ratio, updates)
+        theta = weight
+        if master_ptr is not None:
+            held = tl.load(master_ptr + state + index, mask=index < written, other=0.0)
+            theta = tl.where((nearest_of(held, WEIGHT_DTYPE) == weight) & (index < written), held, weight)
+            tl.store(master_ptr + state + index, theta, mask=index < adopted)
+        if residual_ptr is not None:
+            theta = join(stored, tl.load(residual_ptr + state + index, mask=index < written, other=0))
+        theta = tl.where(index < flushed, momentum_flush(theta, ratio, flush_size), theta)
+        if WEIGHT_DTYPE == tl.bfloat16:
+            theta = bf16_rounded(theta, noise32(first, index, key) & 0xFFFF)
+        elif WEIGHT_DTYPE == tl.float16:
+            theta = fp16_rounded(theta, noise32(first, index, key) & 0xFFFF)
+        tl.store(weight_ptr + index, theta, mask=index < left)
+    if moved_ptr is not None:
+        tl.store(moved_ptr + chunk, step_size * step_size * tl.sum(updates.to(tl.float64)))
+        tl.store(moved_ptr + chunks + chunk, tl.sum(weights.to(tl.float64)))
 
 
 @triton.jit
