@@ -115,6 +115,7 @@ class ActiveSet:
             RuntimeError: Within the capture of a CUDA graph; nothing is changed.
         """
         refuse_capture()
+        self._use_gradients()
         self._adopt()
         grads = [param.grad for param in self._params]
         rows = ALL
@@ -139,7 +140,7 @@ class ActiveSet:
         """Update what waited only for this gradient, and free the gradients that nothing waits for any longer.
 
         A module of several tensors is updated when the last of their gradients is there, since its score is that of
-        all of them; `update` takes what is left over.
+        all of them; small ones wait for one another; `update` takes what is left over.
 
         Args:
             param: The parameter whose gradient is complete.
@@ -155,9 +156,18 @@ class ActiveSet:
                 f"release_gradients=True got a second gradient of shape {tuple(param.shape)} before step(), and the "
                 "first is used up: call step() after every backward(), or leave release_gradients out to accumulate"
             )
-        for module in self._arrivals.take(param):
-            self._adopt(module)
-            self._run([held.grad for held in self._params[module]], module)
+        if not self._arrivals:
+            # At the end of this backward pass.
+            torch.autograd.Variable._execution_engine.queue_callback(self._use_gradients)
+        if self._arrivals.note(param):
+            self._use_gradients()
+
+    @torch.no_grad()
+    def _use_gradients(self) -> None:
+        """Update what all gradients of have come, and free these."""
+        for rows in self._arrivals.use() if self._arrivals is not None else ():
+            self._adopt(rows)
+            self._run([param.grad for param in self._params[rows]], rows)
 
     def _input(
         self,

@@ -204,12 +204,12 @@ class Run:
             self._end_round()
 
     @not_traced
-    @torch.no_grad()
     def receive(self, param: Tensor) -> None:
-        """Use the gradient of a parameter within `backward()`."""
+        """Use the gradient of a parameter within `backward()`, once for each: the host's time counts."""
         if self.flags.lent:
             return
-        self.allocate()
+        if self.trained.arena is None or self.trained.state.changed[0]:
+            self.allocate()
         self.trained.receive(param)
 
     def allocate(self) -> None:

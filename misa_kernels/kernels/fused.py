@@ -14,7 +14,7 @@ from torch import Tensor
 from misa_kernels.arena import Arena, host, sent
 from misa_kernels.kernels.rows import Row, Settings, StepInput, check_size
 from misa_kernels.kernels.table import ALL, NONE, SKIP, WRITE_BACK, RowTable
-from misa_kernels.reference import noise_keys
+from misa_kernels.reference import Hyper, noise_keys
 from misa_kernels.shards import local
 
 DTYPE = attrgetter("dtype")
@@ -48,11 +48,15 @@ class FusedStep:
         itemsize = np.array([param.element_size() for param in self._params], dtype=np.int64)
         offset = np.array([row.offset for row in rows], dtype=np.int64)
         self._weight_offset = offset * itemsize
+        self._weight_offsets = self._weight_offset.tolist()
         self._weight_pointers: Sequence[int] | None = None
+        self._hyper: Sequence[Hyper] | None = None
+        self._keys: tuple[Any, npt.NDArray[np.int64]] = None, self._index
         self._grad_dtypes = [getattr(row.param, "grad_dtype", None) or row.param.dtype for row in rows]
         # An empty part has a gradient with an address, see `ActiveSet`.
         self._numels = [param.numel() or 4 for param in self._params]
         self._grad_offset = offset * np.array([dtype.itemsize for dtype in self._grad_dtypes], dtype=np.int64)
+        self._grad_offsets = self._grad_offset.tolist()
         # Rows of a module are neighbours, the first of them has its score where that is of its norm.
         self._is_first = np.array([row.slot == row.fellows[0] for row in rows], dtype=np.bool_)
         self._launch = self.table(
@@ -86,19 +90,19 @@ class FusedStep:
 
     def run(self, step: StepInput, rows: slice = ALL) -> None:
         """Launch the step of some rows, or of all."""
+        if rows is not ALL:
+            self._run_some(step, rows)
+            return
         copies: list[Tensor] = []
-        grad_dtypes, numels = (
-            (self._grad_dtypes, self._numels) if rows is ALL else (self._grad_dtypes[rows], self._numels[rows])
-        )
-        pointers = addresses(step.grads, grad_dtypes, numels, copies)
+        pointers = addresses(step.grads, self._grad_dtypes, self._numels, copies)
+        present = 0 not in pointers
         grads = np.array(pointers, dtype=np.int64)
         settings = self._settings
         self._launch.step(
-            self._weights_of(step, rows),
-            np.where(grads == 0, 0, grads + self._grad_offset[rows]),
-            np.array(step.hyper[: self._groups], dtype=np.float64),
-            noise_keys(step.seed, 2 * step.number, self._index[rows]) if self._noisy else None,
-            rows=rows,
+            self._weights_of(step),
+            grads + self._grad_offset if present else np.where(grads == 0, 0, grads + self._grad_offset),
+            self._new(step.hyper),
+            self._noise(step) if self._noisy else None,
             max_grad_norm=settings.max_grad_norm,
             skip_nonfinite=settings.skip_nonfinite,
             grad_scale=step.grad_scale,
@@ -106,26 +110,49 @@ class FusedStep:
             total=None if settings.ranks is None else self._total,
         )
         # Autograd must notice that saved weights are no longer what they were.
-        present = bool(grads.all())
-        params = self._params if rows is ALL else self._params[rows]
-        written = params if present else [p for p, pointer in zip(params, pointers, strict=True) if pointer]
+        written = self._params if present else [p for p, pointer in zip(self._params, pointers, strict=True) if pointer]
         torch.autograd.graph.increment_version(written)
         skipped = self._skipped(step.found_inf)
         if skipped is not None:
             self._arena.skipped.add_(skipped)
         if not present:
             self._count_fellows(step.grads, skipped)
-        if rows is ALL or rows is NONE:
+        self._end_step()
+
+    def _run_some(self, step: StepInput, rows: slice) -> None:
+        """Launch the step of rows whose gradients have come; mostly of one, where NumPy would be slower."""
+        copies: list[Tensor] = []
+        pointers = addresses(step.grads, self._grad_dtypes[rows], self._numels[rows], copies)
+        self._launch.step(
+            [x + at for x, at in zip(step.weight_pointers, self._weight_offsets[rows], strict=True)],
+            [x + at for x, at in zip(pointers, self._grad_offsets[rows], strict=True)],
+            self._new(step.hyper),
+            self._noise(step)[rows] if self._noisy else None,
+            rows=rows,
+        )
+        torch.autograd.graph.increment_version(self._params[rows])
+        if rows is NONE:
             self._end_step()
 
-    def _weights_of(self, step: StepInput, rows: slice = ALL) -> npt.NDArray[np.int64]:
-        """Return where the weights of rows are."""
-        if rows is not ALL:
-            return np.array(step.weight_pointers, dtype=np.int64) + self._weight_offset[rows]
+    def _weights_of(self, step: StepInput) -> npt.NDArray[np.int64]:
+        """Return where the weights of all rows are."""
         if step.weight_pointers is not self._weight_pointers:
             self._weight_pointers = step.weight_pointers
             self._weights = np.array(step.weight_pointers, dtype=np.int64) + self._weight_offset
         return self._weights
+
+    def _new(self, hyper: Sequence[Hyper]) -> npt.NDArray[np.float64] | None:
+        """Return the hyperparameters unless they are those of the call before."""
+        if hyper is self._hyper:
+            return None
+        self._hyper = hyper
+        return np.array(hyper[: self._groups], dtype=np.float64)
+
+    def _noise(self, step: StepInput) -> npt.NDArray[np.int64]:
+        """Return the key of each row's noise in this step."""
+        if self._keys[0] != (step.seed, step.number):
+            self._keys = (step.seed, step.number), noise_keys(step.seed, 2 * step.number, self._index)
+        return self._keys[1]
 
     def _end_step(self) -> None:
         """Take what is added up of whole steps."""
@@ -134,7 +161,7 @@ class FusedStep:
 
     def measure(self, step: StepInput) -> Tensor:
         """Return Σ of the squares of the last update of each slot, and of its weight; see `RowTable.measure`."""
-        sums = self._launch.measure(self._weights_of(step), np.array(step.hyper[: self._groups], dtype=np.float64))
+        sums = self._launch.measure(self._weights_of(step), self._new(step.hyper))
         found = sums.new_zeros(2, len(self._arena.age))
         return found.index_copy_(1, self._slots, sums)
 
@@ -142,7 +169,7 @@ class FusedStep:
         """Do with each row what is left to do when a round ends; see `RowTable.close`."""
         self._launch.close(
             self._weights_of(step),
-            np.array(step.hyper[: self._groups], dtype=np.float64),
+            self._new(step.hyper),
             np.array(actions, dtype=np.int64),
             noise_keys(step.seed, 2 * step.number + 1, self._index),
         )

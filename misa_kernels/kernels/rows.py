@@ -67,7 +67,7 @@ class Settings:
     ranks: Ranks | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class StepInput:
     """What is new in a step.
 

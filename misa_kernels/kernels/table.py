@@ -116,7 +116,7 @@ class RowTable:
         self,
         weights: npt.ArrayLike,
         grads: npt.ArrayLike,
-        hyper: npt.ArrayLike,
+        hyper: npt.ArrayLike | None,
         noise_keys: npt.ArrayLike | None = None,
         *,
         rows: slice = ALL,
@@ -131,7 +131,7 @@ class RowTable:
         Args:
             weights: `data_ptr()` of each row's weight.
             grads: `data_ptr()` of its gradient, 0 for none: weight, state, age and sum stay.
-            hyper: lr, β₁, β₂, ε and weight decay of each group, shape (groups, 5).
+            hyper: lr, β₁, β₂, ε and weight decay of each group, shape (groups, 5); None: as in the last call.
             noise_keys: 32-bit key of each row for this step; for stochastic rounding.
             rows: A stretch of the rows, where a step comes in several calls, the last of them with all or with none;
                 the other arguments are for these. Not with `max_grad_norm` or `skip_nonfinite`.
@@ -172,7 +172,7 @@ class RowTable:
     def close(
         self,
         weights: npt.ArrayLike,
-        hyper: npt.ArrayLike,
+        hyper: npt.ArrayLike | None,
         actions: npt.ArrayLike,
         noise_keys: npt.ArrayLike | None = None,
     ) -> None:
@@ -192,7 +192,7 @@ class RowTable:
         self._rows[:, ACTION] = actions
         self._close(None)
 
-    def measure(self, weights: npt.ArrayLike, hyper: npt.ArrayLike) -> Tensor:
+    def measure(self, weights: npt.ArrayLike, hyper: npt.ArrayLike | None) -> Tensor:
         """Return Σ of the squares of each row's last update, weight decay apart, and of its weight: float64[2, rows].
 
         Args:
@@ -210,10 +210,11 @@ class RowTable:
         return collected[:, :, 1]
 
     def _fill(
-        self, weights: npt.ArrayLike, hyper: npt.ArrayLike, noise_keys: npt.ArrayLike | None, rows: slice
+        self, weights: npt.ArrayLike, hyper: npt.ArrayLike | None, noise_keys: npt.ArrayLike | None, rows: slice
     ) -> None:
         self._rows[rows, WEIGHT] = weights
-        self._hyper[:] = hyper
+        if hyper is not None:
+            self._hyper[:] = hyper
         if noise_keys is not None:
             self._rows[rows, KEY] = noise_keys
 
