@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
+import json
 import os
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, cast
@@ -20,6 +23,8 @@ if TYPE_CHECKING:
 
 # A gradient of so many bytes travels alone and in place; smaller ones are put together up to as many.
 BUCKET_BYTES = 1 << 20
+# Seconds before an error that all ranks raise: the first to end may take the store along, before all have read it.
+LINGER = 1.0
 
 
 def group_of(process_group: dist.ProcessGroup | None) -> dist.ProcessGroup | None:
@@ -30,15 +35,43 @@ def group_of(process_group: dist.ProcessGroup | None) -> dist.ProcessGroup | Non
     return group if dist.get_world_size(group) > 1 else None
 
 
+def together(process_group: dist.ProcessGroup | None, params: Sequence[Tensor]) -> dist.ProcessGroup | None:
+    """Return the processes that the user has train these parameters together; None if nobody said so.
+
+    It is said by a process group, by DTensors, and by DistributedDataParallel around the parameters.
+    """
+    group = group_of(process_group)
+    if group is None or process_group is not None or any(map(is_sharded, params)):
+        return group
+    # Neither torch nor a parameter knows the DDP around it, so that all objects are looked at, once in a run:
+    # 0.25 s for a million on a CPU of two cores. What gc.freeze() has put away is not among them.
+    objects = gc.get_objects()
+    kinds = {kind for kind in set(map(type, objects)) if issubclass(kind, nn.parallel.DistributedDataParallel)}
+    known = set(params)
+    for model in objects:
+        if type(model) in kinds and not known.isdisjoint(model.parameters()):
+            return group_of(model.process_group)
+    return None
+
+
 class Agreement:
-    """Compares what every rank holds, and raises on all of them where two differ.
+    """Compares what every rank holds, and raises on all of them where two differ or one does not come.
 
     Args:
         group: The processes that train one model.
     """
 
+    # It goes through the store by which the group was made, not through its collectives: there it is known who has not
+    # come. For gloo, monitored_barrier could tell. A collective of NCCL that not all join ends the process from torch's
+    # watchdog (the default of TORCH_NCCL_ASYNC_ERROR_HANDLING, by its documentation), before Python could say why.
+    # NCCL's groups are made by such a store, too, but nothing of this has run with them.
+
     def __init__(self, group: dist.ProcessGroup) -> None:
-        self._group = group
+        from torch.distributed.distributed_c10d import PrefixStore, _get_process_group_store
+
+        self._ranks = dist.get_process_group_ranks(group)
+        self._at = dist.get_rank(group)
+        self._store = PrefixStore("misa", _get_process_group_store(group))
 
     def check(self, what: str, values: Sequence[tuple[str, object]], remedy: str) -> None:
         """Compare named values, bit by bit; a digest travels, and the values themselves only where digests differ.
@@ -49,25 +82,58 @@ class Agreement:
             remedy: What to do about a difference.
 
         Raises:
-            RuntimeError: On every rank, if one of them holds other values than rank 0 does.
+            RuntimeError: On every rank, if one of them holds other values than rank 0 does; on those that wait, if one
+                does not come within the timeout of the group's store, which is that of `init_process_group`.
         """
-        digest = hashlib.sha256(repr(values).encode()).digest()
-        size = dist.get_world_size(self._group)
-        digests: list[Any] = [None] * size
-        dist.all_gather_object(digests, digest, group=self._group)
+        held = json.dumps([(name, repr(value)) for name, value in values])
+        turn, digests = self._gather(what, hashlib.sha256(held.encode()).hexdigest())
         if len(set(digests)) == 1:
             return
-        held: list[Any] = [None] * size
-        dist.all_gather_object(held, list(values), group=self._group)
-        other = next(rank for rank in range(size) if digests[rank] != digests[0])
-        ours, theirs = held[0], held[other]
+        other = next(at for at, digest in enumerate(digests) if digest != digests[0])
+        if self._at in (0, other):
+            self._store.set(f"{turn} held by {self._at}", held)
+        ours, theirs = (json.loads(self._store.get(f"{turn} held by {at}")) for at in (0, other))
+        here, there = self._ranks[0], self._ranks[other]
         if len(ours) != len(theirs):
-            difference = f"{len(ours)} entries on rank 0 and {len(theirs)} on rank {other}"
+            difference = f"{len(ours)} entries on rank {here} and {len(theirs)} on rank {there}"
         else:
-            (name, a), (name_there, b) = next((x, y) for x, y in zip(ours, theirs, strict=True) if repr(x) != repr(y))
-            there = "" if name == name_there else f"{name_there} "
-            difference = f"{name} {a!r} on rank 0 and {there}{b!r} on rank {other}"
+            (name, a), (name_there, b) = next((x, y) for x, y in zip(ours, theirs, strict=True) if x != y)
+            name_there = "" if name == name_there else f"{name_there} "
+            difference = f"{name} {a} on rank {here} and {name_there}{b} on rank {there}"
+        time.sleep(LINGER)
         raise RuntimeError(f"{what} must be the same on all ranks, and there is {difference}: {remedy}")
+
+    def _gather(self, what: str, own: str) -> tuple[int, list[str]]:
+        """Return how many times this rank has come, and what every rank gave."""
+        store, size = self._store, len(self._ranks)
+        turn = store.add(f"turns of {self._at}", 1)
+        keys = [f"{turn} by {at}" for at in range(size)]
+        # Else the others have given up on this rank, as told below.
+        if not store.check([keys[self._at]]):
+            store.set(keys[self._at], own)
+        seconds, pause = cast(Any, store).timeout.total_seconds(), 0.001
+        deadline = time.monotonic() + seconds
+        # Not by `store.wait`: it listens to no Ctrl-C, and holds a lock that NCCL's watchdog may need.
+        while not store.check(keys):
+            if time.monotonic() < deadline:
+                time.sleep(pause)
+                # A thousand ranks would ask for a thousand keys each.
+                pause = min(2 * pause, 0.05 + size / 1000)
+                continue
+            for key in keys:
+                if not store.check([key]):
+                    store.set(key, "")
+        found = [value.decode() for value in store.multi_get(keys)]
+        # All have come here, and so have read what was given before.
+        store.delete_key(f"{turn - 1} by {self._at}")
+        if absent := [str(rank) for rank, value in zip(self._ranks, found, strict=True) if not value]:
+            time.sleep(LINGER)
+            raise RuntimeError(
+                f"{what} must be the same on all {size} ranks that train together, and rank{'s' * (len(absent) > 1)} "
+                f"{', '.join(absent)} did not come to compare it within {seconds:g} s: construct MISA on all of them "
+                "and call step() equally often, or give it the process_group of those that train together"
+            )
+        return turn, found
 
 
 class Replica:
@@ -227,9 +293,10 @@ def _hooked(param: Tensor, hook: Any) -> Any:
 def replicate(model: nn.Module, optimizer: MISA, *, process_group: dist.ProcessGroup | None = None) -> Replica:
     """Train copies of a model on the ranks of a process group, each on its part of every batch.
 
-    Once, weights and buffers of rank 0 are sent to all. From then on every backward pass averages the gradients of
-    what is trained in this round, while it still runs: nothing is sent for frozen modules, no copy of the gradients
-    is kept beyond 1 MiB at a time, and a module that got no gradient on one rank counts there as 0.
+    Once, what MISA begins with is compared, and weights and buffers of rank 0 are sent to all. From then on every
+    backward pass averages the gradients of what is trained in this round, while it still runs: nothing is sent for
+    frozen modules, no copy of the gradients is kept beyond 1 MiB at a time, and a module that got no gradient on one
+    rank counts there as 0.
 
     Args:
         model: The model, on this rank's device. Call it itself; it is not wrapped.
@@ -240,7 +307,7 @@ def replicate(model: nn.Module, optimizer: MISA, *, process_group: dist.ProcessG
         A handle with `no_sync()`, to be entered around backward passes whose gradients only add up, and `close()`.
 
     Raises:
-        RuntimeError: If torch.distributed is not initialised, or `release_gradients` is on.
+        RuntimeError: If torch.distributed is not initialised, `release_gradients` is on, or the ranks differ.
         ValueError: If a parameter of the model is sharded, or requires a gradient and is not in the optimizer.
 
     Example::
@@ -260,6 +327,7 @@ def replicate(model: nn.Module, optimizer: MISA, *, process_group: dist.ProcessG
             "replicate() averages gradients before step(), and release_gradients=True uses them up in backward: leave "
             "one of them out"
         )
+    optimizer._run.meet(group_of(group))
     return Replica(model, optimizer, group)
 
 

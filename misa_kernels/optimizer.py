@@ -75,9 +75,11 @@ class MISA(torch.optim.Optimizer):
             and `delta=.25` the peak of a step falls by 87 % of the gradients' bytes at a quarter as many tokens as
             the hidden size and by 67 % at as many; without, the activations are the peak, and it stays.
         seed: Seed of the draws and of stochastic rounding.
-        process_group: The ranks of torch.distributed that train this model together, each with its own copy; all
-            there are if None. Their draws and gradients are compared at the beginning and the end of every round.
-            `misa_kernels.distributed.replicate` averages the gradients.
+        process_group: The ranks of torch.distributed that train this model together, each with its own copy. What
+            they begin with is compared in the first step, their gradients in the first of each round, and their draws;
+            all raise where two differ or one does not come. If None, ranks are compared that train together by
+            DTensors, DistributedDataParallel or `misa_kernels.distributed.replicate`, which averages the gradients,
+            and no others: give it where you average gradients yourself.
         backend: "triton", one launch a step on CUDA devices; "cuda", the compiled library for them; "cpu", that for
             CPUs; "reference", plain PyTorch on any device; or "auto", the first of these that can run, which warns
             before it takes the last for want of a library.
@@ -283,8 +285,9 @@ class MISA(torch.optim.Optimizer):
             What the closure returned, or None.
 
         Raises:
-            RuntimeError: After `release()`, within `thawed()`, or if a weight changed its device, dtype or shape since
-                the first step; nothing is changed.
+            RuntimeError: After `release()`, within `thawed()`, if a weight changed its device, dtype or shape since
+                the first step, or if ranks begin with different things; nothing is changed. After the update, if the
+                ranks' gradients or draws differ.
             TypeError: For a sparse gradient; nothing is changed.
             ValueError: For a tensor in `state` that does not fit; nothing is changed.
         """

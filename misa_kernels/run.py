@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import wraps
 from operator import is_
-from typing import Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -22,7 +22,7 @@ from torch._C._dynamo import eval_frame
 from misa_kernels import arguments, checkpoint, kernels
 from misa_kernels.active import ActiveSet
 from misa_kernels.coverage import LONGEST_ROUND, Coverage, modules_a_round, most_modules_a_round, round_length
-from misa_kernels.distributed import Agreement, group_of, refuse_engines
+from misa_kernels.distributed import Agreement, refuse_engines, together
 from misa_kernels.flags import Choices, Flags
 from misa_kernels.layout import Layout, form_of
 from misa_kernels.live import State
@@ -34,6 +34,9 @@ from misa_kernels.sampler import Draw, ImportanceSampler, Sampler, checked, cost
 from misa_kernels.shards import is_sharded
 from misa_kernels.slots import SCORES
 from misa_kernels.storage import Storage
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 Method = TypeVar("Method", bound=Callable[..., Any])
 # Whether dynamo looks at frames here; older versions of torch do not tell.
@@ -116,11 +119,11 @@ class Run:
         self._recompiles = Recompiles(self.layout.candidates.layer, self.sampler.max_per_layer)
         self.round = self.round_step = self.skipped_before = 0
         self.ended: str | None = None
-        self._idle_before = self._rehearsed = self._compared = False
+        self._idle_before = self._rehearsed = self._met = self._compared = False
         self._hooks: dict[Tensor, Any] = {}
-        draw = self._draw()
+        # Not made here: other ranks may never come to construct a MISA.
         self._agreement: Agreement | None = None
-        self._meet(draw.active.tolist())
+        draw = self._draw()
 
         arguments.notify(groups, self.layout.partition, options.delta)
         for advice in self.flags.advice:
@@ -193,6 +196,8 @@ class Run:
             flags.put_back()
         if self.trained.arena is None or self.trained.state.changed[0]:
             self.allocate()
+        if not self._met:
+            self.meet(together(self.options.process_group, self.flags.params))
         is_last = self.round_step + 1 >= self.inner_steps
         if is_last:
             self.trained.check_form()
@@ -274,7 +279,6 @@ class Run:
         else:
             self._settle(self._staying(active), self._costliest() if self._rehearsed else draw.active)
         self._record(draw)
-        self._meet(self.active.tolist())
 
     # A round.
 
@@ -459,21 +463,29 @@ class Run:
 
     # Several processes.
 
-    def _meet(self, active: list[int]) -> None:
-        """Compare with the other ranks, as soon as there are any, what they were constructed with."""
-        group = group_of(self.options.process_group)
-        if self._agreement is not None or group is None:
-            return
-        self._agreement = Agreement(group)
-        names, form = self.layout.partition.names, self.layout.form
-        tensors = [(name, (*shape, dtype)) for name, (shape, dtype) in zip(names, form, strict=True)]
-        run = {"seed": self.trained.seed, "inner_steps": self.inner_steps, "sampler": described(self.sampler)}
-        budget = {"the budget": self.layout.partition.budget, "the first active set": active}
-        self._agreement.check(
-            "what MISA is constructed with",
-            [*tensors, *run.items(), *budget.items()],
-            "give every rank the same model, groups and arguments",
-        )
+    def meet(self, group: ProcessGroup | None) -> None:
+        """Compare with the other ranks what they begin with, and from now on what they see; None if there are none."""
+        if group is not None:
+            self.follow()
+            names, form = self.layout.partition.names, self.layout.form
+            tensors = [(name, (*shape, dtype)) for name, (shape, dtype) in zip(names, form, strict=True)]
+            agreement = Agreement(group)
+            agreement.check(
+                "what MISA begins with",
+                [
+                    *tensors,
+                    ("seed", self.trained.seed),
+                    ("inner_steps", self.inner_steps),
+                    ("sampler", described(self.sampler)),
+                    ("the budget", self.layout.partition.budget),
+                    ("round", self.round),
+                    ("step in the round", self.round_step),
+                    ("the active set", self.active.tolist()),
+                ],
+                "give every rank the same model, groups, arguments and state dict",
+            )
+            self._agreement = agreement
+        self._met = True
 
     def _compare_gradients(self, agreement: Agreement) -> None:
         """Compare what the first step of a round, or after a resume, saw; waits for the device."""

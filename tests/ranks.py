@@ -43,6 +43,7 @@ def _begin(rank: int, size: int, folder: Path, work: Callable[..., Any], argumen
     torch.set_num_threads(1)
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     store = dist.FileStore(str(folder / "store"), size)
+    store.set_timeout(TIMEOUT)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=TIMEOUT)
     try:
         answer = work(rank, *arguments)

@@ -7,6 +7,8 @@ import os
 import re
 import subprocess
 import sys
+import time
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -14,10 +16,13 @@ import ranks
 import tiny
 import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import _get_default_store
+from torch.distributed.tensor import Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from misa_kernels import MISA, UniformSampler, param_groups
 from misa_kernels.distributed import BUCKET_BYTES, _buckets, replicate
+from misa_kernels.shards import local
 
 ROOT = Path(__file__).parents[1]
 OPTIONS = {"lr": 1e-2, "delta": 0.2, "inner_steps": 5}
@@ -219,7 +224,7 @@ def unlike(rank, fault):
             groups[0]["layers"].reverse()
     else:
         groups = param_groups(model)
-    options = OPTIONS | ({"seed": rank} if fault == "seed" else {})
+    options = OPTIONS | ({"seed": rank} if fault == "seed" else {}) | {"process_group": dist.group.WORLD}
     optimizer = MISA(groups, **options)
     if fault == "scores":
         optimizer._run.layout.candidates.importance[:] = 1.0 + rank * torch.rand(len(optimizer.modules)).numpy()
@@ -234,9 +239,9 @@ def unlike(rank, fault):
     [
         (
             "seed",
-            r"what MISA is constructed with .* there is seed 0 on rank 0 and 1 on rank 1: give every",
+            r"what MISA begins with .* there is seed 0 on rank 0 and 1 on rank 1: give every",
         ),
-        ("order", r"what MISA is constructed with .* there is blocks.0.* on rank 0 and blocks.3.* on rank 1"),
+        ("order", r"what MISA begins with .* there is blocks.0.* on rank 0 and blocks.3.* on rank 1"),
         ("gradients", r"first step of round 0 must be .* blocks.* on rank 0 and .* on rank 1: .*replicate\(model"),
         ("scores", r"the active set of round 1 must be the same on all ranks, and there .* rank 0 and .* rank 1"),
     ],
@@ -245,6 +250,130 @@ def test_ranks_that_differ_are_told_so_on_all_of_them(tmp_path, fault, sentence)
     answers = ranks.run(2, tmp_path, unlike, fault)
     assert answers[0] == answers[1]
     assert re.search(sentence, answers[0]), answers[0]
+
+
+def asking(rank, way):
+    """Begin with another seed, or in another round, than the other rank does."""
+    model = tiny.build()
+    options = OPTIONS | {"seed": 0 if way == "state dict" else rank}
+    if way == "DTensors":
+        # Not FSDP2's, whose own backward ends in gloo where the active sets differ.
+        mesh = dist.init_device_mesh("cpu", (2,))
+        for module in model.modules():
+            for name, param in list(module.named_parameters(recurse=False)):
+                module.register_parameter(name, torch.nn.Parameter(distribute_tensor(param.detach(), mesh, [Shard(0)])))
+    ddp = DistributedDataParallel(model, find_unused_parameters=True) if way == "DDP" else None
+    group = dist.new_group([0, 1]) if way in ("process group", "state dict") else None
+    optimizer = MISA(param_groups(model), **options, process_group=group)
+    if way == "state dict" and rank:
+        other = tiny.build()
+        ahead = MISA(param_groups(other), **options)
+        tiny.train(other, ahead, 7)
+        optimizer.load_state_dict(ahead.state_dict())
+    if way == "replicate":
+        replicate(model, optimizer)
+        return "replicated"
+    for param in (model if ddp is None else ddp).parameters():
+        param.grad = torch.ones_like(param) if param.requires_grad else None
+    before = {name: local(weight).clone() for name, weight in model.named_parameters()}
+    try:
+        optimizer.step()
+    finally:
+        assert all(torch.equal(local(weight), before[name]) for name, weight in model.named_parameters())
+
+
+def told(rank, ways):
+    sentences = []
+    for way in ways:
+        try:
+            sentences.append(asking(rank, way))
+        except RuntimeError as error:
+            sentences.append(str(error))
+    return sentences
+
+
+def test_every_way_to_train_together_is_compared_before_anything_is_updated(tmp_path):
+    ways = ["process group", "DTensors", "DDP", "replicate", "state dict"]
+    answers = ranks.run(2, tmp_path, told, ways)
+    assert answers[0] == answers[1] and isinstance(answers[0], list), answers
+    seed = "what MISA begins with must be the same on all ranks, and there is seed 0 on rank 0 and 1 on rank 1: give "
+    for way, sentence in zip(ways, answers[0], strict=True):
+        expected = seed.replace("seed 0", "round 0") if way == "state dict" else seed
+        assert sentence and sentence.startswith(expected), (way, sentence)
+
+
+def apart(rank):
+    """Train on each rank for itself, then on one alone; what would wait for another rank soon raises."""
+    _get_default_store().set_timeout(timedelta(seconds=1))
+    # Another model's, of which the optimizer knows nothing.
+    ddp = DistributedDataParallel(torch.nn.Linear(2, 2))
+    model = tiny.build()
+    optimizer = MISA(param_groups(model), **OPTIONS, seed=rank)
+    train(model, optimizer, 12, rank, 2)
+    draws = optimizer.active
+    if rank == 0:
+        other = tiny.build()
+        alone = MISA(param_groups(other), **OPTIONS)
+        tiny.train(other, alone, 7)
+        saved = alone.state_dict()
+        alone.release()
+        resumed = MISA(param_groups(other), **OPTIONS)
+        resumed.load_state_dict(saved)
+        tiny.train(other, resumed, 5, start=7)
+        return draws, [record.active for record in resumed.monitor.rounds], weights(other)
+    return draws, [type(ddp)], None
+
+
+def test_ranks_that_nobody_asked_to_train_together_never_meet(tmp_path):
+    answers = ranks.run(2, tmp_path, apart)
+    assert not any(isinstance(answer, str) for answer in answers), answers
+    (draws, active, found), (draws_there, *_) = answers
+    assert draws != draws_there
+    expected, rounds = as_one_process(12)
+    assert active == rounds[1:]
+    assert all(torch.equal(found[name], weight) for name, weight in expected.items())
+
+
+def late(rank):
+    """Let rank 2 come when the others have given it up, and all of them once more."""
+    store = _get_default_store()
+    store.set_timeout(timedelta(seconds=2))
+    model = tiny.build()
+    optimizer = MISA(param_groups(model), **OPTIONS, process_group=dist.group.WORLD)
+    if rank == 2:
+        store.set_timeout(timedelta(seconds=30))
+        store.wait(["given up by 0", "given up by 1"])
+    tiny.loss_of(model, tiny.batch(0)).backward()
+    start = time.monotonic()
+    with pytest.raises(RuntimeError) as caught:
+        optimizer.step()
+    seconds = time.monotonic() - start
+    store.set(f"given up by {rank}", "")
+    store.set_timeout(timedelta(seconds=30))
+    optimizer.zero_grad()
+    tiny.train(model, optimizer, 12)
+    saved = optimizer.state_dict()
+    optimizer.release()
+    optimizer = MISA(param_groups(model), **OPTIONS, process_group=dist.group.WORLD)
+    optimizer.load_state_dict(saved)
+    tiny.train(model, optimizer, 11, start=12)
+    return str(caught.value), seconds, weights(model)
+
+
+def test_a_rank_that_stays_away_is_named_to_those_that_wait_and_to_itself(tmp_path):
+    answers = ranks.run(3, tmp_path, late)
+    assert not any(isinstance(answer, str) for answer in answers), answers
+    expected, _ = as_one_process(23)
+    for rank, (sentence, seconds, found) in enumerate(answers):
+        assert re.fullmatch(
+            r"what MISA begins with must be the same on all 3 ranks that train together, and rank 2 did not come to "
+            r"compare it within \d+ s: construct MISA on all of them and call step\(\) equally often, or give it the "
+            r"process_group of those that train together",
+            sentence,
+        ), sentence
+        assert rank == 2 or ("within 2 s" in sentence and seconds < 10)
+        # They have lost nothing by it.
+        assert all(torch.equal(found[name], weight) for name, weight in expected.items())
 
 
 def wrapped(rank, when):
