@@ -6,9 +6,11 @@ from collections.abc import Iterator
 from typing import Any
 
 from benchmarks.peers import FORMATS, PEERS
+from benchmarks.update import TIMES
 
 M = 2**20
-WIDTHS = {"device us": 10, "GB/s": 6, "copy": 6, "host us": 8, "wall us": 9, "extra MiB": 10}
+HEAD = f"{'elements':>8} {'in':>3} {'peer':<21}{'device us':>10}{'GB/s':>6}{'copy':>6}{'host us':>8}{'wall us':>9}"
+HEADS = f"{'new gradients and lr':>{len(HEAD)}}{'steady':>18}", f"{HEAD}{'host us':>9}{'wall us':>9}{'extra MiB':>10}"
 OURS = {name for name in (*PEERS, *FORMATS) if " misa" in name}
 # Ours, torch's at the same bytes or doing the same work.
 SAME_BYTES = (("fp32 misa", "fp32 fused"), ("bf16 misa", "fp32 fused"))
@@ -26,15 +28,39 @@ def measured(cases: list[dict[str, Any]]) -> Iterator[tuple[dict[str, Any], floa
             yield case, case["elements"] / M, peers
 
 
+def goal(name: str, where: str, limit: float, value: float | None, least: bool = False) -> dict[str, Any]:
+    """Return what was asked for, where, its limit, the figure measured or None, and whether it is met.
+
+    Args:
+        name: What was asked for.
+        where: Of what.
+        limit: The most that the figure may be.
+        value: The figure; None where it was not measured.
+        least: Whether the limit is the least instead.
+    """
+    met = value is not None and (value >= limit if least else value <= limit)
+    return {"goal": name, "where": where, "limit": limit, "value": value, "met": met}
+
+
+def listed(found: list[dict[str, Any]], sign: str = "<=") -> str:
+    """Return a line for each goal."""
+    return "\n".join(
+        f"{'met' if line['met'] else 'NOT MET':<8}"
+        f"{'-' if line['value'] is None else format(line['value'], '.2f'):>5} {sign} {line['limit']:.1f}  "
+        f"{line['goal']}, {line['where']}"
+        for line in found
+    )
+
+
 def goals(content: dict[str, Any]) -> list[dict[str, Any]]:
     """Return what was asked for, where, the limit, the figure measured, and whether it is met."""
     found: list[dict[str, Any]] = []
 
-    def at_least(goal: str, where: str, limit: float, value: float) -> None:
-        found.append({"goal": goal, "where": where, "limit": limit, "value": value, "met": value >= limit})
+    def at_least(name: str, where: str, limit: float, value: float) -> None:
+        found.append(goal(name, where, limit, value, least=True))
 
-    def at_most(goal: str, where: str, limit: float, value: float) -> None:
-        found.append({"goal": goal, "where": where, "limit": limit, "value": value, "met": value <= limit})
+    def at_most(name: str, where: str, limit: float, value: float) -> None:
+        found.append(goal(name, where, limit, value))
 
     for case, millions, peers in measured(content["cases"]):
         copy = case["copy_gb_per_s"]["median"]
@@ -62,9 +88,9 @@ def goals(content: dict[str, Any]) -> list[dict[str, Any]]:
                 at_least("speed, same work, with host", f"{where}, {ours} / {theirs}", limit, ratio)
         for ours, theirs in EIGHT_BITS:
             if peers.keys() >= {ours, theirs} and millions > 63:
-                for key, goal in (("device_us", "speed, 8 bits, device"), ("wall_us", "speed, 8 bits, with host")):
+                for key, name in (("device_us", "speed, 8 bits, device"), ("wall_us", "speed, 8 bits, with host")):
                     ratio = peers[theirs][key]["median"] / peers[ours][key]["median"]
-                    at_least(goal, f"{where}, {ours} / {theirs}", 3.0, ratio)
+                    at_least(name, f"{where}, {ours} / {theirs}", 3.0, ratio)
     cold, dram = content.get("cold", {}), content.get("dram", {})
     if "first_step_s" in cold:
         at_most("cold first step s", "ordinary run", 5.0, cold["first_step_s"])
@@ -79,8 +105,7 @@ def goals(content: dict[str, Any]) -> list[dict[str, Any]]:
 
 def table(cases: list[dict[str, Any]]) -> str:
     """Return the measurements as lines of text, a peer each."""
-    columns = "".join(f"{name:>{width}}" for name, width in WIDTHS.items())
-    lines = [f"{'elements':>8} {'in':>3} {'peer':<21}{columns}"]
+    lines = list(HEADS)
     for case in cases:
         head = f"{case['elements'] / M:>7.2f}M {case['tensors']:>3} "
         if "left_out" in case:
@@ -91,11 +116,12 @@ def table(cases: list[dict[str, Any]]) -> str:
             if "error" in peer:
                 lines.append(f"{head}{name:<21} {peer['error'][:60]}")
                 continue
-            times = [peer[key]["median"] for key in ("device_us", "host_us", "wall_us")]
+            times = [peer[key]["median"] for key in TIMES]
             lines.append(
                 f"{head}{name:<21}{times[0]:>9.1f}{'*' if peer['host_bound'] else ' '}{peer['gb_per_s']:>6.0f}"
-                f"{peer['gb_per_s'] / copy:>6.0%}{times[1]:>8.0f}{times[2]:>9.0f}"
-                f"{peer['extra_bytes'] / M:>10.1f}"
+                f"{peer['gb_per_s'] / copy:>6.0%}{times[1]:>8.0f}"
+                + "".join(f"{us:>9.0f}" for us in times[2:])
+                + f"{peer['extra_bytes'] / M:>10.1f}"
             )
     return "\n".join([*lines, "* the device waited for the host"])
 
@@ -108,11 +134,11 @@ def launched(launches: dict[str, dict[str, Any]]) -> str:
 def verdict(found: list[dict[str, Any]]) -> str:
     """Return a line for each goal: how often it is met, and where it is missed the most."""
     lines = [f"{'goal':<29}{'met':>9}  nearest to its limit, or farthest beyond"]
-    for goal in dict.fromkeys(line["goal"] for line in found):
-        of_goal = [line for line in found if line["goal"] == goal]
-        upper = goal in ("device us", "host us", "cold first step s", "compiled variants", "DRAM bytes / counted")
+    for name in dict.fromkeys(line["goal"] for line in found):
+        of_goal = [line for line in found if line["goal"] == name]
+        upper = name in ("device us", "host us", "cold first step s", "compiled variants", "DRAM bytes / counted")
         worst = max(of_goal, key=lambda line: (line["value"] / line["limit"]) * (1 if upper else -1))
         met = f"{sum(line['met'] for line in of_goal)} of {len(of_goal)}"
         sign = "<=" if upper else ">="
-        lines.append(f"{goal:<29}{met:>9}  {worst['value']:.3g} {sign} {worst['limit']:.3g}: {worst['where']}")
+        lines.append(f"{name:<29}{met:>9}  {worst['value']:.3g} {sign} {worst['limit']:.3g}: {worst['where']}")
     return "\n".join(lines)

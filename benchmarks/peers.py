@@ -145,12 +145,16 @@ def badam_block(weights: list[Tensor]) -> torch.optim.Optimizer:
         warnings.simplefilter("ignore")
         made: torch.optim.Optimizer = BlockOptimizer(fused(weights), named, [["layers.0."]], 10**9)
     # Its step takes the gradients away.
-    gradients = [weight.grad for weight in weights]
+    gradients: list[Tensor | None] = []
+
+    def keep(*arguments: Any) -> None:
+        gradients[:] = [weight.grad for weight in weights]
 
     def give_back(*arguments: Any) -> None:
         for weight, gradient in zip(weights, gradients, strict=True):
             weight.grad = gradient
 
+    made.register_step_pre_hook(keep)
     made.register_step_post_hook(give_back)
     return made
 

@@ -23,7 +23,7 @@ def test_step(benchmark: Any, case: Any, name: str) -> None:
     peer = CPU_PEERS[name]
     benchmark.group = f"LLaMA of {case}, {peer.dtype}, {torch.get_num_threads()} threads"
     try:
-        step, _ = prepare(peer, initial(CASES[case], peer.dtype))
+        step, *_ = prepare(peer, initial(CASES[case], peer.dtype))
     # Missing, or not for CPUs.
     except (ImportError, NotImplementedError) as error:
         pytest.skip(str(error))

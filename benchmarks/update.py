@@ -2,7 +2,8 @@
 
 Every peer updates the same number of elements with the same gradients, interleaved in one process. Two times
 are taken: the device's, from an L2 without their data and with the host far ahead; and the host's, from an idle
-device until `step()` returns and until the device is done.
+device until `step()` returns and until the device is done. Gradients are new in every step, and so is the learning
+rate; the host's time is taken of a steady step too, which finds both as they were.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import itertools
 import json
 import tempfile
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -33,6 +34,7 @@ REPEATS = {"cuda": 20, "cpu": 3}
 COPY_BYTES = {"cuda": 2**30, "cpu": 2**22}
 # What is timed, the weights that it updates, and what knows its state.
 Ready = tuple[Callable[[], object], list[Tensor], Any]
+TIMES = ("device_us", "host_us", "wall_us", "steady_host_us", "steady_wall_us")
 # How long the device is kept from the step, for the host to get ahead: 2 ms at 2 GHz, and longer if that failed.
 DELAY_CYCLES = (4_000_000, 16_000_000, 64_000_000)
 
@@ -112,12 +114,16 @@ class Samples:
         device_us: Device time of a step.
         host_us: Until `step()` returns, on an idle device.
         wall_us: Until the device is done, too.
+        steady_host_us: The host's in a step with the gradients and the learning rate of the one before.
+        steady_wall_us: The same until the device is done.
         host_bound: Repetitions in which the device had to wait for the host.
     """
 
     device_us: list[float] = field(default_factory=list)
     host_us: list[float] = field(default_factory=list)
     wall_us: list[float] = field(default_factory=list)
+    steady_host_us: list[float] = field(default_factory=list)
+    steady_wall_us: list[float] = field(default_factory=list)
     host_bound: int = 0
 
 
@@ -203,7 +209,7 @@ def measure(
     """Measure all peers in each case, and yield a record of each case.
 
     Gradients lie elsewhere and the learning rate is another in every step, as in training: a step that finds both as
-    they were has nothing to upload, and its figures would be too good.
+    they were has nothing to upload, and only what is called steady is its.
 
     Args:
         cases: What to update.
@@ -242,15 +248,17 @@ def measure_peers(
     samples = {name: Samples() for name in ready}
     # The gradients of a step, and those of the next.
     sets = {dtype: gradients_of(case, dtype, device) for dtype in {peers[name].dtype for name in ready}}
+    # Of each optimizer, which some share: or the first step of one might find what the last of another left.
+    turns: dict[int, Iterator[int]] = defaultdict(partial(itertools.count, 1))
     for number in range(repeats):
         for name in list(ready)[:: -1 if number % 2 else 1]:
             (step, weights, optimizer), taken = ready[name], samples[name]
-            turns = itertools.count(2 * len(DELAY_CYCLES) * number)
-            before = partial(renew, weights, optimizer, sets[peers[name].dtype], turns)
+            before = partial(renew, weights, optimizer, sets[peers[name].dtype], turns[id(optimizer)])
             try:
                 device_us, late = timer.device_us(step, before)
                 before()
                 host_us, wall_us = timer.wall_us(step)
+                steady_host_us, steady_wall_us = timer.wall_us(step)
             except torch.OutOfMemoryError as error:
                 # What a step needs for itself, the peers built after its warm-up may have taken.
                 results[name] = failure(error)
@@ -259,13 +267,15 @@ def measure_peers(
             taken.device_us.append(device_us)
             taken.host_us.append(host_us)
             taken.wall_us.append(wall_us)
+            taken.steady_host_us.append(steady_host_us)
+            taken.steady_wall_us.append(steady_wall_us)
             taken.host_bound += late
     for name, (step, weights, optimizer) in ready.items():
         with PeakMemory(device) as memory:
             step()
         taken, moved = samples[name], peers[name].moved_bytes * case.numel()
         results[name] = {
-            **{key: quantiles(getattr(taken, key)) for key in ("device_us", "host_us", "wall_us")},
+            **{key: quantiles(getattr(taken, key)) for key in TIMES},
             "host_bound": taken.host_bound,
             "moved_bytes": moved,
             "gb_per_s": moved / float(np.median(taken.device_us)) / 1e3,
@@ -283,7 +293,7 @@ def gradients_of(case: Case | Matrices, dtype: torch.dtype, device: torch.device
     return random(case, dtype, generator), random(case, dtype, generator)
 
 
-def renew(weights: list[Tensor], optimizer: Any, sets: tuple[list[Tensor], list[Tensor]], turns: Iterator[int]) -> None:
+def renew(weights: list[Tensor], optimizer: Any, sets: Sequence[list[Tensor]], turns: Iterator[int]) -> None:
     """Give the weights the gradients of the other set, and the optimizer another learning rate."""
     number = next(turns)
     gradients = sets[number % 2]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import json
 
 import numpy as np
@@ -47,8 +48,11 @@ def test_every_peer_is_measured_beside_ours(content, tmp_path):
     assert (tmp_path / "cpu.png").stat().st_size > 10_000
     for name in ("fp32 misa", "fp32 misa clip", "bf16 misa"):
         assert set(peers[name]["times_ours"].values()) == {1.0}
-    assert content["host"]["peers"]["fp32 fused"]["us"]["median"] > 0
-    assert len(content["goals"]) == 4
+    for kind in ("host", "host_renewed"):
+        assert content[kind]["peers"]["fp32 fused"]["us"]["median"] > 0
+    assert len(content["goals"]) == 5
+    text = cpu.host_table(content).splitlines()
+    assert text[1].split("  ")[-1].strip() == "new gradients and lr" and len(text[-1].split()) == 2 + 2 * 4
 
 
 def different(**options):
@@ -86,25 +90,31 @@ def test_a_peer_that_cannot_run_is_listed_with_its_error(monkeypatch):
     case = cpu.measure(CASE, torch.float32, repeats=2)
     assert "ImportError: No module named 'deepspeed'" in cpu.table(case)
     host = {"tensors": 300, "elements": 4800, "peers": {"fp32 fused": {"times_ours": {"median": 5.5}}}}
-    found = cpu.goals({"cases": [case], "host": host})
+    slow = {"tensors": 300, "elements": 4800, "peers": {"fp32 fused": {"times_ours": {"median": 4.5}}}}
+    found = cpu.goals({"cases": [case], "host": host, "host_renewed": slow})
     by_goal = {line["goal"]: line for line in found}
     missed = by_goal["fp32 deepspeed+norm / fp32 misa"]
-    assert missed["value"] is None and not missed["met"] and "NOT MET" in cpu.verdict(found)
-    assert found[-1]["value"] == 5.5 and found[-1]["met"]
+    assert missed["value"] is None and not missed["met"]
+    assert "NOT MET     - >= 1.5  fp32 deepspeed+norm" in cpu.listed(found, ">=")
+    assert [(line["where"].split(", ")[1], line["value"], line["met"]) for line in found[-2:]] == [
+        ("steady", 5.5, True),
+        ("new gradients and lr", 4.5, False),
+    ]
 
 
 def test_goals_of_known_figures():
     peers = {name: {"times_ours": {"median": 1.5}} for name in cpu.GOALS}
     cases = [{"tensors": 4, "elements": 64 * 2**20, "peers": peers}]
     host = {"tensors": 300, "elements": 4800, "peers": {"fp32 fused": {"times_ours": {"median": 4.9}}}}
-    met = {line["goal"]: line["met"] for line in cpu.goals({"cases": cases, "host": host})[:-1]}
+    hosts = dict.fromkeys(cpu.HOST_KINDS, host)
+    met = {line["goal"]: line["met"] for line in cpu.goals({"cases": cases, **hosts})[:-2]}
     assert met == {
         "fp32 fused+norm / fp32 misa": False,
         "fp32 fused+clip / fp32 misa clip": True,
         "fp32 fused / fp32 misa": True,
         "fp32 deepspeed+norm / fp32 misa": True,
     }
-    assert not cpu.goals({"cases": [], "host": host})[0]["met"]
+    assert not cpu.goals({"cases": [], **hosts})[0]["met"]
 
 
 PACKAGES = {
@@ -178,6 +188,26 @@ def test_slow_tasks_sit_out_the_turns_beyond_their_time(monkeypatch):
     monkeypatch.setattr(cpu, "SECONDS", 0.0)
     times = cpu.take_turns({"slow": lambda: None}, 5)["slow"]
     assert np.isnan(times).tolist() == [False, False, False, True, True]
+
+
+@needs_library
+def test_all_but_steady_steps_have_gradients_and_a_learning_rate_of_their_own(monkeypatch):
+    """Or there would be nothing new to tell the kernel, and the host's time would be too good."""
+    seen = []
+
+    class Seeing(torch.optim.SGD):
+        def step(self):
+            grads = [param.grad for param in self.param_groups[0]["params"]]
+            seen.append((tuple(grad.data_ptr() for grad in grads), self.param_groups[0]["lr"]))
+
+    other = Peer(torch.float32, 8, lambda weights: Seeing(weights, lr=cpu.LR))
+    monkeypatch.setattr(cpu, "CPU_PEERS", {"fp32 misa": cpu.CPU_PEERS["fp32 misa"], "fp32 other": other})
+    found = cpu.measure_host(CASE, repeats=3)
+    assert all(list(of["peers"]) == ["fp32 misa", "fp32 other"] for of in found.values())
+    changed = [(a[0] != b[0], a[1] != b[1]) for a, b in itertools.pairwise(seen[cpu.WARM_UP - 1 :])]
+    assert changed == [(False, False)] * 3 + [(True, True)] * 3
+    # No address of the one before is another tensor's now.
+    assert not set(seen[-1][0]) & set(seen[-2][0])
 
 
 def test_turns_alternate_their_order():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import json
 import math
 import os
@@ -14,7 +15,7 @@ import pytest
 import torch
 
 from benchmarks import goals, gpu, nvidia, steps, update
-from benchmarks.peers import BF16, FORMATS, PEERS, check_compressible
+from benchmarks.peers import BF16, FORMATS, PEERS, badam_block, check_compressible
 
 MEMCHECK = "...\n6 passed in 40.1s\n========= ERROR SUMMARY: {} errors\n"
 RACECHECK = "...\n6 passed in 40.1s\n========= RACECHECK SUMMARY: {} hazards displayed ({} errors, {} warnings)\n"
@@ -46,10 +47,15 @@ def test_bench_measures_every_peer(content):
     for name in running:
         peer = case["peers"][name]
         assert "error" not in peer, (name, peer)
-        for key in ("device_us", "host_us", "wall_us"):
+        for key in ("device_us", "host_us", "wall_us", "steady_host_us", "steady_wall_us"):
             assert 0 < peer[key]["p10"] <= peer[key]["median"] <= peer[key]["p90"]
         assert peer["gb_per_s"] == pytest.approx(peer["moved_bytes"] / peer["device_us"]["median"] / 1e3)
         assert peer["extra_bytes"] >= 0
+    head, columns, *rows = goals.table(content["cases"]).splitlines()
+    assert head.split("  ")[-1].strip() == "steady" and "new gradients and lr" in head
+    # Each title ends where its last column does.
+    assert [head.index("lr") + 2, len(head)] == [columns.index("wall us") + 7, columns.rindex("wall us") + 7]
+    assert len(rows) == len(PEERS) + 1
 
 
 def test_bench_says_where_it_ran_and_what_is_absent(content):
@@ -209,7 +215,7 @@ def test_a_step_that_finds_no_memory_once_all_peers_are_there_is_left_out_alone(
     assert case["peers"]["fp32 fused"]["device_us"]["median"] > 0
 
 
-def test_every_timed_step_has_gradients_and_a_learning_rate_of_its_own():
+def test_every_timed_step_but_a_steady_one_has_gradients_and_a_learning_rate_of_its_own():
     """Or there would be nothing to upload, and the figures would be too good."""
     seen = []
 
@@ -221,9 +227,24 @@ def test_every_timed_step_has_gradients_and_a_learning_rate_of_its_own():
     peers = {"seeing": update.Peer(torch.float32, 8, lambda weights: Seeing(weights, lr=1e-4))}
     (case,) = update.measure([update.Matrices({(16, 32): 2, (8, 8): 1})], torch.device("cpu"), math.inf, 3, peers)
     assert (case["elements"], case["tensors"]) == (1088, 3)
-    # Two a turn, after the warm-up and before the step whose memory is counted.
-    timed = seen[update.WARM_UP : -1]
-    assert len(timed) == 6 and all(a[0] != b[0] and a[1] != b[1] for a, b in zip(timed, timed[1:], strict=False))
+    # Three a turn, after the warm-up and before the step whose memory is counted; the third is steady.
+    timed = seen[update.WARM_UP - 1 : -1]
+    changed = [(a[0] != b[0], a[1] != b[1]) for a, b in itertools.pairwise(timed)]
+    assert changed == [(True, True), (True, True), (False, False)] * 3
+
+
+@needs("badam")
+@pytest.mark.filterwarnings("ignore")
+def test_badam_has_the_gradients_it_was_given_last():
+    """Its package takes them away in every step, and steady steps need them."""
+    weight = torch.ones(4, 4, requires_grad=True)
+    weight.grad = torch.ones(4, 4)
+    optimizer = badam_block([weight])
+    for _ in range(2):
+        weight.grad = gradient = torch.full((4, 4), -1.0)
+        optimizer.step()
+        assert weight.grad is gradient
+    assert (weight > 1).all()
 
 
 def test_every_gpu_case_has_about_its_elements():
