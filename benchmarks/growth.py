@@ -1,6 +1,6 @@
-"""How does the cost of a step grow with elements and with tensors, and that of a switch with modules?
+"""How does the cost of a step grow with elements and tensors, of a switch with modules, of an iteration with hooks?
 
-python -m benchmarks.growth --device cpu --out DIR    DIR/growth.json with the slopes, DIR/growth.png
+python -m benchmarks.growth --device cpu --out DIR    DIR/growth.json with slopes and goals, DIR/growth.png
 
 Host and device together, from an idle device to an idle device. A slope is that of a straight line through the larger
 half of the points, both axes logarithmic: 1 where twice as much costs twice the time, 0 where it costs no more.
@@ -15,6 +15,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,8 @@ import torch
 from torch import Tensor
 
 from benchmarks import charts, record
-from benchmarks.peers import LR
+from benchmarks.goals import goal, listed
+from benchmarks.peers import BF16, FP32, LR
 from benchmarks.update import quantiles
 from misa_kernels import MISA
 
@@ -33,10 +35,13 @@ MEMORY_BYTES = {"cpu": 14 * 2**30, "cuda": 72 * 2**30}
 ELEMENTS = [1024 * 4**power for power in range(11)]
 TENSORS = [1, 10, 100, 1000, 5000, 20_000]
 MODULES = [100, 300, 1000, 3000, 10_000, 20_000]
+RELEASED = [50, 100, 200, 400]
 # Of a tensor in the series over tensors and modules: so small that the host's time is what counts.
 SMALL = 64
-# Of the modules that are active: as many as at a delta of 1 %.
-DELTA = 0.01
+# Of the modules that are active, of float32 and, with masters, of bfloat16 weights.
+DELTAS = {FP32: 0.01, BF16: 0.03}
+# How many times as long as with held gradients an iteration that releases them may take, and how it may grow.
+RELEASED_GOAL, LINEAR_GOAL = 2.5, 1.1
 # A measurement goes on for as long, and takes as many repetitions at least and at most.
 SECONDS, FEWEST, MOST = 1.0, 7, 200
 Series = Iterator[tuple[int, dict[str, Callable[[], object]]]]
@@ -71,15 +76,43 @@ def over_tensors(device: torch.device, largest: int | None) -> Series:
             yield tensors, optimizers([torch.ones(8, SMALL // 8, device=device) for _ in range(tensors)])
 
 
-def over_modules(device: torch.device, largest: int | None) -> Series:
+def over_modules(device: torch.device, largest: int | None, dtype: torch.dtype = FP32) -> Series:
     """Yield, for more and more small modules, a step that ends a round, and one that does not."""
     for modules in MODULES:
         if modules <= (largest or modules):
             found: dict[str, Callable[[], object]] = {}
             for name, inner_steps in (("step that switches", 1), ("step within a round", 10**9)):
-                weights = [torch.ones(8, SMALL // 8, device=device, requires_grad=True) for _ in range(modules)]
-                found[name] = switching(weights, MISA(weights, lr=LR, delta=DELTA, inner_steps=inner_steps))
+                weights = [torch.ones(8, SMALL // 8, device=device, dtype=dtype) for _ in range(modules)]
+                optimizer = MISA(
+                    [weight.requires_grad_() for weight in weights], lr=LR, delta=DELTAS[dtype], inner_steps=inner_steps
+                )
+                found[name] = switching(weights, optimizer)
             yield modules, found
+
+
+def over_released(device: torch.device, largest: int | None) -> Series:
+    """Yield, for more and more small tensors, an iteration that holds its gradients, and one that releases them."""
+    for tensors in RELEASED:
+        if tensors <= (largest or tensors):
+            names = ("held", "released")
+            yield tensors, {name: iteration(tensors, device, release_gradients=name == "released") for name in names}
+
+
+def iteration(tensors: int, device: torch.device, **options: Any) -> Callable[[], object]:
+    """Return forward, backward and step of so many small layers."""
+    weights = [torch.eye(8, SMALL // 8, device=device).requires_grad_() for _ in range(tensors)]
+    optimizer = MISA(weights, lr=LR, delta=1.0, inner_steps=10**9, **options)
+    x = torch.ones(4, 8, device=device)
+
+    def run() -> None:
+        y = x
+        for weight in weights:
+            y = torch.tanh(y @ weight)
+        y.sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return run
 
 
 def switching(weights: list[Tensor], optimizer: MISA) -> Callable[[], object]:
@@ -102,7 +135,15 @@ def switching(weights: list[Tensor], optimizer: MISA) -> Callable[[], object]:
 SERIES: dict[str, tuple[str, Callable[[torch.device, int | None], Series]]] = {
     "elements": ("active parameters, in 8 tensors", over_elements),
     "tensors": (f"active tensors of {SMALL} elements", over_tensors),
-    "modules": (f"modules, of which {DELTA:.0%} are active", over_modules),
+    "modules": (f"modules, of which {DELTAS[FP32]:.0%} are active", over_modules),
+    "bf16 modules": (
+        f"bf16 modules, of which {DELTAS[BF16]:.0%} are active and have masters",
+        partial(over_modules, dtype=BF16),
+    ),
+    "released": (f"layers of {SMALL} elements in an iteration", over_released),
+}
+TITLES = {"released": "an iteration, gradients held or released"} | {
+    name: f"a switch against {name}" for name in ("modules", "bf16 modules")
 }
 
 
@@ -190,6 +231,21 @@ def pairs(points: list[dict[str, Any]]) -> list[tuple[float, float]]:
     return [(point["n"], point["us"]["median"]) for point in points]
 
 
+def goals(series: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the goals of released gradients and their figures, of the sizes that were measured."""
+    lines = series.get("released", {}).get("lines", {})
+    released, held = (pairs(lines.get(name, [])) for name in ("released", "held"))
+    found = [
+        goal("released / held gradients, an iteration", f"{n} tensors", RELEASED_GOAL, ours / theirs)
+        for (n, ours), (_, theirs) in zip(released, held, strict=True)
+    ]
+    if len(released) > 1:
+        ends = [released[0], released[-1]]
+        where = f"{ends[0][0]} to {ends[1][0]} tensors"
+        found.append(goal("slope of an iteration, released gradients", where, LINEAR_GOAL, slope(ends)))
+    return found
+
+
 def table(series: dict[str, Any]) -> str:
     """Return the medians as lines of text, and the slopes."""
     text = []
@@ -211,8 +267,7 @@ def draw(series: dict[str, Any], path: Path) -> Path | None:
     for name, found in series.items():
         lines = {f"{line}: {found['slopes'][line] or 0:.2f}": pairs(points) for line, points in found["lines"].items()}
         if lines:
-            title = "a switch against modules" if name == "modules" else f"a step against {name}"
-            panels[f"{title}, with slopes"] = (found["axis"], lines)
+            panels[f"{TITLES.get(name, f'a step against {name}')}, with slopes"] = (found["axis"], lines)
     return charts.lines(path, panels, "microseconds, median", source=series) if panels else None
 
 
@@ -222,10 +277,10 @@ def run(device: torch.device, deadline: float, out: Path | None, largest: int | 
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "MISA samples")
         for series in measure(device, deadline, largest):
-            content["series"] = series
+            content |= {"series": series, "goals": goals(series)}
             if out is not None:
                 record.write(out, "growth", content)
-    print(table(content["series"]))
+    print(table(content["series"]) + "\n" + listed(content["goals"]))
     if out is not None:
         print(record.write(out, "growth", content), draw(content["series"], out / "growth.png"))
     return 0
