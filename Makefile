@@ -63,6 +63,7 @@ bench: $(VENV)/.dev  ## what a CPU measures in an hour or so: steps, iterations,
 	$(BIN)/python -m benchmarks.e2e --device cpu --out out
 	$(BIN)/python -m benchmarks.e2e --device cpu --caps --out out
 	$(BIN)/python -m benchmarks.growth --device cpu --out out
+	$(BIN)/python -m benchmarks.round_end --device cpu --out out
 	$(BIN)/python -m benchmarks.gate
 	$(BIN)/python -m pytest -q benchmarks/step.py benchmarks/switch.py
 

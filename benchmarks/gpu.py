@@ -5,7 +5,7 @@ python -m benchmarks.gpu --stage smoke --out DIR    the tests marked gpu
 python -m benchmarks.gpu --stage test --out DIR     those tests, then a few of them under compute-sanitizer
 python -m benchmarks.gpu --stage bench --out DIR    the time of the step beside torch's AdamW
 python -m benchmarks.gpu --stage formats --out DIR  the same of compressed moments, beside other packages' AdamWs
-python -m benchmarks.gpu --stage growth --out DIR   the step against elements and tensors, a switch against modules
+python -m benchmarks.gpu --stage growth --out DIR   the step against elements and tensors, switches, ends of rounds
 python -m benchmarks.gpu --stage e2e --out DIR      tokens per second of training
 python -m benchmarks.gpu --stage caps --out DIR     the same at the largest batch under caps of 24, 48 and 80 GiB
 python -m benchmarks.gpu --stage memory --out DIR   peak memory of training under a cap of 24 GiB, beside its goals
@@ -290,10 +290,14 @@ def iterations(args: argparse.Namespace, device: torch.device, deadline: float, 
 
 
 def growth(args: argparse.Namespace, device: torch.device, deadline: float) -> int:
-    """Time the step against elements and tensors, a switch against modules; write growth.json and growth.png."""
-    from benchmarks.growth import run
+    """Time ends of rounds, and how steps, switches and iterations grow; write round_end.json, growth.json, growth.png.
 
-    return run(device, deadline, args.out)
+    Ends of rounds have at most half of the time.
+    """
+    from benchmarks import growth, round_end
+
+    until = (time.monotonic() + deadline) / 2
+    return max(round_end.run(device, until, args.out), growth.run(device, deadline, args.out))
 
 
 def memory(args: argparse.Namespace, device: torch.device, deadline: float) -> int:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import charts, cpu, e2e_table, growth, record, regime_table
+from benchmarks import charts, cpu, e2e_table, growth, record, regime_table, round_end
 from benchmarks.e2e_table import ROUND
 from benchmarks.first import table as first_table
 
@@ -34,12 +34,16 @@ STAGES = {
     "test": "the tests marked gpu, some under compute-sanitizer",
     "bench": "a step beside torch's AdamW, launches, bytes of device memory",
     "formats": "a step with compressed moments beside bitsandbytes, torchao, FlashOptim and optimi",
-    "growth": "a step against elements and tensors, a switch against modules",
+    "growth": "a step against elements and tensors, a switch against modules, released gradients against held ones",
+    "round_end": "the step that ends a round beside a plain one",
     "e2e": "tokens per second of 130M, 1B and 8B LLaMAs at equal batch",
     "caps": "the same at the largest batch under 24, 48 and 80 GiB",
     "memory": "peak memory of the 8B shape under 24 GiB",
     "regime": "share of AdamW's improvement at small δ, a LLaMA of 128M parameters",
 }
+
+# The stage that makes it, where that has another name.
+STAGE_OF = {"round_end": "growth"}
 
 
 def cells(header: str, rows: Iterable[Sequence[str]]) -> list[str]:
@@ -179,14 +183,23 @@ def steps(content: Record) -> list[str]:
             "peer | ms | bytes an element | GB/s | of copy | of sum | times MISA's | peak extra MB",
             rows,
         )
+    # Records of before had steady steps alone.
+    kinds = {title: content[kind]["peers"] for kind, title in cpu.HOST_KINDS.items() if kind in content}
     host = content["host"]
     lines += [f"Host time: {host['tensors']} tensors of {host['elements'] // host['tensors']} elements.", ""]
     lines += cells(
-        "peer | µs | times MISA's",
+        " | ".join(["peer", *(f"µs, {title} | times MISA's" for title in kinds)]),
         (
-            (name, peer["error"], "")
+            (name, peer["error"], *[""] * (2 * len(kinds) - 1))
             if "error" in peer
-            else (name, spread(peer["us"], 0), spread(peer["times_ours"], 2))
+            else (
+                name,
+                *(
+                    spread(peers[name][key], digits)
+                    for peers in kinds.values()
+                    for key, digits in (("us", 0), ("times_ours", 2))
+                ),
+            )
             for name, peer in host["peers"].items()
         ),
     )
@@ -211,7 +224,20 @@ def grown(content: Record) -> list[str]:
     note = (
         "Slopes are those of the larger half of the points on logarithmic axes: 1 is twice the time for twice as many."
     )
-    return [*cells("against | what | µs of the fewest | µs of the most | slope", rows), note, ""]
+    table = cells("against | what | µs of the fewest | µs of the most | slope", rows)
+    return [*table, note, "", *goal_lines(content.get("goals", []))]
+
+
+def ends(content: Record) -> list[str]:
+    """What ends of rounds cost."""
+    first = content["cases"][0]
+    text = (
+        f"{round_end.size(first)} elements leave and as many enter; medians. Operators of torch are those beyond a "
+        f"plain step's, a module that leaves; they and the most extra memory once more for {round_end.LARGER // MIB}M "
+        "elements a matrix."
+    )
+    table = cells(" | ".join(round_end.COLUMNS), round_end.rows(content["cases"]))
+    return [text, "", *table, *goal_lines(content["goals"])]
 
 
 def quality(content: Record) -> list[str]:
@@ -333,9 +359,11 @@ def counts(content: Record) -> list[str]:
             for name, of in code.items()
         ),
     )
-    for kind in ("instructions", "host", "launches"):
-        title = "instructions an element (a tensor), CPU library" if kind == "instructions" else f"{kind}, a step"
-        lines += cells(f"{title} | ", ((name, f"{value:.4g}") for name, value in content["figures"][kind].items()))
+    titles = {"instructions": "instructions an element (a tensor), CPU library", "host": "host, a step"}
+    titles |= {"released": "an iteration that releases gradients", "launches": "launches, a step"}
+    for kind, title in titles.items():
+        figures = content["figures"].get(kind, {})
+        lines += cells(f"{title} | ", ((name, f"{value:.4g}") for name, value in figures.items())) if figures else []
     return lines
 
 
@@ -346,6 +374,7 @@ SECTIONS: dict[str, tuple[str, Callable[[Record], list[str]]]] = {
     "caps": ("Tokens per second at the largest batch under a cap of memory", capped),
     "cpu": ("The step on a CPU", steps),
     "growth": ("How cost grows", grown),
+    "round_end": ("The end of a round", ends),
     "launcher": ("The host's time of a step on a GPU", launcher),
     "quality": ("Quality at equal training bytes", quality),
     "regime": ("Quality where δ is small and the model deep", regime),
@@ -360,6 +389,7 @@ ON_A_CPU = {
     "caps": "python -m benchmarks.e2e --device cpu --caps --out benchmarks/results",
     "cpu": "python -m benchmarks.cpu --out benchmarks/results",
     "growth": "python -m benchmarks.growth --device cpu --out benchmarks/results",
+    "round_end": "python -m benchmarks.round_end --device cpu --out benchmarks/results",
     "regime": "python -m benchmarks.regime run && python -m benchmarks.regime table",
 }
 # Of the charts that this module draws: the part of the record that they show, and what draws it.
@@ -417,7 +447,8 @@ def page(results: Path) -> str:
     if missing:
         lines += ["## What has not been measured on a GPU", ""]
         lines += cells(
-            "command | what it measures", ((f"`make gpu STAGE={stage}`", STAGES[stage]) for stage in missing)
+            "command | what it measures",
+            ((f"`make gpu STAGE={STAGE_OF.get(stage, stage)}`", STAGES[stage]) for stage in missing),
         )
     return "\n".join(lines).rstrip() + "\n"
 

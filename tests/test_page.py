@@ -67,6 +67,26 @@ def test_what_ran_on_a_gpu_has_its_own_section_and_is_not_missing(results):
     assert "## Tokens per second, on a GPU" in text and "`make gpu STAGE=e2e`" not in text
 
 
+def test_ends_of_rounds_are_on_the_page_with_what_was_left_out(results):
+    where = json.loads((results / "compiled.json").read_text())
+    ends = {"operators": 20.0, "extra_bytes": 3_200_000}
+    case = {"case": "bf16 master, fp32 states", "active": 8, "elements": 2**20, "backend": "cpu"}
+    measured = {"ms": {kind: {"median": 1.26} for kind in page.round_end.KINDS}, "ratio": {"median": 3.5}}
+    larger = {"elements": 2**22, "operators": 22.0, "extra_bytes": 4_100_000}
+    cases = [case | measured | ends | {"larger": larger}, case | {"case": "another", "left_out": "time limit"}]
+    content = where | {"cases": cases, "goals": page.round_end.goals(cases)}
+    assert "## The end of a round" not in page.page(results)
+    assert "benchmarks.round_end --device cpu" in page.page(results)
+    (results / "round_end.json").write_text(json.dumps(content))
+    text = page.page(results)
+    assert "| bf16 master, fp32 states | 1.3 | 1.3 | 1.3 | 3.5 | 20 | 22 | 3.2 | 4.1 |" in text
+    assert "| another | left out: time limit |" in text and "8 x 1M elements leave" in text
+    assert "| transient MB | bf16 master, fp32 states, 8 x 4M | 4 | 4.1 | **not met** |" in text
+    assert "benchmarks.round_end --device cpu" not in text
+    # That of a GPU is made by a stage of another name.
+    assert "`make gpu STAGE=growth` | the step that ends a round" in text and "STAGE=round_end" not in text
+
+
 def test_a_record_without_a_section_is_refused(results):
     (results / "other.json").write_text("{}")
     with pytest.raises(ValueError, match="other must have a section"):
