@@ -65,7 +65,7 @@ class MISA(torch.optim.Optimizer):
             "stochastic", stochastic rounding.
         state_dtype: How the two moments are stored: "fp32", 8 bytes a parameter; "bf16", 4, rounded stochastically;
             "int8", 2.06, in groups of 128 with a scale; "fp8", 2.13, E4M3 with COAT's range expansion; or
-            "int8+int4", 1.56, the second moment in 4 bits.
+            "int8+int4", 1.56, the second moment in 4 bits. The last two have no kernel on CPUs.
         max_grad_norm: Clip gradients to this global norm, over active and dense tensors, inside the step;
             scores are taken before it. None: no clipping.
         skip_nonfinite: Leave everything untouched in a step whose gradients hold NaN or Inf, and count it.
@@ -81,8 +81,8 @@ class MISA(torch.optim.Optimizer):
             DTensors, DistributedDataParallel or `misa_kernels.distributed.replicate`, which averages the gradients,
             and no others: give it where you average gradients yourself.
         backend: "triton", one launch a step on CUDA devices; "cuda", the compiled library for them; "cpu", that for
-            CPUs; "reference", plain PyTorch on any device; or "auto", the first of these that can run, which warns
-            before it takes the last for want of a library.
+            CPUs; "reference", plain PyTorch on any device; or "auto", the first of these that can run, which says once
+            why it takes the last, where there are kernels for the device.
         **adamw_only: `amsgrad`, `maximize`, `foreach`, `capturable`, `differentiable` and `fused` of AdamW,
             accepted at their defaults so that existing calls keep working.
 

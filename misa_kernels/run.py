@@ -225,8 +225,16 @@ class Run:
             self.follow()
             self._reconcile()
             self.trained.allocate(self.layout.slots_of(self.active.tolist()))
+            self._warn_of_plain_steps()
         else:
             self._reconcile()
+
+    def _warn_of_plain_steps(self) -> None:
+        """Say, once, that "auto" has found nothing faster."""
+        if self.options.backend == "auto" and self.trained.backend == "reference":
+            params = [block.param for block in self.layout.slots.blocks]
+            if (reason := kernels.why_plain(params, self._storage)) is not None:
+                self.flags.warn_once("backend", reason)
 
     def _reconcile(self) -> None:
         """Take over what somebody else wrote to `state`: a common way to begin anew is to clear it."""

@@ -903,6 +903,7 @@ def test_a_gradient_of_another_size_is_refused_before_anything_changes(backend):
     assert not torch.equal(first, before[0])
 
 
+@pytest.mark.filterwarnings("ignore:MISA steps in plain PyTorch")
 @pytest.mark.parametrize("backend", ["auto", "reference"])
 def test_float64_gradients_of_float32_weights_are_used_where_a_backend_can(backend):
     weight = torch.arange(32.0).view(8, 4)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import platform
-import warnings
 from collections.abc import Iterator
 
 import torch
@@ -103,9 +102,7 @@ def gpu(device: torch.device) -> str:
 
 def backend_of(device: torch.device, dtype: torch.dtype) -> str:
     """Return the name of the backend that runs the steps of such weights."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return kernels.select("auto", device, {dtype}, Storage()).name
+    return kernels.select("auto", device, {dtype}, Storage()).name
 
 
 def file_name(name: str) -> str:

@@ -22,10 +22,9 @@ from misa_kernels.kernels import native, table
 from misa_kernels.kernels.plain import PlainStep
 from misa_kernels.kernels.rows import Row, Settings, StepInput
 from misa_kernels.kernels.table import ALL
-from misa_kernels.notices import warn
 from misa_kernels.storage import PRECISIONS, Storage
 
-__all__ = ["BACKENDS", "Backend", "Row", "Settings", "Step", "StepInput", "check", "select", "unusable"]
+__all__ = ["BACKENDS", "Backend", "Row", "Settings", "Step", "StepInput", "check", "select", "unusable", "why_plain"]
 
 BACKENDS = ("auto", "triton", "cuda", "cpu", "reference")
 # What "auto" takes, best first. The CUDA library comes after Triton because nobody has measured them side by side
@@ -96,16 +95,8 @@ def select(backend: str, device: torch.device, dtypes: Collection[torch.dtype], 
     if backend == "reference":
         return PlainStep
     if backend == "auto":
-        reasons = []
-        for name in PREFERRED.get(device.type, ()):
-            if storage in _storages(name) and all(dtype in _dtypes(name) for dtype in dtypes):
-                reason = unusable(name)
-                if reason is None:
-                    return _class(name)
-                reasons.append(f"{name!r} {reason}")
-        if reasons:
-            warn(f"MISA steps in plain PyTorch, which is slow: backend {'; '.join(reasons)}")
-        return PlainStep
+        usable = [name for name in PREFERRED.get(device.type, ()) if _unfit(name, dtypes, storage) is None]
+        return _class(usable[0]) if usable else PlainStep
     device_type = "cpu" if backend == "cpu" or _interpreted() else "cuda"
     if device.type != device_type or not all(dtype in _dtypes(backend) for dtype in dtypes):
         raise RuntimeError(
@@ -120,11 +111,39 @@ def select(backend: str, device: torch.device, dtypes: Collection[torch.dtype], 
     return _class(backend)
 
 
+def why_plain(params: Sequence[Tensor], storage: Storage) -> str | None:
+    """Return why "auto" takes plain PyTorch although there are kernels for the device, as a sentence; None otherwise.
+
+    Args:
+        params: What may be trained, all on one device.
+        storage: How moments and weights are stored.
+    """
+    dtypes = {dtype for p in params for dtype in (p.dtype, getattr(p, "grad_dtype", None) or p.dtype)}
+    reasons = {name: _unfit(name, dtypes, storage) for name in PREFERRED.get(params[0].device.type, ())}
+    if not reasons or None in reasons.values():
+        return None
+    said = "; ".join(f"{name!r} {reason}" for name, reason in reasons.items())
+    return f"MISA steps in plain PyTorch, which is slow: backend {said}; say backend='reference' if that is meant"
+
+
 def unusable(backend: str) -> str | None:
     """Return why a backend cannot run on this machine, as the rest of a sentence, or None if it can."""
     if backend == "triton":
         return _no_triton()
     return native.unusable(backend) if backend in ("cpu", "cuda") else None
+
+
+def _unfit(backend: str, dtypes: Collection[torch.dtype], storage: Storage) -> str | None:
+    """Return why a backend cannot run such steps here, as the rest of a sentence, or None if it can."""
+    has, lacking = _storages(backend), sorted(map(str, set(dtypes).difference(_dtypes(backend))))
+    if lacking:
+        return f"updates {', '.join(map(str, _dtypes(backend)))}, not {', '.join(lacking)}"
+    if storage not in has:
+        formats = [name for name in FORMATS if Storage(name, storage.param_precision) in has]
+        if not formats:
+            return f"has no param_precision={storage.param_precision!r}"
+        return f"has state_dtype {', '.join(map(repr, formats))}, not {storage.state_dtype!r}"
+    return unusable(backend)
 
 
 def _dtypes(backend: str) -> tuple[torch.dtype, ...]:
