@@ -103,6 +103,11 @@ class ActiveSet:
         """Name of what runs the steps, None before the first one."""
         return None if self._backend is None else self._backend.name
 
+    @property
+    def is_within_step(self) -> bool:
+        """Whether gradients have come, with `release_gradients`, that `update` has not counted yet."""
+        return bool(self._arrivals)
+
     def update(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
         """Take one optimizer step on all tensors that have a gradient.
 

@@ -38,21 +38,31 @@ def check_range(name: str, value: Any, low: float, high: float, rule: str) -> No
 
     Args:
         name: The argument's name.
-        value: A number; a 0-dim tensor passes for its value.
+        value: A number; a tensor of one element on the CPU passes for its value.
         low: Lower end, included.
         high: Upper end, excluded.
         rule: What the sentence says after "must be".
 
     Raises:
-        TypeError: If `value` is not a number.
+        TypeError: If `value` is not a number, or is on a device.
         ValueError: If it is out of range.
     """
+    check_place(name, value)
     if isinstance(value, Tensor) and value.numel() == 1:
         value = value.item()
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name}={value!r} must be {rule}")
     if not low <= float(value) < high:
         raise ValueError(f"{name}={value!r} must be {rule}")
+
+
+def check_place(name: str, value: Any) -> None:
+    """Refuse a tensor that is not on the CPU."""
+    if isinstance(value, Tensor) and value.device.type != "cpu":
+        raise TypeError(
+            f"{name} is a tensor on {value.device}, and reading it would wait for the device: use a float or a tensor "
+            "on the CPU"
+        )
 
 
 def check_hyperparameters(group: dict[str, Any]) -> None:

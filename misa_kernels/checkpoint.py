@@ -109,12 +109,17 @@ def read(saved: Mapping[str, Any], groups: Sequence[dict[str, Any]], layout: Lay
         )
     hyperparameters = []
     for group, saved_group in zip(groups, saved["param_groups"], strict=True):
-        kept = {name: value for name, value in saved_group.items() if name not in ("params", *POSITION)}
+        kept = {name: _number(value) for name, value in saved_group.items() if name not in ("params", *POSITION)}
         arguments.check_hyperparameters({**group, **kept})
         hyperparameters.append(copy.deepcopy(kept))
     return Saved(
         position, storage, own, hyperparameters, active, {name: layout.slots.first(values[name]) for name in SCORES}
     )
+
+
+def _number(value: Any) -> Any:
+    """Return a tensor, such as an lr, on the CPU: `map_location` and accelerate move all that a state dict holds."""
+    return value.cpu() if isinstance(value, Tensor) and not value.is_meta else value
 
 
 def _position(saved: Mapping[str, Any]) -> tuple[dict[str, Any], Storage]:

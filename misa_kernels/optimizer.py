@@ -44,7 +44,7 @@ class MISA(torch.optim.Optimizer):
             say `role`: "sampled", "dense" (always on) or "frozen"; without it, tensors of two dimensions or
             more are sampled and the others frozen (dense when `delta` is 1).
             `misa_kernels.param_groups(model)` makes groups that know the model's modules and layers.
-        lr: Step size α; a float or a 0-dim tensor, may change at any step.
+        lr: Step size α; a float or a 0-dim tensor on the CPU, may change at any step.
         betas: Decay β₁, β₂ of the two moments.
         eps: Term ε added to the denominator.
         weight_decay: Decoupled weight decay, as in AdamW.

@@ -30,9 +30,9 @@ class Hyper(NamedTuple):
 
     @classmethod
     def of(cls, group: dict[str, Any]) -> Hyper:
-        """Return the hyperparameters of a param group as they are now."""
+        """Return the hyperparameters of a param group as they are now, plain numbers."""
         beta1, beta2 = group["betas"]
-        return cls(group["lr"], beta1, beta2, group["eps"], group["weight_decay"])
+        return cls(float(group["lr"]), beta1, beta2, group["eps"], group["weight_decay"])
 
 
 @dataclass(slots=True)

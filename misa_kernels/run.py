@@ -192,6 +192,9 @@ class Run:
             self.refuse_ended("step()", "construct a new MISA to go on training")
         if flags.lent:
             raise RuntimeError("step() came within thawed(), where MISA does not train: call it outside of the block")
+        for group in self.groups:
+            if type(group["lr"]) is not float:
+                arguments.check_place("lr", group["lr"])
         if flags.sentinel is not None and flags.sentinel.requires_grad:
             flags.put_back()
         if self.trained.arena is None or self.trained.state.changed[0]:
@@ -213,6 +216,10 @@ class Run:
         """Use the gradient of a parameter within `backward()`, once for each: the host's time counts."""
         if self.flags.lent:
             return
+        if not self.trained.is_within_step:
+            for group in self.groups:
+                if type(group["lr"]) is not float:
+                    arguments.check_place("lr", group["lr"])
         if self.trained.arena is None or self.trained.state.changed[0]:
             self.allocate()
         self.trained.receive(param)

@@ -6,7 +6,9 @@ import tiny
 import torch
 from torch import nn
 
-from misa_kernels import MISA, ImportanceSampler, param_groups
+from misa_kernels import MISA, ImportanceSampler, kernels, param_groups
+
+BACKENDS = ["reference", *(name for name in ("cpu",) if kernels.unusable(name) is None)]
 
 RANGES = [
     ("lr", -1.0),
@@ -149,3 +151,70 @@ def test_weights_on_several_devices_or_none_are_refused():
     optimizer = MISA([nn.Parameter(torch.ones(2, 2, device="meta")), nn.Parameter(torch.ones(2, 2))], delta=1.0)
     with pytest.raises(RuntimeError, match="cpu, meta"):
         optimizer.step()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"lr": torch.tensor(1e-3, device="meta")},
+        {"betas": (0.9, torch.tensor(0.99, device="meta"))},
+        {"eps": torch.tensor(1e-8, device="meta")},
+        {"weight_decay": torch.tensor(0.1, device="meta")},
+    ],
+)
+@pytest.mark.parametrize("in_group", [True, False])
+def test_a_number_on_a_device_is_refused_at_construction(options, in_group):
+    """ "meta" stands for any device that would have to be waited for."""
+    (name,) = options
+    group = {"params": parameters((2, 2)), **(options if in_group else {})}
+    with pytest.raises(TypeError, match=f"^{name} is a tensor on meta, .*: use a float or a tensor on the CPU$"):
+        MISA([group], delta=1.0, **({} if in_group else options))
+
+
+@pytest.mark.parametrize("release_gradients", [False, True])
+@pytest.mark.parametrize("steps", [0, 2])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_learning_rate_on_a_device_is_refused_before_anything_of_a_step(backend, steps, release_gradients):
+    def make():
+        model = nn.Sequential(*(nn.Linear(4, 4, bias=False) for _ in range(2))).bfloat16()
+        for weight in model.parameters():
+            nn.init.eye_(weight)
+        options = {"delta": 1.0, "inner_steps": 2, "release_gradients": release_gradients}
+        return model, MISA(model.parameters(), backend=backend, **options)
+
+    def train(model, optimizer, steps=1):
+        for step in range(steps):
+            model(torch.full((2, 4), step + 1.0).bfloat16()).sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    (model, optimizer), (other, twin) = make(), make()
+    train(model, optimizer, steps)
+    train(other, twin, steps)
+    group = optimizer.param_groups[0]
+    before, weights = optimizer.state_dict(), [p.detach().clone() for p in model.parameters()]
+    lr, group["lr"] = group["lr"], torch.tensor(1e-3, device="meta")
+    with pytest.raises(TypeError, match="^lr is a tensor on meta, .*: use a float or a tensor on the CPU$"):
+        train(model, optimizer)
+    assert all(map(torch.equal, model.parameters(), weights))
+    group["lr"] = lr
+    assert str(optimizer.state_dict()) == str(before)
+    optimizer.zero_grad()
+    train(model, optimizer, 3)
+    train(other, twin, 3)
+    assert all(map(torch.equal, model.parameters(), other.parameters()))
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (1, 1)])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_tensor_as_learning_rate_is_the_number_that_it_holds(backend, shape):
+    lr, trained = torch.full(shape, 3e-3), []
+    for each in (lr, lr.item()):
+        (param,) = parameters((4, 4))
+        optimizer = MISA([param], lr=each, delta=1.0, inner_steps=2, momentum_flush=True, backend=backend)
+        for step in range(3):
+            param.grad = torch.full((4, 4), step + 1.0)
+            optimizer.step()
+        optimizer.release()
+        trained.append(param.detach())
+    assert torch.equal(*trained) and trained[0].abs().min() > 3e-3

@@ -285,6 +285,40 @@ def test_hyperparameters_and_group_identity_survive_loading():
     assert resumed.param_groups[0]["lr"] == pytest.approx(0.0125)
 
 
+class Elsewhere(torch.Tensor):
+    """A tensor that is on a device, as far as this machine can have one."""
+
+    device = torch.device("cuda")
+
+    def cpu(self):
+        return self.as_subclass(torch.Tensor)
+
+
+def test_a_learning_rate_that_was_moved_with_a_state_dict_comes_back():
+    """`torch.load(map_location=...)` and accelerate's `prepare` move it with all else."""
+    model, optimizer = build(lr=torch.tensor(0.125))
+    state = optimizer.state_dict()
+    for group in state["param_groups"]:
+        group["lr"] = group["lr"].as_subclass(Elsewhere)
+    again, resumed = build()
+    resumed.load_state_dict(state)
+    for group in resumed.param_groups:
+        assert type(group["lr"]) is torch.Tensor and group["lr"] == 0.125
+    tiny.train(again, resumed, 1)
+
+
+@pytest.mark.gpu
+def test_a_learning_rate_that_was_moved_to_a_gpu_comes_back():
+    model, optimizer = build(lr=torch.tensor(0.125))
+    file = io.BytesIO()
+    torch.save(optimizer.state_dict(), file)
+    file.seek(0)
+    again, resumed = build()
+    resumed.load_state_dict(torch.load(file, map_location="cuda", weights_only=True))
+    assert all(group["lr"].device.type == "cpu" and group["lr"] == 0.125 for group in resumed.param_groups)
+    tiny.train(again, resumed, 1)
+
+
 def test_hooks_of_torch_run():
     model, optimizer = build()
     calls = []

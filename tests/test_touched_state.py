@@ -562,6 +562,7 @@ CORRUPT = {
     "a negative seed": lambda s: s["param_groups"][0].update(seed=-3),
     "no position": lambda s: s["param_groups"][0].pop("round_step"),
     "lr": lambda s: s["param_groups"][0].update(lr=-1.0),
+    "lr without a value": lambda s: s["param_groups"][0].update(lr=torch.tensor(1e-3, device="meta")),
     "lr of the last group": lambda s: s["param_groups"][-1].update(lr="fast"),
     "betas": lambda s: s["param_groups"][0].update(betas=(0.9, 1.0)),
     "weight decay": lambda s: s["param_groups"][-1].update(weight_decay=-0.1),
