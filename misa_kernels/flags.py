@@ -301,10 +301,20 @@ class Flags:
         frozen, thawed = set(seen.frozen), set(seen.thawed)
         return [flag and i not in frozen or i in thawed for i, flag in enumerate(self.chosen)]
 
-    def give_back(self) -> None:
-        """Give every parameter the flag that the user chose, and let go of it."""
+    def give_back(self, is_late: bool = False) -> None:
+        """Give every parameter the flag that the user chose, and let go of it.
+
+        Args:
+            is_late: Whether it is Python that found the optimizer unused, maybe long after it was. Who has switched
+                everything on since then, or something else instead of what was on, means it and keeps it.
+        """
         self._has_ended = True
-        for param, flag in zip(self.params, self.chosen_now(), strict=True):
+        flags = self.chosen_now()
+        if is_late and not self.lent:
+            now = self._now()
+            if self._seen().is_whole or now and self._on.isdisjoint(now):
+                flags = list(map(REQUIRES_GRAD, self.params))
+        for param, flag in zip(self.params, flags, strict=True):
             _set(param, flag)
             if self._run is not None and _holders.get(param) is self._run:
                 del _holders[param]

@@ -565,14 +565,14 @@ class Run:
     def abandon(self) -> None:
         """End the run of an optimizer that is gone: the weights stay as they are."""
         if self.ended is None:
-            self._end("its optimizer was deleted")
+            self._end("its optimizer was deleted", is_late=True)
 
-    def _end(self, why: str) -> None:
+    def _end(self, why: str, is_late: bool = False) -> None:
         self.ended = why
         for handle in self._hooks.values():
             handle.remove()
         self.trained.forget()
-        self.flags.give_back()
+        self.flags.give_back(is_late)
 
     @not_traced
     def prepare_to_save(self) -> None:

@@ -190,6 +190,99 @@ def test_dropping_gives_back_what_was_thawed_and_frozen_in_mid_run():
     assert flags(model) == users(model, ["blocks.0"])
 
 
+@pytest.fixture
+def no_collector():
+    """Python collects when a test asks for it."""
+    gc.disable()
+    yield
+    gc.enable()
+
+
+def test_one_in_a_cycle_is_taken_over_and_its_end_changes_nothing(no_collector):
+    model, optimizer = build()
+    tiny.train(model, optimizer, 4)
+    optimizer.itself, alive = optimizer, weakref.ref(optimizer)
+    del optimizer
+    again = []
+    (said,) = heard(lambda: again.append(make(model)))
+    check_sentence(said)
+    assert alive() is not None and len(again[0].modules) == 14
+    tiny.train(model, again[0], 1)
+    before = flags(model)
+    gc.collect()
+    assert alive() is None and flags(model) == before != users(model)
+    again[0].release()
+    assert flags(model) == users(model)
+
+
+@pytest.mark.parametrize("change", ["all on", "only the head", "one frozen", "none"])
+def test_one_collected_late_leaves_the_flags_that_were_set_since(no_collector, change):
+    """Python's collector comes when it comes: other code may train the model by then."""
+    model, optimizer = build(frozen=("norm", "head"))
+    tiny.train(model, optimizer, 4)
+    optimizer.itself, alive = optimizer, weakref.ref(optimizer)
+    del optimizer
+    theirs = users(model, ("norm", "head"))
+    if change == "all on":
+        model.requires_grad_(True)
+        theirs = flags(model)
+    elif change == "only the head":
+        model.requires_grad_(False)
+        model.head.requires_grad_(True)
+        theirs = {"head.weight"}
+    elif change == "one frozen":
+        # Of three in its layer.
+        frozen = max(flags(model))
+        model.get_parameter(frozen).requires_grad_(False)
+        theirs -= {frozen}
+    assert alive() is not None
+    gc.collect()
+    assert alive() is None and flags(model) == theirs
+
+
+def test_a_monitor_a_scaler_and_hooks_keep_no_optimizer(no_collector):
+    # torch's first optimizer in a process hangs in a cycle.
+    build()
+    gc.collect()
+    model, optimizer = build()
+    monitor, scaler = optimizer.monitor, torch.amp.GradScaler("cpu")
+    for step in range(4):
+        scaler.scale(tiny.loss_of(model, tiny.batch(step))).backward()
+        scaler.step(optimizer)
+        scaler.update()
+    alive = weakref.ref(optimizer)
+    del optimizer
+    assert alive() is None and flags(model) == users(model)
+    assert len(monitor.rounds) == 2 and str(monitor)
+
+
+@on_each_backend
+def test_one_dropped_within_backward_lets_go_of_what_comes_after(no_collector, backend):
+    build()
+    gc.collect()
+    model, optimizer = build(layers=4, backend=backend, release_gradients=True)
+    tiny.train(model, optimizer, 3)
+    alive, held = weakref.ref(optimizer), [optimizer]
+    del optimizer
+
+    def drop(module, inputs, output):
+        output.register_hook(lambda grad: held.clear())
+
+    handle = model.blocks[2].register_forward_hook(drop)
+    before = {name: param.detach().clone() for name, param in model.named_parameters()}
+    on = flags(model)
+    tiny.loss_of(model, tiny.batch(3)).backward()
+    handle.remove()
+    assert alive() is None and flags(model) == users(model)
+    updated = {name for name, param in model.named_parameters() if not torch.equal(param, before[name])}
+    # What came before the drop was used up, what came after it is left to whoever is next.
+    assert updated and {name for name, param in model.named_parameters() if param.grad is not None} == on - updated
+    adamw = torch.optim.AdamW(model.parameters(), lr=LR)
+    tiny.train(model, adamw, 1)
+    changed = {name for name, param in model.named_parameters() if not torch.equal(param, before[name])}
+    assert changed >= users(model) - {"embedding.weight"}
+
+
 @on_each_backend
 @with_each_storage
 def test_a_second_one_releases_the_first(backend, storage):

@@ -828,7 +828,11 @@ class User(RuleBasedStateMachine):
     @has_optimizer
     @rule()
     def drop(self) -> None:
+        now, drawn = self.now(), {name for name, kept in self.account.kept.items() if kept.flag}
+        # Nothing there is as MISA left it.
+        is_theirs = self.account.is_wholesale(now) or any(now.values()) and not any(now[name] for name in drawn)
         user = self.close()
+        user = now if is_theirs else user
         alive = weakref.ref(self.optimizer)
         self.optimizer = None
         gc.collect()
