@@ -285,10 +285,10 @@ class MISA(torch.optim.Optimizer):
             What the closure returned, or None.
 
         Raises:
-            RuntimeError: After `release()`, within `thawed()`, if a weight changed its device, dtype or shape since
-                the first step, or if ranks begin with different things; nothing is changed. After the update, if the
-                ranks' gradients or draws differ.
-            TypeError: For a sparse gradient; nothing is changed.
+            RuntimeError: After `release()`, within `thawed()`, within the capture of a CUDA graph, if a weight changed
+                its device, dtype or shape since the first step, or if ranks begin with different things; nothing is
+                changed. After the update, if the ranks' gradients or draws differ.
+            TypeError: For a sparse gradient, or an lr that is a tensor on a device; nothing is changed.
             ValueError: For a tensor in `state` that does not fit; nothing is changed.
         """
         run = self._run
@@ -348,8 +348,11 @@ class MISA(torch.optim.Optimizer):
         """End the run: flush if that is on, write masters back, free all state, restore `requires_grad`.
 
         Scores stay in `state`; `step()` raises from then on. A second call does nothing. An optimizer that is deleted
-        without it restores `requires_grad`, too, and leaves the weights as they are; one whose parameters another MISA
-        is constructed with is released then.
+        without it restores `requires_grad`, too, as soon as Python collects it, and leaves the weights as they are; one
+        whose parameters another MISA is constructed with is released then.
+
+        Raises:
+            RuntimeError: Within the capture of a CUDA graph; nothing is changed.
         """
         self._run.release()
 
@@ -364,7 +367,7 @@ class MISA(torch.optim.Optimizer):
 
         Raises:
             ValueError: If it does not fit this optimizer; nothing is changed.
-            RuntimeError: After `release()`.
+            RuntimeError: After `release()`, or within the capture of a CUDA graph.
         """
         saved = dict(state_dict)
         for hook in self._optimizer_load_state_dict_pre_hooks.values():

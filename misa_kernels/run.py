@@ -20,7 +20,7 @@ from torch import Tensor
 from torch._C._dynamo import eval_frame
 
 from misa_kernels import arguments, checkpoint, kernels
-from misa_kernels.active import ActiveSet
+from misa_kernels.active import ActiveSet, refuse_capture
 from misa_kernels.coverage import LONGEST_ROUND, Coverage, modules_a_round, most_modules_a_round, round_length
 from misa_kernels.distributed import Agreement, refuse_engines, together
 from misa_kernels.flags import Choices, Flags
@@ -179,6 +179,14 @@ class Run:
         if self.ended is not None:
             raise RuntimeError(f"{what} came after {self.ended}: {remedy}")
 
+    def refuse_captured(self, what: str) -> None:
+        """Raise RuntimeError where copies would be recorded in a CUDA graph instead of made."""
+        if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():  # type: ignore[no-untyped-call]
+            raise RuntimeError(
+                f"{what} came within the capture of a CUDA graph, which records copies instead of making them: call it "
+                "before or after"
+            )
+
     # A step.
 
     @not_traced
@@ -248,6 +256,8 @@ class Run:
         state = self.trained.state
         if not state.changed[0]:
             return
+        # Copies that are recorded instead of made would be lost.
+        refuse_capture()
         self.trained.reconcile()
         slots, candidates = self.layout.slots, self.layout.candidates
         found = {name: vector.clone() for name, vector in slots.scores.items()}
@@ -556,6 +566,7 @@ class Run:
         """End the run and leave the weights as trained; see `MISA.release`."""
         if self.ended is not None:
             return
+        self.refuse_captured("release()")
         self.trained.release()
         for own in self.trained.state.values():
             for name in [name for name in own if name not in SCORES]:
@@ -577,6 +588,7 @@ class Run:
     @not_traced
     def prepare_to_save(self) -> None:
         """Bring weights, masters and `state` into agreement."""
+        self.refuse_captured("state_dict()")
         self.follow()
         if self.ended is None:
             self._reconcile()
@@ -609,6 +621,7 @@ class Run:
     def load(self, state_dict: dict[str, Any]) -> None:
         """Resume from a saved state; see `MISA.load_state_dict`."""
         self.refuse_ended("load_state_dict()", "construct a new MISA and load into that")
+        self.refuse_captured("load_state_dict()")
         self.follow()
         saved = checkpoint.read(state_dict, self.groups, self.layout)
         self._warn_of_differences(saved)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import sys
+from contextlib import contextmanager
 from unittest.mock import patch
 
 import numpy as np
@@ -133,6 +135,20 @@ def test_steps_never_wait_and_never_compile_again(monkeypatch):
     assert sum(len(cache[0]) for cache in step_kernel.device_caches.values()) == variants
 
 
+@pytest.fixture
+def capturing(monkeypatch: pytest.MonkeyPatch):
+    """A block in which torch says that the current stream is being captured."""
+
+    @contextmanager
+    def block():
+        with monkeypatch.context() as patched:
+            patched.setattr(torch.cuda, "is_initialized", lambda: True)
+            patched.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+            yield
+
+    return block
+
+
 def optimizer_of(model: nn.Module, **options) -> MISA:
     for param in model.parameters():
         param.grad = torch.ones_like(param)
@@ -146,7 +162,7 @@ def all_bits(model: nn.Module, optimizer: MISA) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize("steps", [0, 2])
 @pytest.mark.parametrize("backend", ["reference", "auto"])
-def test_a_step_is_refused_while_a_graph_is_captured(monkeypatch, steps, backend):
+def test_a_step_is_refused_while_a_graph_is_captured(capturing, steps, backend):
     model, untouched = (nn.Linear(6, 5, bias=False).bfloat16() for _ in range(2))
     untouched.load_state_dict(model.state_dict())
     optimizer, expected = (optimizer_of(each, backend=backend) for each in (model, untouched))
@@ -154,26 +170,71 @@ def test_a_step_is_refused_while_a_graph_is_captured(monkeypatch, steps, backend
         optimizer.step()
         expected.step()
     before = all_bits(model, optimizer)
-    with monkeypatch.context() as capturing:
-        capturing.setattr(torch.cuda, "is_initialized", lambda: True)
-        capturing.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-        with pytest.raises(RuntimeError, match="captured in a CUDA graph.*call step\\(\\) outside"):
-            optimizer.step()
+    with capturing(), pytest.raises(RuntimeError, match="captured in a CUDA graph.*call step\\(\\) outside"):
+        optimizer.step()
     assert same_bits(before, all_bits(model, optimizer))
     optimizer.step()
     expected.step()
     assert same_bits(all_bits(untouched, expected), all_bits(model, optimizer))
 
 
-def test_released_gradients_are_refused_while_a_graph_is_captured(monkeypatch):
+def test_released_gradients_are_refused_while_a_graph_is_captured(capturing):
     model = nn.Linear(6, 5, bias=False)
     optimizer = MISA(list(model.parameters()), delta=1.0, release_gradients=True)
     before = model.weight.detach().clone()
-    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    with pytest.raises(RuntimeError, match="captured in a CUDA graph.*without release_gradients"):
+    with capturing(), pytest.raises(RuntimeError, match="captured in a CUDA graph.*without release_gradients"):
         model(torch.ones(2, 6)).sum().backward()
     assert torch.equal(model.weight, before) and optimizer.backend is None
+
+
+def another(model, optimizer):
+    MISA(list(model.parameters()), delta=1.0)
+
+
+@pytest.mark.parametrize(
+    "what, call",
+    [
+        ("state_dict", lambda model, optimizer: optimizer.state_dict()),
+        ("state_dict", lambda model, optimizer: copy.deepcopy((model, optimizer))),
+        ("load_state_dict", lambda model, optimizer: optimizer.load_state_dict(optimizer.saved)),
+        ("release", lambda model, optimizer: optimizer.release()),
+        ("release", another),
+    ],
+)
+@pytest.mark.parametrize("backend", ["reference", "auto"])
+@pytest.mark.filterwarnings("ignore:MISA takes 1 parameters over")
+def test_what_copies_is_refused_while_a_graph_is_captured(capturing, backend, what, call):
+    model, untouched = (nn.Linear(6, 5, bias=False).bfloat16() for _ in range(2))
+    untouched.load_state_dict(model.state_dict())
+    optimizer, expected = (optimizer_of(each, backend=backend) for each in (model, untouched))
+    for each in (optimizer, expected):
+        each.step()
+        each.saved = each.state_dict()
+        each.step()
+    with capturing(), pytest.raises(RuntimeError, match=f"^{what}.. came within the capture of a CUDA graph.*after$"):
+        call(model, optimizer)
+    assert same_bits(all_bits(untouched, expected), all_bits(model, optimizer))
+    for each in (optimizer, expected):
+        each.step()
+        each.release()
+    assert torch.equal(untouched.weight, model.weight)
+
+
+@pytest.mark.parametrize("backend", ["reference", "auto"])
+def test_what_was_written_to_the_state_outlasts_a_capture(capturing, backend):
+    model = nn.Linear(6, 5, bias=False)
+    optimizer = optimizer_of(model, backend=backend)
+    optimizer.step()
+    optimizer.state[model.weight]["exp_avg"] = torch.full((5, 6), 7.0)
+    # Where copies are recorded, the memory stays as it is.
+    with capturing(), patch("misa_kernels.active._take", lambda *args: None):
+        with pytest.raises(RuntimeError, match="captured in a CUDA graph"):
+            optimizer.step()
+        # Nothing of it is on the device.
+        optimizer.zero_grad()
+    model.weight.grad = torch.zeros(5, 6)
+    optimizer.step()
+    torch.testing.assert_close(optimizer.state[model.weight]["exp_avg"], torch.full((5, 6), 6.3))
 
 
 @pytest.mark.gpu
