@@ -652,9 +652,14 @@ class Run:
     def _warn_of_differences(self, saved: checkpoint.Saved) -> None:
         if saved.storage != self._storage:
             warn(f"MISA converts a state dict with {saved.storage} to {self._storage}")
-        pairs = zip(checkpoint.GIVEN, self._given(), strict=True)
+        options, pairs = self.options, zip(checkpoint.GIVEN, self._given(), strict=True)
+        made = (
+            {"inner_steps": f" ('auto' with total_steps={options.total_steps})"}
+            if options.inner_steps == "auto"
+            else {}
+        )
         other = [
-            f"{name}={saved.position[name]} where this optimizer has {ours}"
+            f"{name}={saved.position[name]} where this optimizer has {ours}{made.get(name, '')}"
             for name, ours in pairs
             if saved.position.get(name, ours) != ours
         ]

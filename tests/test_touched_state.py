@@ -732,6 +732,24 @@ def test_other_arguments_than_were_saved_are_named(name, options):
     tiny.train(model, optimizer, 8)
 
 
+@pytest.mark.parametrize("given", [{"total_steps": 300}, {}, {"inner_steps": 7}])
+def test_another_length_of_the_rounds_that_auto_made_is_told(given):
+    options = {"delta": 0.3, "lr": LR, "backend": "reference"}
+    saving, loading = (
+        MISA(param_groups(tiny.build(layers=2), "pretrain"), **options, **own)
+        for own in ({"inner_steps": "auto", "total_steps": 100}, given)
+    )
+    saved, ours = saving.inner_steps, loading.inner_steps
+    assert 5 < saved < 50 and saved != ours
+    (said,) = heard(lambda: loading.load_state_dict(saving.state_dict()))
+    check_sentence(said)
+    made = "" if "inner_steps" in given else f" ('auto' with total_steps={given.get('total_steps')})"
+    assert f"saved with inner_steps={saved} where this optimizer has {ours}{made}, which holds" in str(said.message)
+    # Where it comes to the same, nothing is to be told.
+    same_length = MISA(param_groups(tiny.build(layers=2), "pretrain"), **options, inner_steps=saved)
+    assert not heard(lambda: same_length.load_state_dict(saving.state_dict()))
+
+
 def test_a_state_dict_from_a_file_is_checked_as_well(tmp_path):
     model, optimizer = build(torch.bfloat16)
     tiny.train(model, optimizer, 4)
