@@ -28,6 +28,7 @@ from benchmarks.llama import LINEARS, SHAPES, Llama
 from benchmarks.memory import PeakMemory
 from misa_kernels import MISA, ImportanceSampler, badam, lisa, param_groups
 from misa_kernels.planner.step import Run, count
+from misa_kernels.release import HELD_BYTES, LAUNCHES
 
 LR = 1e-5
 MIB, GIB = 2**20, 2**30
@@ -173,6 +174,7 @@ def planned(name: str, plan: Plan, fused_norms: bool) -> dict[str, float]:
             state_elements=elements,
             state_bytes=peer.state_bytes[0 if narrow else 1],
             released=name == "misa_lean",
+            waiting=(HELD_BYTES, LAUNCHES),
             norms="fused" if fused_norms else "torch",
         )
     )

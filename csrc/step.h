@@ -167,7 +167,7 @@ static inline int check_tables(const MisaStep* step, std::int64_t chunk) {
   if (!aligned(step, alignof(MisaStep))) return MISA_BAD_ALIGNMENT;
   if (step->bytes != static_cast<std::int64_t>(sizeof(MisaStep))) return MISA_BAD_VERSION;
   if (step->row_count < 0 || step->group_count < 0) return MISA_BAD_SIZE;
-  if (step->row_count == 0) return step->chunk_count >= 0 ? MISA_OK : MISA_BAD_SIZE;
+  if (step->row_count == 0) return step->chunk_count == 0 ? MISA_OK : MISA_BAD_SIZE;
   if (step->rows == nullptr || step->age == nullptr || step->sq_sum == nullptr) return MISA_BAD_POINTER;
   if (!aligned(step->rows, alignof(MisaRow)) || !aligned(step->age, sizeof(std::int32_t)) ||
       !aligned(step->sq_sum, sizeof(double)))

@@ -459,6 +459,16 @@ class ActiveSet:
         moved = moved if ranks is None else arena.sum_over(ranks, moved)
         return arena.read_round(self.score_sum, arena.updates, arena.age, *moved)
 
+    def rehearse(self) -> None:
+        """Take the memory that the end of a round takes, and change nothing."""
+        assert self.arena is not None and self._step is not None and self._backend is not None
+        self.read_round()
+        self._step.rehearse(self._input())
+        self._hyper = None
+        self.arena.rehearse()
+        # The tables of two rounds are there at once.
+        self._backend(list(self.rows.values()), self.arena, self._settings)
+
     def ages(self) -> npt.NDArray[np.int64]:
         """Return the updates of each candidate since its activation, 0 where it is not active; waits."""
         self.collect()

@@ -9,8 +9,9 @@ from torch import Tensor, nn
 
 from misa_kernels.kernels import Row
 
-# Gradients of so many bytes are worth a launch; smaller ones wait for others, or for the end of backward.
-HELD_BYTES = 1 << 18
+# Gradients of so many bytes are worth a launch, and so is each module where a backward pass has no more than these;
+# else small ones wait for others, or for the end of backward.
+HELD_BYTES, LAUNCHES = 1 << 18, 32
 
 
 @dataclass(slots=True)
@@ -82,7 +83,8 @@ class Arrivals:
             if not module.missing:
                 self._complete.append(module)
                 self._held_bytes += module.nbytes
-        return self._held_bytes >= HELD_BYTES
+        waiting = len(self._complete)
+        return self._held_bytes >= HELD_BYTES or 0 < waiting >= len(self._modules) / LAUNCHES
 
     def use(self) -> Iterator[slice]:
         """Give the stretches of rows that are complete, to be updated, and free their gradients after each."""

@@ -120,6 +120,7 @@ class Run:
         self.round = self.round_step = self.skipped_before = 0
         self.ended: str | None = None
         self._idle_before = self._rehearsed = self._met = self._compared = False
+        self._room: Tensor | None = None
         self._hooks: dict[Tensor, Any] = {}
         # Not made here: other ranks may never come to construct a MISA.
         self._agreement: Agreement | None = None
@@ -214,6 +215,9 @@ class Run:
             self.trained.check_form()
         self.trained.update(grad_scale, found_inf)
         self.round_step += 1
+        if self._room is not None:
+            self.trained.rehearse()
+            self._room = None
         if self._agreement is not None and not self._compared:
             self._compare_gradients(self._agreement)
         if is_last:
@@ -241,6 +245,8 @@ class Run:
             self._reconcile()
             self.trained.allocate(self.layout.slots_of(self.active.tolist()))
             self._warn_of_plain_steps()
+            if self._rehearsed and not self.trained.steps:
+                self._room = self._room_of_gradients()
         else:
             self._reconcile()
 
@@ -250,6 +256,14 @@ class Run:
             params = [block.param for block in self.layout.slots.blocks]
             if (reason := kernels.why_plain(params, self._storage)) is not None:
                 self.flags.warn_once("backend", reason)
+
+    def _room_of_gradients(self) -> Tensor:
+        """Return the memory of the gradients that another draw may have beyond those of the costliest one."""
+        partition = self.layout.partition
+        numel = partition.budget - int(self.layout.candidates.numel[self.active].sum())
+        params = [self.flags.params[block.index] for module in partition.modules for block in module.blocks]
+        most = max(params, key=Tensor.element_size)
+        return torch.empty(numel, dtype=most.dtype, device=most.device)
 
     def _reconcile(self) -> None:
         """Take over what somebody else wrote to `state`: a common way to begin anew is to clear it."""

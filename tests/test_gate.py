@@ -50,7 +50,6 @@ def test_released_gradients_are_as_recorded(content):
     assert len(held("released", content)) == 8
 
 
-@pytest.mark.xfail(strict=True, reason="a hook looks at all tensors: remove this when it touches its own rows only")
 def test_the_cost_of_released_gradients_is_linear_in_their_number():
     found = gate.released()
     few, many = (

@@ -58,12 +58,13 @@ def test_update_ratio_is_how_far_the_weights_moved_in_the_last_step(options, tol
             assert ended.update_ratio.min() > 0 and list(ended.active) == active
 
 
-def test_large_tensors_are_measured_in_pieces_and_modules_of_several_tensors_as_one(monkeypatch):
-    monkeypatch.setattr("misa_kernels.updates.MOVE_ELEMENTS", 256)
+@pytest.mark.parametrize("backend", ["reference", "auto"])
+def test_large_tensors_are_measured_in_pieces_and_modules_of_several_tensors_as_one(monkeypatch, backend):
+    monkeypatch.setattr("misa_kernels.kernels.plain.PIECE", 256)
     torch.manual_seed(0)
     params = [nn.Parameter(torch.randn(n)) for n in (1000, 7, 130, 1, 4097)]
     groups = [{"params": params, "role": "sampled", "modules": ["a", "b", "a", "b", "c"]}]
-    optimizer = MISA(groups, delta=1.0, inner_steps=2, weight_decay=0.0, sampler=UniformSampler())
+    optimizer = MISA(groups, delta=1.0, inner_steps=2, weight_decay=0.0, sampler=UniformSampler(), backend=backend)
     for _ in range(2):
         before = weights_of(optimizer)
         for p in params:

@@ -47,6 +47,9 @@ class Step(Protocol):
     def close(self, step: StepInput, actions: Sequence[int]) -> None:
         """Do with each row what its action says; see `RowTable.close`."""
 
+    def rehearse(self, step: StepInput) -> None:
+        """Take the memory that `close` takes, and change nothing."""
+
 
 class Backend(Protocol):
     """A class whose objects are steps.

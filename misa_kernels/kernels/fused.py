@@ -165,6 +165,9 @@ class FusedStep:
         found = sums.new_zeros(2, len(self._arena.age))
         return found.index_copy_(1, self._slots, sums)
 
+    def rehearse(self, step: StepInput) -> None:
+        """Do nothing: `close` takes no memory."""
+
     def close(self, step: StepInput, actions: Sequence[int]) -> None:
         """Do with each row what is left to do when a round ends; see `RowTable.close`."""
         self._launch.close(

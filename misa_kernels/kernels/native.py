@@ -15,7 +15,7 @@ from torch import Tensor
 from misa_kernels.arena import Arena
 from misa_kernels.kernels.fused import FusedStep
 from misa_kernels.kernels.rows import Row, Settings
-from misa_kernels.kernels.table import ALL, Integers, RowTable
+from misa_kernels.kernels.table import ALL, NONE, Integers, RowTable
 from misa_kernels.storage import KEYS, Storage
 
 FOLDER = Path(__file__).parents[1]
@@ -161,7 +161,7 @@ class NativeTable(RowTable):
         self._library = library(self.name)
         self.chunk = getattr(self._library, f"misa_{self.name}_chunk")()
         super().__init__(numel, offset, group, start, weight_dtypes, grad_dtypes, state, storage, device)
-        self._first_row = self._rows.ctypes.data
+        self._first_row, self._row_bytes = self._rows.ctypes.data, self._rows.strides[0]
         self._struct = struct = Step(
             bytes=ctypes.sizeof(Step),
             rows=self._first_row,
@@ -192,9 +192,13 @@ class NativeTable(RowTable):
         rows: slice = ALL,
     ) -> None:
         struct = self._struct
-        first, end, _ = rows.indices(len(self._rows))
-        struct.rows = self._first_row + first * self._rows.strides[0]
-        struct.row_count = end - first
+        if rows is ALL:
+            struct.rows, struct.row_count = self._first_row, len(self._rows)
+        elif rows is NONE:
+            return
+        else:
+            struct.rows = self._first_row + rows.start * self._row_bytes
+            struct.row_count = rows.stop - rows.start
         struct.flags = (max_grad_norm is not None) * CLIP | skip_nonfinite * SKIP_NONFINITE | half
         struct.max_grad_norm = 0.0 if max_grad_norm is None else max_grad_norm
         struct.grad_scale = None if grad_scale is None else grad_scale.data_ptr()
@@ -269,6 +273,7 @@ class CpuStep(FusedStep):
         self._age, self._sq_sum = self._launch.collected.numpy().T
         if settings.root:
             self._by_module = self._launch.sq_sums.numpy(), self._first_chunks, self._norms.numpy()
+            self._at_first = self._at[self._is_first]
 
     def collect(self) -> None:
         """Bring ages, updates and scores of the arena up to date."""
@@ -278,7 +283,7 @@ class CpuStep(FusedStep):
         ages[self._at] = self._age
         updates[self._at] = self._age + beyond_age
         if self._settings.root:
-            scores[self._at[self._is_first]] = self._norms.numpy()
+            scores[self._at_first] = self._by_module[2]
         else:
             scores[self._at] = score_before + self._sq_sum
 

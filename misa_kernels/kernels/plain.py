@@ -42,16 +42,30 @@ class PlainStep:
         """Update some rows, as far as they have a gradient, and count it in the arena."""
         if rows is NONE:
             return
+        arena, settings = self._arena, self._settings
+        own = self._rows[rows]
+        every = zip(own, self._views[rows], step.grads, strict=True)
+        given = [(row, views, grad) for row, views, grad in every if grad is not None]
+        for row, _, grad in given:
+            check_size(grad, local(row.param).numel() or grad.numel())
+        # One by one, so that what is decoded is there for one, unless all norms must be known before, or a module's
+        # floor be that of the step before.
+        at_once = settings.max_grad_norm is not None or settings.skip_nonfinite or arena.v_floor is not None
+        finite = None
+        for some in [given] if at_once or not given else [[each] for each in given]:
+            finite = self._update(step, some)
+        if settings.root:
+            if settings.ranks is not None:
+                arena.sum_sq_norm(settings.ranks)
+            arena.root_of_squares(row.fellows for row in own if row.slot == row.fellows[0])
+        updated = {row.slot for row, _, _ in given}
+        arena.advance(sorted(updated), [row.slot for row in own if not updated.isdisjoint(row.fellows)], finite)
+
+    def _update(self, step: StepInput, given: Sequence[tuple[Row, Mapping[str, Tensor], Tensor]]) -> Tensor | None:
+        """Update rows, given with their state and gradient; return whether it was applied, where it may not be."""
         arena, settings, storage = self._arena, self._settings, self._settings.storage
-        present, stores, counted = [], [], []
-        updated, own = set(), self._rows[rows]
-        for row, grad in zip(own, step.grads, strict=True):
-            if grad is not None:
-                check_size(grad, local(row.param).numel() or grad.numel())
-        for row, views, grad in zip(own, self._views[rows], step.grads, strict=True):
-            if grad is None:
-                continue
-            updated.add(row.slot)
+        present, stores = [], []
+        for row, views, grad in given:
             weight = row.weight()
             moments = {name: storage.decode(name, views, len(weight)) for name in storage.codecs}
             whole = storage.theta(views, weight) if "residual" in views else weight
@@ -70,22 +84,19 @@ class PlainStep:
                 )
             )
             stores.append((row, views, moments, whole))
-            counted.append(row.is_counted)
         finite = reference.adamw_step(
             present,
             max_grad_norm=settings.max_grad_norm,
             skip_nonfinite=settings.skip_nonfinite,
             grad_scale=step.grad_scale,
             found_inf=step.found_inf,
-            total=None if settings.ranks is None else self._total(counted, settings.ranks),
+            total=None
+            if settings.ranks is None
+            else self._total([row.is_counted for row, _, _ in given], settings.ranks),
         )
         for row, views, moments, whole in stores:
             self._store(step, row, views, moments, whole, None if finite is None else ~finite)
-        if settings.root:
-            if settings.ranks is not None:
-                arena.sum_sq_norm(settings.ranks)
-            arena.root_of_squares(row.fellows for row in own if row.slot == row.fellows[0])
-        arena.advance(sorted(updated), [row.slot for row in own if not updated.isdisjoint(row.fellows)], finite)
+        return finite
 
     def _total(self, counted: list[bool], ranks: Ranks) -> Callable[[Tensor], Tensor]:
         """Return what sums the squared norms of rows over all ranks."""
@@ -139,12 +150,19 @@ class PlainStep:
             if action:
                 key = noise_key(step.seed, 2 * step.number + 1, row.index)
                 for start in range(0, row.stop - row.start, PIECE):
-                    self._close(row, action, start, step.hyper[row.group], key)
+                    weight = row.weight(start, min(PIECE, row.stop - row.start - start))
+                    self._close(row, action, start, weight, step.hyper[row.group], key)
 
-    def _close(self, row: Row, action: int, start: int, hyper: Hyper, key: int) -> None:
-        storage, numel = self._settings.storage, min(PIECE, row.stop - row.start - start)
+    def rehearse(self, step: StepInput) -> None:
+        """Take the memory that `close` takes, and change nothing."""
+        if self._rows:
+            row = max(self._rows, key=lambda row: row.stop - row.start)
+            weight = row.weight(0, min(PIECE, row.stop - row.start)).clone()
+            self._close(row, FLUSH | WRITE_BACK, 0, weight, step.hyper[row.group], 0)
+
+    def _close(self, row: Row, action: int, start: int, weight: Tensor, hyper: Hyper, key: int) -> None:
+        storage, numel = self._settings.storage, len(weight)
         views, age = self._arena.views(row.slot, start, numel), self._arena.age[row.slot]
-        weight = row.weight(start, numel)
         plain = storage.theta({}, weight)
         theta = storage.theta(views, weight)
         if (master := views.get("master")) is not None:

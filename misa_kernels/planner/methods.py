@@ -9,8 +9,10 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
+from misa_kernels.arena import MOVE_ELEMENTS
 from misa_kernels.planner.shapes import LINEARS, LlamaShape
 from misa_kernels.planner.step import Memory, Run, count
+from misa_kernels.release import HELD_BYTES, LAUNCHES
 from misa_kernels.sampler import Candidates, costliest
 from misa_kernels.storage import Storage
 
@@ -154,6 +156,9 @@ def memory(method: str, shape: LlamaShape, options: Options) -> Memory:
             state_elements=min(math.floor(options.delta * shape.numel), shape.layers * matrices),
             state_bytes=state_bytes(options, options.state_dtype, options.param_precision),
             released=options.release_gradients,
+            waiting=(HELD_BYTES, LAUNCHES),
+            # States of modules that stay move through a buffer.
+            round_end=4 * min(MOVE_ELEMENTS, max(shape.matrix_numel.values())),
         )
     return count(run)
 

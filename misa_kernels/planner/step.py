@@ -45,6 +45,8 @@ class Run:
         state_elements: Parameters that have optimizer state.
         state_bytes: Bytes of moments, masters or residuals for each of them.
         released: Whether a gradient is freed before the next one comes.
+        waiting: Bytes of small gradients that wait for one another where they are released, and how many do not.
+        round_end: Bytes that the end of a round takes beside weights, gradients and states.
         norms: Who computes them: "fused" keeps the input as it is (torch on GPUs), "torch" in float32 (torch on
             CPUs), as "transformers" does in its own code.
         ranks: GPUs over which FSDP2 shards weights, gradients and states.
@@ -64,6 +66,8 @@ class Run:
     state_elements: int = 0
     state_bytes: float = 0.0
     released: bool = False
+    waiting: tuple[int, int] = (0, 0)
+    round_end: int = 0
     norms: Literal["fused", "torch", "transformers"] = "transformers"
     ranks: int = 1
 
@@ -182,8 +186,8 @@ def count(run: Run) -> Memory:
     """Return the bytes of each part and of the peak.
 
     The peak is the largest over the moments of a backward pass: when it begins, holding everything kept and one chunk's
-    logits; in each layer on the way down, when gradients above it are there and the activations below it still are; and
-    at its end. FSDP2 shards what lasts, and holds its whole units (`fsdp.unsharded`) all the while.
+    logits; in each layer on the way down, when gradients above it are there and the activations below it still are; at
+    its end; and at the end of a round. FSDP2 shards what lasts, and holds its whole units (`fsdp.unsharded`) meanwhile.
     """
     shape, e, n = run.shape, run.element, run.tokens
     h, layers = shape.hidden, range(shape.layers)
@@ -218,16 +222,18 @@ def count(run: Run) -> Memory:
     else:
         # The logits' gradient in e bytes replaces float32 ones before the head's backward begins.
         loss = max(logits, (4 + e) * n * shape.vocab, e * n * (shape.vocab + h) + head_gradient)
+    waiting = run.waiting[0] if sum(map(len, trained)) > run.waiting[1] else 0
     # (gradients, all else) of each moment.
     moments: list[tuple[float, float]] = [(0, sum(kept) + kept_last + loss)]
     for layer in layers:
-        above = 0 if run.released else sum(gradients[layer + 1 :]) + head_gradient
+        above: float = sum(gradients[layer + 1 :]) + head_gradient
+        above = min(above, waiting) if run.released else above
         passing = passing_bytes(run, tensors[layer]) if layer >= lowest else 0
         last = matrices["down_proj"] if "down_proj" in trained[layer] else 0
         again = inside[layer] if run.checkpointing else 0
         moments.append((above / run.ranks + last, sum(kept[: layer + 1]) + again + passing))
     held = 0.0 if run.released else held
-    moments.append((held / run.ranks, n * h * e))
+    moments += [(held / run.ranks, n * h * e), (held / run.ranks, run.round_end)]
     layer_bytes = in_layer + e * shape.vector_numel
     whole = unsharded(embedding + head + h * e, layer_bytes, max(gradients)) if run.ranks > 1 else 0
     peak_gradients, peak_activations = max(moments, key=sum)

@@ -92,16 +92,16 @@ struct Table {
       const std::int64_t elements = end[dtype], halves = dtype == MISA_BFLOAT16 ? elements : 0;
       const std::int64_t scales = format == MISA_STATE_INT8 ? 4 * ((elements + SHARE - 1) / SHARE) : 0;
       const std::int64_t bytes[6] = {code * elements,
-                                     code * elements,
                                      scales,
+                                     code * elements,
                                      scales,
                                      precision == WITH_MASTER ? 4 * halves : 0,
                                      precision == WITH_RESIDUAL ? 2 * halves : 0};
       // NaN or -1, which must not be read at age 0.
       for (int i = 0; i < 6; ++i) state[dtype][i].assign(bytes[i], '\xFF');
       step.state[dtype] = {state[dtype][0].data(),
-                           state[dtype][1].data(),
-                           at<float>(state[dtype][2]),
+                           at<float>(state[dtype][1]),
+                           state[dtype][2].data(),
                            at<float>(state[dtype][3]),
                            at<float>(state[dtype][4]),
                            at<std::int16_t>(state[dtype][5]),
