@@ -39,7 +39,8 @@ struct ChunkFunctions {
   double (*update[MISA_FORMATS][4][2])(const Chunk&);
   // By gradient dtype.
   double (*sq_norm[2])(const Chunk&);
-  // Does what `action` says, and puts the sums of MISA_MEASURE into `moved`. By MisaFormat and kind of weight.
+  // Does what `action` says, and puts the sums of MISA_MEASURE into `moved`. By MisaFormat and kind of
+  // weight.
   void (*close[MISA_FORMATS][4])(const Chunk&, std::int64_t action, const Closing&, double moved[2]);
 };
 

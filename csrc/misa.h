@@ -75,7 +75,7 @@ typedef struct MisaHyper {
 // bfloat16 weights are rounded stochastically. The CUDA library knows no residual.
 typedef struct MisaState {
   void* exp_avg;
-  float* exp_avg_scale;     // MISA_STATE_INT8: one a group of 128 elements; offsets are multiples of 128
+  float* exp_avg_scale;  // MISA_STATE_INT8: one a group of 128 elements; offsets are multiples of 128
   void* exp_avg_sq;
   float* exp_avg_sq_scale;  // as that of exp_avg
   float* master;            // the weights in float32, or NULL

@@ -120,7 +120,8 @@ class ActiveSet:
             RuntimeError: Within the capture of a CUDA graph; nothing is changed.
         """
         refuse_capture()
-        self._use_gradients()
+        if self._arrivals:
+            self._use_gradients()
         self._adopt()
         grads = [param.grad for param in self._params]
         rows = ALL
@@ -621,7 +622,7 @@ class ActiveSet:
         versions = self._read_versions(rows) if self._refined else []
         if (
             pointers == self._pointers[rows]
-            and versions == self._versions[self._refined_in(rows)]
+            and (not self._refined or versions == self._versions[self._refined_in(rows)])
             and list(map(Tensor.numel, held)) == self._numels[rows]
             and all(map(Tensor.is_contiguous, held))
         ):

@@ -161,7 +161,7 @@ class NativeTable(RowTable):
         self._library = library(self.name)
         self.chunk = getattr(self._library, f"misa_{self.name}_chunk")()
         super().__init__(numel, offset, group, start, weight_dtypes, grad_dtypes, state, storage, device)
-        self._first_row, self._row_bytes = self._rows.ctypes.data, self._rows.strides[0]
+        self._first_row, self._collected_at = self._rows.ctypes.data, self.collected.data_ptr()
         self._struct = struct = Step(
             bytes=ctypes.sizeof(Step),
             rows=self._first_row,
@@ -192,31 +192,34 @@ class NativeTable(RowTable):
         rows: slice = ALL,
     ) -> None:
         struct = self._struct
-        if rows is ALL:
-            struct.rows, struct.row_count = self._first_row, len(self._rows)
-        elif rows is NONE:
+        if rows is NONE:
             return
-        else:
-            struct.rows = self._first_row + rows.start * self._row_bytes
-            struct.row_count = rows.stop - rows.start
         struct.flags = (max_grad_norm is not None) * CLIP | skip_nonfinite * SKIP_NONFINITE | half
         struct.max_grad_norm = 0.0 if max_grad_norm is None else max_grad_norm
         struct.grad_scale = None if grad_scale is None else grad_scale.data_ptr()
         struct.found_inf = None if found_inf is None else found_inf.data_ptr()
-        self._check(self._call("step"))
+        if rows is ALL:
+            self._check(self._call("step"))
+            return
+        struct.rows = self._first_row + rows.start * self._rows.strides[0]
+        struct.row_count = rows.stop - rows.start
+        try:
+            self._check(self._call("step"))
+        finally:
+            struct.rows, struct.row_count = self._first_row, len(self._rows)
 
     def _collect(self, sums: Tensor, into: Tensor) -> None:
-        self._whole(sums)
-        self._check(self._call("collect", into.data_ptr()))
-        self._struct.sq_sum = self._sq_sums.data_ptr()
+        if sums is self._sq_sums and into is self.collected:
+            self._check(self._call("collect", self._collected_at))
+            return
+        self._struct.sq_sum = sums.data_ptr()
+        try:
+            self._check(self._call("collect", into.data_ptr()))
+        finally:
+            self._struct.sq_sum = self._sq_sums.data_ptr()
 
     def _close(self, moved: Tensor | None) -> None:
-        self._whole(self._sq_sums)
         self._check(self._call("close", None if moved is None else moved.data_ptr()))
-
-    def _whole(self, sums: Tensor) -> None:
-        self._struct.rows, self._struct.row_count = self._first_row, len(self._rows)
-        self._struct.sq_sum = sums.data_ptr()
 
     def _function(self, name: str) -> Any:
         return getattr(self._library, f"misa_{self.name}_{name}")

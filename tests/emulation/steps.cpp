@@ -48,5 +48,8 @@ int main() {
     status += misa_cuda_step(&step, 0, nullptr);
   }
   status += misa_cuda_collect(&step, collected.data(), 0, nullptr);
+  std::vector<double> moved(2 * chunks);
+  for (MisaRow& row : rows) row.action = MISA_MEASURE | MISA_FLUSH | MISA_WRITE_BACK;
+  status += misa_cuda_close(&step, moved.data(), 0, nullptr);
   std::printf("%d %g %g\n", status, collected[0], collected[1]);
 }

@@ -27,6 +27,10 @@ std::vector<char> walk(Table& table, std::int64_t flags, bool scaled) {
   EXPECT(misa_cpu_collect(&step, table.collected.data()) == MISA_OK);
   const bool empty = table.rows[1].numel == 0;
   EXPECT(table.collected[0] == (empty ? 0.0 : 2.0) && table.collected[2] == (empty ? 0.0 : 3.0));
+  table.rows[0].action = MISA_MEASURE | MISA_ADOPT;
+  table.rows[1].action = MISA_MEASURE | MISA_FLUSH | MISA_WRITE_BACK;
+  EXPECT(misa_cpu_close(&step, table.moved.data(), THREADS) == MISA_OK);
+  EXPECT(empty || table.moved[0] > 0.0);
   const std::vector<char> result = table.bytes();
   // NaN, of which no code may be made by a cast.
   if (flags == 0 && !scaled) {
@@ -87,7 +91,10 @@ void refuse(int status, const std::function<void(Table&)>& plant, bool by_collec
   plant(table);
   const std::vector<char> before = table.bytes();
   EXPECT(misa_cpu_step(&table.step, THREADS) == status);
-  if (by_collect) EXPECT(misa_cpu_collect(&table.step, table.collected.data()) == status);
+  if (by_collect) {
+    EXPECT(misa_cpu_collect(&table.step, table.collected.data()) == status);
+    EXPECT(misa_cpu_close(&table.step, table.moved.data(), THREADS) == status);
+  }
   EXPECT(table.bytes() == before);
   ++refusals;
 }
@@ -222,6 +229,23 @@ void wrong_arguments() {
   EXPECT(misa_cpu_collect(&table.step, nullptr) == MISA_BAD_POINTER);
   move(collected, 4);
   EXPECT(misa_cpu_collect(&table.step, collected) == MISA_BAD_ALIGNMENT);
+  double* moved = table.moved.data();
+  EXPECT(misa_cpu_close(&table.step, moved, 0) == MISA_BAD_SIZE);
+  EXPECT(misa_cpu_close(nullptr, moved, 1) == MISA_BAD_POINTER);
+  for (std::int64_t action : {LEAST, std::int64_t{-1}, std::int64_t{16}, LARGEST}) {
+    table.rows[0].action = action;
+    EXPECT(misa_cpu_close(&table.step, moved, 1) == MISA_BAD_FLAG);
+  }
+  table.rows[0].action = MISA_MEASURE;
+  EXPECT(misa_cpu_close(&table.step, nullptr, 1) == MISA_BAD_POINTER);
+  table.rows[0].weight_dtype = 7;
+  EXPECT(misa_cpu_close(&table.step, moved, 1) == MISA_BAD_DTYPE);
+  // A row without an action is not looked at.
+  table.rows[0].action = 0;
+  EXPECT(misa_cpu_close(&table.step, nullptr, 1) == MISA_OK);
+  table.rows[0].weight_dtype = MISA_FLOAT32;
+  move(moved, 4);
+  EXPECT(misa_cpu_close(&table.step, moved, 1) == MISA_BAD_ALIGNMENT);
   EXPECT(misa_cpu_use_instructions(nullptr) == MISA_BAD_POINTER);
   EXPECT(misa_cpu_use_instructions("avx51") == MISA_BAD_INSTRUCTIONS);
   EXPECT(table.bytes() == before);

@@ -52,7 +52,7 @@ struct Table {
   // In the order of MisaState.
   std::vector<char> state[MISA_DTYPES][6];
   std::vector<std::int32_t> age;
-  std::vector<double> sq_sum, partial, collected;
+  std::vector<double> sq_sum, partial, collected, moved;
   std::vector<float> control = std::vector<float>(3), grad_scale{128.0f}, found_inf{0.0f};
   MisaStep step{};
 
@@ -81,6 +81,7 @@ struct Table {
     age.resize(chunks);
     sq_sum.resize(chunks);
     partial.resize(chunks);
+    moved.resize(2 * chunks);
     step.bytes = sizeof(MisaStep);
     step.rows = rows.data();
     step.row_count = static_cast<std::int64_t>(rows.size());
@@ -138,6 +139,7 @@ struct Table {
     add(sq_sum);
     add(partial);
     add(collected);
+    add(moved);
     add(control);
     return all;
   }
