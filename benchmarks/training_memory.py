@@ -174,7 +174,8 @@ def planned(name: str, plan: Plan, fused_norms: bool) -> dict[str, float]:
             state_elements=elements,
             state_bytes=peer.state_bytes[0 if narrow else 1],
             released=name == "misa_lean",
-            waiting=(HELD_BYTES, LAUNCHES),
+            waiting=HELD_BYTES,
+            alone=LAUNCHES,
             norms="fused" if fused_norms else "torch",
         )
     )

@@ -96,7 +96,10 @@ class Pool:
             self.used += padded(numel[slot])
         self.offsets = moved
         if clear:
+            # Masters are left for the caller to fill.
             for name, buffer in self.buffers.items():
+                if name == "master":
+                    continue
                 buffer[self.kinds[name].numel(start) : self.kinds[name].numel(self.used)].zero_()
 
     def views(self, slot: int, start: int, numel: int) -> dict[str, Tensor]:

@@ -69,9 +69,10 @@ class MISA(torch.optim.Optimizer):
         max_grad_norm: Clip gradients to this global norm, over active and dense tensors, inside the step;
             scores are taken before it. None: no clipping.
         skip_nonfinite: Leave everything untouched in a step whose gradients hold NaN or Inf, and count it.
-        release_gradients: Update a module within `backward()`, as soon as its gradients are there, and free them;
-            `step()` then counts the step and ends rounds. Call it after every `backward()`; not for gradient
-            accumulation, GradScaler, `max_grad_norm` and `skip_nonfinite`. With activation checkpointing, 32 layers
+        release_gradients: Update a module within `backward()`, as soon as its gradients are there, and free them; of
+            more than 32 modules, small ones wait for one another, up to 256 KiB. `step()` then counts the step and ends
+            rounds. Call it after every `backward()`; not for gradient accumulation, GradScaler, `max_grad_norm` and
+            `skip_nonfinite`. With activation checkpointing, 32 layers
             and `delta=.25` the peak of a step falls by 87 % of the gradients' bytes at a quarter as many tokens as
             the hidden size and by 67 % at as many; without, the activations are the peak, and it stays.
         seed: Seed of the draws and of stochastic rounding.
@@ -336,8 +337,8 @@ class MISA(torch.optim.Optimizer):
         """Make the first round train the costliest admissible set, so that its first two steps show the peak memory.
 
         Which modules are drawn decides how deep backward runs and which activations are kept; a run whose
-        first two steps fit after this call fits to the end (the state is allocated at the end of the first). The rounds
-        that follow are drawn as always.
+        first two steps fit after this call fits to the end (the state is allocated at the end of the first, which also
+        takes, for a moment, what the end of a round takes). The rounds that follow are drawn as always.
 
         Raises:
             RuntimeError: After the first step.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections import OrderedDict
 from pathlib import Path
@@ -14,8 +15,10 @@ import torch
 from benchmarks import gpu, training_memory
 from benchmarks.llama import LINEARS, SHAPES, Llama, Shape
 from benchmarks.memory import PeakMemory
-from misa_kernels import MISA, ImportanceSampler, UniformSampler, copies, param_groups
+from misa_kernels import MISA, ImportanceSampler, UniformSampler, authors, badam, copies, lisa, paper, param_groups
+from misa_kernels.codec import FORMATS
 from misa_kernels.sampler import Draw
+from misa_kernels.storage import PRECISIONS
 
 SHAPE, TOKENS = SHAPES["tiny"], 32
 # Of its 62,752 parameters; a layer has 11,520.
@@ -173,6 +176,66 @@ def test_no_round_takes_more_than_the_rehearsed_one(name, checkpointing):
     later = step_peaks(20, 1, name, checkpointing, rehearsed=False)
     assert len(set(later)) > 1 or checkpointing
     assert max(later) <= rehearsed, later
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "default": {},
+    "paper": paper(),
+    "authors": authors(),
+    "badam": badam(),
+    "lisa": lisa(),
+    "released": {"release_gradients": True},
+}
+# Every precision and format with one of the presets, and every preset with one of them.
+REHEARSED = [
+    (list(PRESETS)[number % len(PRESETS)], precision, state_dtype)
+    for number, (precision, state_dtype) in enumerate(itertools.product(PRECISIONS, FORMATS))
+]
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+@pytest.mark.parametrize("preset, precision, state_dtype", REHEARSED)
+@pytest.mark.filterwarnings("ignore:MISA steps in plain PyTorch")
+def test_whole_rounds_take_no_more_than_the_first_two_steps_after_a_rehearsal(
+    monkeypatch, preset, precision, state_dtype, backend
+):
+    """Ends of rounds included, in bfloat16 with checkpointing, where little else is held."""
+    # A few weights of each round that is remembered would count.
+    monkeypatch.setattr(copies, "_rounds", OrderedDict())
+    monkeypatch.setattr(copies, "REMEMBERED", 0)
+    model, tokens = model_and_tokens(checkpointing=True)
+    model = model.bfloat16()
+    options = {"param_precision": precision, "state_dtype": state_dtype, "backend": backend} | PRESETS[preset]
+    optimizer = MISA(param_groups(model), lr=1e-3, delta=0.25, inner_steps=2, **options)
+    optimizer.rehearse()
+    peaks, held = [], 0
+    for _ in range(9):
+        with PeakMemory() as memory:
+            train_step(model, optimizer, tokens)
+        peaks.append(held + memory.peak_bytes)
+        held += memory.held_bytes
+    assert len(optimizer.monitor.rounds) == 5
+    # The tables of a round grow with the number of its modules, of which the costliest set has few.
+    assert max(peaks[2:]) <= max(peaks[:2]) + 32 * len(optimizer.modules), peaks
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("flush", [False, True])
+@pytest.mark.parametrize("numel, backend", [(1 << 22, "auto"), (1 << 18, "reference")])
+def test_the_end_of_a_round_takes_little_memory_whatever_the_size_of_a_matrix(precision, flush, numel, backend):
+    """8 to 12 MB of moments and masters a matrix; plain PyTorch's own steps take more than its ends, and run before."""
+    params = [torch.nn.Parameter(torch.randn(numel // 512, 512).bfloat16()) for _ in range(3)]
+    options = {"param_precision": precision, "momentum_flush": flush, "keep_states": "none", "backend": backend}
+    optimizer = MISA(params, delta=1.0, inner_steps=10**6, **options)
+    for param in params:
+        param.grad = torch.randn_like(param)
+    optimizer.step()
+    optimizer.zero_grad()
+    run = optimizer._run
+    with PeakMemory() as memory:
+        run._end_round()
+    assert len(optimizer.monitor.rounds) == 2
+    assert memory.peak_bytes <= 4e6
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])

@@ -156,7 +156,8 @@ def memory(method: str, shape: LlamaShape, options: Options) -> Memory:
             state_elements=min(math.floor(options.delta * shape.numel), shape.layers * matrices),
             state_bytes=state_bytes(options, options.state_dtype, options.param_precision),
             released=options.release_gradients,
-            waiting=(HELD_BYTES, LAUNCHES),
+            waiting=HELD_BYTES,
+            alone=LAUNCHES,
             # States of modules that stay move through a buffer.
             round_end=4 * min(MOVE_ELEMENTS, max(shape.matrix_numel.values())),
         )

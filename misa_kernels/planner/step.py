@@ -45,7 +45,8 @@ class Run:
         state_elements: Parameters that have optimizer state.
         state_bytes: Bytes of moments, masters or residuals for each of them.
         released: Whether a gradient is freed before the next one comes.
-        waiting: Bytes of small gradients that wait for one another where they are released, and how many do not.
+        waiting: Bytes of small gradients that wait for one another where they are released.
+        alone: Active matrices up to which none waits.
         round_end: Bytes that the end of a round takes beside weights, gradients and states.
         norms: Who computes them: "fused" keeps the input as it is (torch on GPUs), "torch" in float32 (torch on
             CPUs), as "transformers" does in its own code.
@@ -66,7 +67,8 @@ class Run:
     state_elements: int = 0
     state_bytes: float = 0.0
     released: bool = False
-    waiting: tuple[int, int] = (0, 0)
+    waiting: int = 0
+    alone: int = 0
     round_end: int = 0
     norms: Literal["fused", "torch", "transformers"] = "transformers"
     ranks: int = 1
@@ -222,7 +224,7 @@ def count(run: Run) -> Memory:
     else:
         # The logits' gradient in e bytes replaces float32 ones before the head's backward begins.
         loss = max(logits, (4 + e) * n * shape.vocab, e * n * (shape.vocab + h) + head_gradient)
-    waiting = run.waiting[0] if sum(map(len, trained)) > run.waiting[1] else 0
+    waiting = run.waiting if sum(map(len, trained)) > run.alone else 0
     # (gradients, all else) of each moment.
     moments: list[tuple[float, float]] = [(0, sum(kept) + kept_last + loss)]
     for layer in layers:
