@@ -11,6 +11,7 @@ module, and the inputs of frozen linears. Each part was compared with bytes coun
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Set
 from dataclasses import dataclass, field
 from typing import Literal
@@ -45,8 +46,8 @@ class Run:
         state_elements: Parameters that have optimizer state.
         state_bytes: Bytes of moments, masters or residuals for each of them.
         released: Whether a gradient is freed before the next one comes.
-        waiting: Bytes of small gradients that wait for one another where they are released.
-        alone: Active matrices up to which none waits.
+        waiting: The most bytes of small gradients that wait for one another where they are released.
+        alone: Active matrices of which none waits; among twice as many, one waits for another, and so on.
         round_end: Bytes that the end of a round takes beside weights, gradients and states.
         norms: Who computes them: "fused" keeps the input as it is (torch on GPUs), "torch" in float32 (torch on
             CPUs), as "transformers" does in its own code.
@@ -68,7 +69,7 @@ class Run:
     state_bytes: float = 0.0
     released: bool = False
     waiting: int = 0
-    alone: int = 0
+    alone: int = 1
     round_end: int = 0
     norms: Literal["fused", "torch", "transformers"] = "transformers"
     ranks: int = 1
@@ -224,7 +225,9 @@ def count(run: Run) -> Memory:
     else:
         # The logits' gradient in e bytes replaces float32 ones before the head's backward begins.
         loss = max(logits, (4 + e) * n * shape.vocab, e * n * (shape.vocab + h) + head_gradient)
-    waiting = run.waiting if sum(map(len, trained)) > run.alone else 0
+    smallest = min((matrices[name] for names in trained for name in names), default=0)
+    together = math.ceil(sum(map(len, trained)) / run.alone)
+    waiting = min(run.waiting, max(together - 1, 0) * smallest)
     # (gradients, all else) of each moment.
     moments: list[tuple[float, float]] = [(0, sum(kept) + kept_last + loss)]
     for layer in layers:
