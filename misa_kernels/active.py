@@ -122,6 +122,9 @@ class ActiveSet:
         refuse_capture()
         if self._arrivals:
             self._use_gradients()
+        else:
+            # Of a step that failed some may be left.
+            self._hyper = None
         self._adopt()
         grads = [param.grad for param in self._params]
         rows = ALL
@@ -163,6 +166,7 @@ class ActiveSet:
                 "first is used up: call step() after every backward(), or leave release_gradients out to accumulate"
             )
         if not self._arrivals:
+            self._hyper = None
             # At the end of this backward pass.
             torch.autograd.Variable._execution_engine.queue_callback(self._use_gradients)
         if self._arrivals.note(param):

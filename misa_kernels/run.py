@@ -233,7 +233,8 @@ class Run:
                 if type(group["lr"]) is not float:
                     arguments.check_place("lr", group["lr"])
         if self.trained.arena is None or self.trained.state.changed[0]:
-            self.allocate()
+            with torch.no_grad():
+                self.allocate()
         self.trained.receive(param)
 
     def allocate(self) -> None:

@@ -209,3 +209,16 @@ def test_scheduler_and_optimizer_resume_together_in_mid_round(name, tensor, back
     assert all(isinstance(group["lr"], torch.Tensor) == tensor for group in resumed[1].param_groups)
     assert go_on(resumed, range(7, STEPS)) == after
     assert all(map(torch.equal, resumed[0], trained[0]))
+
+
+def test_a_rate_that_is_set_after_a_refused_step_counts():
+    p = torch.nn.Parameter(torch.ones(4, 4))
+    optimizer = MISA([p], delta=1.0, lr=0.5, weight_decay=0.0)
+    p.grad = torch.ones(4, 4).to_sparse()
+    with pytest.raises(TypeError, match="MISA updates dense gradients"):
+        optimizer.step()
+    optimizer.param_groups[0]["lr"] = 0.25
+    p.grad = torch.ones(4, 4)
+    optimizer.step()
+    # At age 1 the step is lr, whatever the gradient.
+    torch.testing.assert_close(p.detach(), torch.full((4, 4), 0.75))
