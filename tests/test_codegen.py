@@ -5,13 +5,17 @@ from __future__ import annotations
 import re
 
 import pytest
+import torch
 import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
 
-from benchmarks import nvcc
+from benchmarks import assembly, codegen, nvcc
 from benchmarks.assembly import CAPABILITIES, Code, Variant
 from benchmarks.codegen import USUAL, compile_all, compile_library, main, stored, variants
 from misa_kernels.codec import FORMATS
 from misa_kernels.kernels import launch
+from misa_kernels.storage import KEYS, Storage
 
 # Bytes of shared memory: one float64 a warp for the sum of squares, where a change of layouts would take
 # kilobytes. And loads and stores of it: of one sum, of two and the word who came last, of none. Triton 3.6 and
@@ -152,3 +156,32 @@ def test_table_has_a_line_a_variant(capsys):
     assert main(["--capability", "90"]) == 0
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("sm_90")]
     assert len(lines) == len(variants()) + (0 if nvcc.missing() else 8)
+
+
+CLOSED = [(torch.float32, Storage()), (torch.bfloat16, Storage()), (torch.float16, Storage())]
+CLOSED += [(torch.bfloat16, Storage("int8", "stochastic")), (torch.bfloat16, Storage("fp8", "split"))]
+CLOSED += [(torch.float32, Storage("bf16")), (torch.bfloat16, Storage("int8+int4"))]
+
+
+@pytest.mark.parametrize("capability", [80, 90, pytest.param(100, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("weight, storage", CLOSED, ids=str)
+@pytest.mark.parametrize("measured", [True, False])
+def test_the_end_of_a_round_needs_no_stack(tmp_path, capability, weight, storage, measured):
+    kernel, buffers = launch.kernels.close_kernel, storage.buffers(weight)
+    state = launch.State.of({key: torch.empty(128, dtype=kind.dtype) for key, kind in buffers.items()}, storage)
+    pointers = codegen.ARGUMENTS | {"moved_ptr": "*fp64", "chunks": "i32"}
+    pointers |= {f"{key}_ptr": codegen.POINTERS[kind.dtype] for key, kind in buffers.items()}
+    constants = {"WEIGHT_DTYPE": launch.TRITON_DTYPES[weight], "ALIGNED": True, **state.codecs}
+    constants |= {"BLOCK": launch.BLOCK, "BLOCKS": launch.BLOCKS}
+    constants |= {f"{key}_ptr": None for key in KEYS if key not in buffers} | ({} if measured else {"moved_ptr": None})
+    names = list(kernel.arg_names)
+    signature = {name: "constexpr" if name in constants else pointers[name] for name in names}
+    aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if signature[name].startswith("*")}
+    given = {(names.index(name),): value for name, value in constants.items()}
+    source = ASTSource(kernel, signature, given, aligned)
+    options = {**launch.OPTIONS, "maxnreg": state.max_registers[False]}
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    path = tmp_path / "close.cubin"
+    path.write_bytes(compiled.asm["cubin"])
+    usage = assembly.tool("cuobjdump", "-res-usage", path)
+    assert " STACK:0 " in usage, usage

@@ -236,7 +236,8 @@ class Launch(RowTable):
                     bucket.aligned,
                     BLOCK,
                     BLOCKS,
-                    maxnreg=state.max_registers[bucket.aligned],
+                    # Once a round: spilling would cost more than programs that wait.
+                    maxnreg=state.max_registers[False],
                     **OPTIONS,
                 )
 
