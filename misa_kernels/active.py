@@ -167,10 +167,12 @@ class ActiveSet:
             )
         if not self._arrivals:
             self._hyper = None
-            # At the end of this backward pass.
-            torch.autograd.Variable._execution_engine.queue_callback(self._use_gradients)
+        was_waiting = self._arrivals.is_waiting
         if self._arrivals.note(param):
             self._use_gradients()
+        elif self._arrivals.is_waiting and not was_waiting:
+            # At the end of this backward pass, which may be one within another.
+            torch.autograd.Variable._execution_engine.queue_callback(self._use_gradients)
 
     @torch.no_grad()
     def _use_gradients(self) -> None:

@@ -75,6 +75,11 @@ class Arrivals:
         """Whether the gradient of a parameter has come since the last step."""
         return id(param) in self._arrived
 
+    @property
+    def is_waiting(self) -> bool:
+        """Whether modules are complete that were not updated."""
+        return bool(self._complete)
+
     def note(self, param: Tensor) -> bool:
         """Note a gradient; return whether what is complete by now is worth a launch."""
         self._arrived.add(id(param))

@@ -8,6 +8,7 @@ import pytest
 import tiny
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from benchmarks.llama import Llama, Shape
 from benchmarks.memory import PeakMemory
@@ -122,6 +123,34 @@ def test_blocks_of_one_tensor_and_missing_gradients(backend):
     for p, q in zip(a, b, strict=True):
         for name in ("age", "updates", "score_sum", "importance"):
             assert torch.equal(plain.state[p][name], releasing.state[q][name]), name
+
+
+@pytest.mark.parametrize("reentrant", [None, False, True])
+def test_small_gradients_wait_for_one_another_and_none_outlives_backward(reentrant):
+    """80 modules, some of them within a backward pass of their own."""
+
+    def run(release):
+        torch.manual_seed(0)
+        params = [nn.Parameter(torch.randn(6, 6)) for _ in range(80)]
+        optimizer = MISA(params, delta=1.0, inner_steps=3, release_gradients=release)
+        for step in range(4):
+            x = torch.linspace(-1, 1, 6, requires_grad=True)
+            for first in range(0, 80, 16):
+
+                def layers(x, first=first):
+                    for param in params[first : first + 16]:
+                        x = torch.tanh(x @ param)
+                    return x
+
+                inside = reentrant is not None and first % 32 == 0
+                x = checkpoint(layers, x, use_reentrant=reentrant) if inside else layers(x)
+            (x.sum() * (step + 1)).backward()
+            assert not release or all(param.grad is None for param in params)
+            optimizer.step()
+            optimizer.zero_grad()
+        return params
+
+    assert all(map(torch.equal, run(False), run(True)))
 
 
 def test_gradients_set_by_hand_are_used_by_step():

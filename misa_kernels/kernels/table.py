@@ -18,7 +18,7 @@ Integers = npt.NDArray[np.int64]
 # this step; the state begins at element `OFFSET` of its pool; `START` is the first element's index in the whole
 # parameter.
 WEIGHT, GRAD, NUMEL, OFFSET, GROUP, START, KEY, FIRST_CHUNK, WEIGHT_DTYPE, GRAD_DTYPE, ACTION, ROW_COLUMNS = range(12)
-# What `close` does with a row, see `rows`: MisaAction.
+# What `close` does with a row: MisaAction.
 MEASURE, ADOPT, FLUSH, WRITE_BACK = 1, 2, 4, 8
 # Stretches of rows.
 ALL, NONE = slice(None), slice(0, 0)
