@@ -22,7 +22,7 @@ from misa_kernels.reference import Hyper, noise_key
 from misa_kernels.release import Arrivals
 from misa_kernels.shards import Ranks, is_sharded, like, local, local_like
 from misa_kernels.slots import Slots
-from misa_kernels.storage import KEYS, MOMENTS, split, state_noise
+from misa_kernels.storage import KEYS, MOMENTS, PIECE, split, state_noise
 
 VERSION = attrgetter("_version")
 DTYPE = attrgetter("dtype")
@@ -339,17 +339,30 @@ class ActiveSet:
             for name, value in saved.items():
                 views[name].copy_(value)
         elif "exp_avg" in saved:
-            noise_of = noise_key(self.seed, 2 * self.steps + 1, row.index)
-            noise = state_noise(row.start, len(weight), noise_of, weight.device)
-            for name in self._storage.codecs:
-                x = self.storage_in_state.decode(name, saved, len(weight))
-                self._storage.encode(name, views, x, noise[name])
-            theta = self.storage_in_state.theta(saved, weight)
-            if "master" in views:
-                views["master"].copy_(theta)
-            if "residual" in views:
-                rounded, residual = split(theta)
-                views["residual"].copy_(torch.where(rounded == weight, residual, 0))
+            kinds = self.storage_in_state.buffers(weight.dtype)
+            for start in range(0, len(weight), PIECE):
+                numel = min(PIECE, len(weight) - start)
+                piece = {
+                    name: value.reshape(-1).narrow(0, kinds[name].numel(start), kinds[name].numel(numel))
+                    for name, value in saved.items()
+                }
+                self._convert(row, start, row.weight(start, numel), piece, self.arena.views(slot, start, numel))
+
+    def _convert(
+        self, row: Row, start: int, weight: Tensor, saved: Mapping[str, Tensor], views: Mapping[str, Tensor]
+    ) -> None:
+        """Store a piece of a row, from an element of it on, as rows are stored now."""
+        noise_of = noise_key(self.seed, 2 * self.steps + 1, row.index)
+        noise = state_noise(row.start + start, len(weight), noise_of, weight.device)
+        for name in self._storage.codecs:
+            x = self.storage_in_state.decode(name, saved, len(weight))
+            self._storage.encode(name, views, x, noise[name])
+        theta = self.storage_in_state.theta(saved, weight)
+        if "master" in views:
+            views["master"].copy_(theta)
+        if "residual" in views:
+            rounded, residual = split(theta)
+            views["residual"].copy_(torch.where(rounded == weight, residual, 0))
 
     def switch(self, leave: Iterable[int], enter: Sequence[int], frozen: Container[int] = ()) -> None:
         """Retire the slots that leave and train those that enter, at age 0, beside the ones that stay.

@@ -15,6 +15,8 @@ from misa_kernels.reference import MASK32, lowbias32, noise16, noise32
 
 PRECISIONS = ("master", "split", "stochastic")
 MOMENTS = ("exp_avg", "exp_avg_scale", "exp_avg_sq", "exp_avg_sq_scale")
+# Elements at a time in plain PyTorch, outside of steps: noise and what is decoded take up to 100 bytes for each.
+PIECE = 1 << 15
 # Every key that a slot's state can have; everything else in `state` is one number a slot.
 KEYS = (*MOMENTS, "master", "residual")
 

@@ -238,6 +238,24 @@ def test_the_end_of_a_round_takes_little_memory_whatever_the_size_of_a_matrix(pr
     assert memory.peak_bytes <= 4e6
 
 
+@pytest.mark.parametrize("state_dtype, precision", [("int8", "split"), ("fp8", "master")])
+@pytest.mark.filterwarnings("ignore:MISA converts", "ignore:MISA steps in plain PyTorch")
+def test_a_state_of_another_format_is_converted_in_little_memory(state_dtype, precision):
+    def build(**options: Any) -> MISA:
+        params = [torch.nn.Parameter(torch.ones(1024, 512, dtype=torch.bfloat16)) for _ in range(2)]
+        return MISA(params, delta=1.0, inner_steps=10**6, **options)
+
+    saved = build()
+    for param in saved.param_groups[0]["params"]:
+        param.grad = torch.randn_like(param)
+    saved.step()
+    optimizer = build(state_dtype=state_dtype, param_precision=precision)
+    optimizer.load_state_dict(saved.state_dict())
+    with PeakMemory() as memory:
+        optimizer._run.allocate()
+    assert memory.peak_bytes - memory.held_bytes <= 5e6
+
+
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("name", [pytest.param("lora", marks=pytest.mark.slow), "badam", "misa", "misa_lean"])
 def test_the_formula_tells_what_a_small_model_takes(name, checkpointing):

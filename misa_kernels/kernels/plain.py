@@ -13,10 +13,7 @@ from misa_kernels.kernels.rows import Row, Settings, StepInput, check_size
 from misa_kernels.kernels.table import ADOPT, ALL, FLUSH, NONE, WRITE_BACK
 from misa_kernels.reference import Hyper, momentum_flush, noise_key, store_weight, update_ratio
 from misa_kernels.shards import Ranks, local
-from misa_kernels.storage import split, state_noise
-
-# Elements at a time when a round ends: the noise and what is decoded take up to 100 bytes for each.
-PIECE = 1 << 15
+from misa_kernels.storage import PIECE, split, state_noise
 
 
 class PlainStep:
