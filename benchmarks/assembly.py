@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import triton
 
-from misa_kernels.storage import Storage
+from misa_kernels.memory.storage import Storage
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 CAPABILITIES = (80, 90, 100)

@@ -26,9 +26,9 @@ from triton.compiler import ASTSource
 
 from benchmarks import nvcc
 from benchmarks.assembly import CAPABILITIES, Code, Variant, instruction_lines, loop, read, row, tool
-from misa_kernels.codec import FORMATS
 from misa_kernels.kernels import launch, native
-from misa_kernels.storage import KEYS, PRECISIONS
+from misa_kernels.memory.codec import FORMATS
+from misa_kernels.memory.storage import KEYS, PRECISIONS
 
 # An ordinary run compiles one to three of these.
 USUAL = [

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from examples.chunked_loss import chunked_cross_entropy
-from misa_kernels.planner.shapes import LINEARS as LINEARS
-from misa_kernels.planner.shapes import PRESETS
-from misa_kernels.planner.shapes import LlamaShape as Shape
+from misa_kernels.tools.planner.shapes import LINEARS as LINEARS
+from misa_kernels.tools.planner.shapes import PRESETS
+from misa_kernels.tools.planner.shapes import LlamaShape as Shape
 
 # Of rotary embeddings; what a step costs does not depend on it.
 ROPE_BASE = 10_000.0

@@ -128,7 +128,7 @@ def overrun() -> None:
 
     from misa_kernels.kernels import native
     from misa_kernels.kernels.launch import Launch
-    from misa_kernels.storage import Storage
+    from misa_kernels.memory.storage import Storage
 
     device, zero, dtypes = torch.device("cuda"), np.zeros(1, dtype=np.int64), [torch.float32]
     for table in (Launch, native.CudaTable) if native.path("cuda") else (Launch,):

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from misa_kernels.planner.fsdp import Need, adamw_fsdp2, lora_fsdp2, misa_fsdp2, misa_replicate
-from misa_kernels.planner.shapes import PRESETS, LlamaShape
+from misa_kernels.tools.planner.fsdp import Need, adamw_fsdp2, lora_fsdp2, misa_fsdp2, misa_replicate
+from misa_kernels.tools.planner.shapes import PRESETS, LlamaShape
 
 PAGE = Path(__file__).parents[1] / "docs" / "scaling.md"
 MODELS = ("llama3-8b", "llama3-70b", "llama3-405b")

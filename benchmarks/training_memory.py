@@ -27,8 +27,8 @@ from benchmarks import record
 from benchmarks.llama import LINEARS, SHAPES, Llama
 from benchmarks.memory import PeakMemory
 from misa_kernels import MISA, ImportanceSampler, badam, lisa, param_groups
-from misa_kernels.planner.step import Run, count
 from misa_kernels.release import HELD_BYTES, LAUNCHES
+from misa_kernels.tools.planner.step import Run, count
 
 LR = 1e-5
 MIB, GIB = 2**20, 2**30

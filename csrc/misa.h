@@ -21,7 +21,7 @@ extern "C" {
 
 enum MisaDtype { MISA_FLOAT32 = 0, MISA_BFLOAT16 = 1, MISA_DTYPES = 2 };
 
-// How moments are stored, see misa_kernels/codec.py. The CUDA library knows float32 alone.
+// How moments are stored, see misa_kernels/memory/codec.py. The CUDA library knows float32 alone.
 enum MisaFormat { MISA_STATE_FP32 = 0, MISA_STATE_BF16 = 1, MISA_STATE_INT8 = 2, MISA_FORMATS = 3 };
 
 // A step with one of the first two reads gradients twice: for `partial` and `control`, and for the update.

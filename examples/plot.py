@@ -16,7 +16,7 @@ from matplotlib.axes import Axes
 
 from examples.measure import Cost
 from examples.runs import Rounds, Run
-from misa_kernels import plots
+from misa_kernels.tools import plots
 
 # Okabe and Ito's palette, which the colour-blind can tell apart, and markers for print in grey.
 STYLES = {

@@ -3,11 +3,12 @@
 `from misa_kernels import MISA, param_groups` is all that most programs need.
 """
 
-from misa_kernels.backward import watch_backward
-from misa_kernels.modules import param_groups
+from misa_kernels import moved as _moved  # noqa: F401
+from misa_kernels.draw.groups import param_groups
+from misa_kernels.draw.sampler import Candidates, CyclicSampler, Draw, ImportanceSampler, Sampler, UniformSampler
 from misa_kernels.optimizer import MISA
 from misa_kernels.presets import authors, badam, lisa, paper
-from misa_kernels.sampler import Candidates, CyclicSampler, Draw, ImportanceSampler, Sampler, UniformSampler
+from misa_kernels.tools.backward import watch_backward
 
 __version__ = "0.1.0"
 

@@ -1,4 +1,4 @@
-"""Which command does `python -m misa_kernels` run? Each is a module of `misa_kernels.commands`, imported on request."""
+"""Which command does `python -m misa_kernels` run? Each is a module of `tools.commands`, imported on request."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def main(argv: list[str] | None = None) -> int:
     if not given:
         parser.error(f"a command is missing, one of {', '.join(COMMANDS)}")
     args = parser.parse_args(given)
-    command = importlib.import_module(f"misa_kernels.commands.{args.command}")
+    command = importlib.import_module(f"misa_kernels.tools.commands.{args.command}")
     own = Parser(
         prog=f"{PROG} {args.command}",
         description=command.__doc__,

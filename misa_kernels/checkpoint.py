@@ -16,11 +16,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from misa_kernels import arguments
-from misa_kernels.codec import FORMATS
-from misa_kernels.layout import Layout
-from misa_kernels.slots import SCORES
-from misa_kernels.storage import KEYS, PRECISIONS, Storage
+from misa_kernels import options as arguments
+from misa_kernels.layout import SCORES, Layout
+from misa_kernels.memory.codec import FORMATS
+from misa_kernels.memory.storage import KEYS, PRECISIONS, Storage
 
 # Kept in the first group of a saved state: the round, the step in it, step() calls so far, the seed of all
 # draws (a draw depends on nothing but seed, round and scores) and steps skipped in earlier rounds; how the

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from misa_kernels.partition import Partition
-from misa_kernels.sampler import Candidates
+from misa_kernels.draw.partition import Partition
+from misa_kernels.draw.sampler import Candidates
 
 Table = dict[str, npt.NDArray[Any]]
 

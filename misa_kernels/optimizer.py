@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Any, NoReturn, cast
 import torch
 from torch import Tensor
 
-from misa_kernels import arguments
-from misa_kernels.coverage import Coverage
-from misa_kernels.flags import Choices
+from misa_kernels import options as arguments
+from misa_kernels.draw.coverage import Coverage
+from misa_kernels.draw.partition import Module, Partition
+from misa_kernels.draw.sampler import Sampler
 from misa_kernels.monitor import Monitor
-from misa_kernels.partition import Module, Partition
+from misa_kernels.outside.flags import Choices
 from misa_kernels.run import Run
-from misa_kernels.sampler import Sampler
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup

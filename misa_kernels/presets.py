@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from misa_kernels.sampler import CyclicSampler, ImportanceSampler, UniformSampler
+from misa_kernels.draw.sampler import CyclicSampler, ImportanceSampler, UniformSampler
 
 
 def paper(*, v_floor: bool = False, **overrides: Any) -> dict[str, Any]:

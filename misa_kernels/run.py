@@ -19,21 +19,21 @@ import torch
 from torch import Tensor
 from torch._C._dynamo import eval_frame
 
-from misa_kernels import arguments, checkpoint, kernels
-from misa_kernels.active import ActiveSet, refuse_capture
-from misa_kernels.coverage import LONGEST_ROUND, Coverage, modules_a_round, most_modules_a_round, round_length
-from misa_kernels.distributed import Agreement, refuse_engines, together
-from misa_kernels.flags import Choices, Flags
-from misa_kernels.layout import Layout, form_of
-from misa_kernels.live import State
+from misa_kernels import checkpoint, kernels
+from misa_kernels import options as arguments
+from misa_kernels.draw.coverage import LONGEST_ROUND, Coverage, modules_a_round, most_modules_a_round, round_length
+from misa_kernels.draw.partition import Module
+from misa_kernels.draw.sampler import Draw, ImportanceSampler, Sampler, checked, costliest, described, fold, scores
+from misa_kernels.layout import SCORES, Layout, form_of
+from misa_kernels.memory.storage import Storage
 from misa_kernels.monitor import Monitor
-from misa_kernels.notices import warn
-from misa_kernels.partition import Module
-from misa_kernels.recompiles import Recompiles
-from misa_kernels.sampler import Draw, ImportanceSampler, Sampler, checked, costliest, described, fold, scores
-from misa_kernels.shards import is_sharded
-from misa_kernels.slots import SCORES
-from misa_kernels.storage import Storage
+from misa_kernels.outside.flags import Choices, Flags
+from misa_kernels.outside.notices import warn
+from misa_kernels.outside.recompiles import Recompiles
+from misa_kernels.outside.state import State
+from misa_kernels.ranks.agreement import Agreement, refuse_engines, together
+from misa_kernels.ranks.shards import is_sharded
+from misa_kernels.trained import ActiveSet, refuse_capture
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup

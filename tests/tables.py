@@ -18,10 +18,10 @@ import pytest
 import torch
 
 from misa_kernels import kernels
-from misa_kernels.codec import FORMATS, GROUP
 from misa_kernels.kernels import native
 from misa_kernels.kernels.table import DTYPES, RowTable
-from misa_kernels.storage import PRECISIONS, Storage
+from misa_kernels.memory.codec import FORMATS, GROUP
+from misa_kernels.memory.storage import PRECISIONS, Storage
 
 HYPER = {"lr": 1e-2, "beta1": 0.9, "beta2": 0.99, "eps": 1e-8, "weight_decay": 0.1}
 OTHER = {"lr": 3e-3, "beta1": 0.8, "beta2": 0.999, "eps": 1e-6, "weight_decay": 0.0}

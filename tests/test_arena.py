@@ -5,10 +5,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from misa_kernels import arena as arena_module
-from misa_kernels.arena import ALIGNMENT, Arena, capacity, move_down, padded
-from misa_kernels.codec import FORMATS
-from misa_kernels.storage import PRECISIONS, Storage
+from misa_kernels.memory import arena as arena_module
+from misa_kernels.memory.arena import ALIGNMENT, Arena, capacity, move_down, padded
+from misa_kernels.memory.codec import FORMATS
+from misa_kernels.memory.storage import PRECISIONS, Storage
 
 
 def as_bytes(buffer):

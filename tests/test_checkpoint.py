@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from misa_kernels import MISA, CyclicSampler, ImportanceSampler, UniformSampler, authors, paper, param_groups
-from misa_kernels.codec import FORMATS
-from misa_kernels.storage import PRECISIONS, Storage
+from misa_kernels.memory.codec import FORMATS
+from misa_kernels.memory.storage import PRECISIONS, Storage
 
 VARIANTS = {
     "default": {},

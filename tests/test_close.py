@@ -27,7 +27,7 @@ from tables import (
 from misa_kernels import reference
 from misa_kernels.kernels import table
 from misa_kernels.kernels.table import ADOPT, FLUSH, MEASURE, WRITE_BACK
-from misa_kernels.storage import Storage
+from misa_kernels.memory.storage import Storage
 
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 KERNELS = [
@@ -228,7 +228,7 @@ def test_columns_and_flags_have_one_order_in_all_languages():
     for number, name in enumerate(hyper.split(", ")):
         assert getattr(table, name.upper()) == number
     from misa_kernels.kernels import native
-    from misa_kernels.storage import KEYS
+    from misa_kernels.memory.storage import KEYS
 
     assert fields("MisaState") == [*KEYS, "elements"] == [name for name, _ in native.State._fields_]
     assert [name for name, _ in native.Step._fields_] == [name.split("[")[0] for name in fields("MisaStep")]

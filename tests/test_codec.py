@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from misa_kernels.codec import BF16, E4M3, E4M3_DITHERED, FORMATS, FP32, GROUP, ROOT4, ROOT8, SOFT_SIGN, Codec
+from misa_kernels.memory.codec import BF16, E4M3, E4M3_DITHERED, FORMATS, FP32, GROUP, ROOT4, ROOT8, SOFT_SIGN, Codec
+from misa_kernels.memory.storage import Storage, state_noise
 from misa_kernels.reference import noise16, noise_key
-from misa_kernels.storage import Storage, state_noise
 
 INF = float("inf")
 SIZES = [0, 1, 2, 15, 127, 128, 129, 1023, 4097]

@@ -13,9 +13,9 @@ from triton.compiler import ASTSource
 from benchmarks import assembly, codegen, nvcc
 from benchmarks.assembly import CAPABILITIES, Code, Variant
 from benchmarks.codegen import USUAL, compile_all, compile_library, main, stored, variants
-from misa_kernels.codec import FORMATS
 from misa_kernels.kernels import launch
-from misa_kernels.storage import KEYS, Storage
+from misa_kernels.memory.codec import FORMATS
+from misa_kernels.memory.storage import KEYS, Storage
 
 # Bytes of shared memory: one float64 a warp for the sum of squares, where a change of layouts would take
 # kilobytes. And loads and stores of it: of one sum, of two and the word who came last, of none. Triton 3.6 and

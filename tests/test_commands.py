@@ -14,8 +14,8 @@ import torch
 
 import misa_kernels
 from misa_kernels.__main__ import COMMANDS, main
-from misa_kernels.planner.methods import METHODS, Options, memory
-from misa_kernels.planner.shapes import PRESETS, LlamaShape
+from misa_kernels.tools.planner.methods import METHODS, Options, memory
+from misa_kernels.tools.planner.shapes import PRESETS, LlamaShape
 
 GIB = 2**30
 
@@ -43,7 +43,7 @@ def test_help_has_examples_that_can_be_parsed(capsys, monkeypatch, command):
     text = capsys.readouterr().out
     examples = [line.strip() for line in text.splitlines() if line.startswith(f"  python -m misa_kernels {command}")]
     assert examples
-    module = sys.modules[f"misa_kernels.commands.{command}"]
+    module = sys.modules[f"misa_kernels.tools.commands.{command}"]
     ran = []
     monkeypatch.setattr(module, "run", lambda options: ran.append(options) or 0)
     for example in examples:
@@ -159,7 +159,7 @@ def test_the_plot_is_a_png_and_names_what_it_needs(capsys, monkeypatch, tmp_path
 def test_plan_neither_loads_what_is_optional_nor_minds_a_closed_pipe():
     code = """
 import os, sys, misa_kernels
-assert not [name for name in sys.modules if name.startswith(("misa_kernels.planner", "misa_kernels.commands"))]
+assert not [name for name in sys.modules if name.startswith("misa_kernels.tools.") and "backward" not in name]
 from misa_kernels.__main__ import main
 before = set(sys.modules)
 code = main(["plan", "llama3-8b"])
@@ -189,7 +189,7 @@ def test_bench_times_three_steps(capsys):
 
 def test_bench_steps_of_one_dtype_do_the_same():
     """Timed against each other can be only what computes the same; after the warm-up, within float32's rounding."""
-    from misa_kernels.commands.bench import prepare
+    from misa_kernels.tools.commands.bench import prepare
 
     steps, _ = prepare("cpu", torch.float32, 2, 1000)
     misa, adamw = (step.__self__ for step in (steps["MISA"], steps["AdamW"]))

@@ -175,7 +175,7 @@ def test_what_recompiles_for_other_reasons_is_none_of_our_business(dynamo):
 def test_dynamo_is_not_imported_for_the_look_at_it():
     code = """
 import sys, numpy
-from misa_kernels.recompiles import Recompiles
+from misa_kernels.outside.recompiles import Recompiles
 before = "torch._dynamo" in sys.modules
 watch = Recompiles(numpy.arange(4), None)
 watch.check(1)

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.memory import PeakMemory
 from misa_kernels import MISA, ImportanceSampler, UniformSampler, authors, paper, param_groups
-from misa_kernels.arena import sent
+from misa_kernels.memory.arena import sent
 
 WAITING_OPERATORS = ("_local_scalar_dense", "nonzero", "is_nonzero", "equal", "item", "masked_select", "unique")
 WAITING_METHODS = ("item", "tolist", "numpy", "cpu", "__bool__", "__int__", "__float__", "__index__")

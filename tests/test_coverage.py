@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from misa_kernels import MISA, ImportanceSampler, UniformSampler, badam, lisa, param_groups
-from misa_kernels.coverage import Coverage
+from misa_kernels.draw.coverage import Coverage
 
 
 def visits_of(optimizer, rounds):

@@ -15,7 +15,7 @@ from emulated import EmulatedTable
 
 from benchmarks import nvcc
 from misa_kernels.kernels import native, table
-from misa_kernels.storage import Storage
+from misa_kernels.memory.storage import Storage
 
 FP32, BF16 = torch.float32, torch.bfloat16
 DTYPES = [(FP32, FP32), (FP32, BF16), (BF16, FP32), (BF16, BF16)]

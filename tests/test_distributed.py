@@ -21,8 +21,9 @@ from torch.distributed.tensor import Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from misa_kernels import MISA, UniformSampler, param_groups
-from misa_kernels.distributed import BUCKET_BYTES, _buckets, replicate
-from misa_kernels.shards import local
+from misa_kernels.distributed import replicate
+from misa_kernels.distributed.replicate import BUCKET_BYTES, _buckets
+from misa_kernels.ranks.shards import local
 
 ROOT = Path(__file__).parents[1]
 OPTIONS = {"lr": 1e-2, "delta": 0.2, "inner_steps": 5}

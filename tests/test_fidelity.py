@@ -16,7 +16,7 @@ from examples.data import finetuning_corpus, random_batches
 from examples.model import Llama, LlamaConfig
 from examples.train import batch_loss
 from misa_kernels import MISA
-from misa_kernels.codec import FORMATS
+from misa_kernels.memory.codec import FORMATS
 
 STEPS = 50
 # Per format: the least cosine of an update with that of torch.optim.AdamW in float32, and the largest ratio of their

@@ -16,7 +16,7 @@ from benchmarks import gpu, record
 from benchmarks.first import engagement, parity, stage, table
 from benchmarks.first.part import MARK, kill_tree
 from benchmarks.peers import FORMATS, PEERS
-from misa_kernels.storage import Storage
+from misa_kernels.memory.storage import Storage
 
 CPU = torch.device("cpu")
 

@@ -18,7 +18,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from misa_kernels import reference, storage
+from misa_kernels import reference
+from misa_kernels.memory import storage
 
 ROOT = Path(__file__).parents[1]
 # Half the spacing of float32 numbers relative to their size: one correctly rounded operation.

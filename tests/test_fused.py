@@ -9,7 +9,7 @@ from torch import nn
 
 from misa_kernels import MISA, ImportanceSampler, UniformSampler, authors, kernels, paper
 from misa_kernels.kernels import native
-from misa_kernels.storage import KEYS, Storage
+from misa_kernels.memory.storage import KEYS, Storage
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 

@@ -10,10 +10,10 @@ import triton
 from torch import nn
 
 from misa_kernels import MISA, kernels
-from misa_kernels.codec import FORMATS
 from misa_kernels.kernels.native import CpuStep, CudaStep
 from misa_kernels.kernels.plain import PlainStep
-from misa_kernels.storage import PRECISIONS, Storage
+from misa_kernels.memory.codec import FORMATS
+from misa_kernels.memory.storage import PRECISIONS, Storage
 
 PLAIN = Storage()
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")

@@ -18,10 +18,10 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 
 from benchmarks import launcher  # noqa: E402
 from misa_kernels import MISA  # noqa: E402
-from misa_kernels.codec import FORMATS  # noqa: E402
 from misa_kernels.kernels import launch  # noqa: E402
 from misa_kernels.kernels.table import ROW_COLUMNS  # noqa: E402
-from misa_kernels.storage import KEYS  # noqa: E402
+from misa_kernels.memory.codec import FORMATS  # noqa: E402
+from misa_kernels.memory.storage import KEYS  # noqa: E402
 
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 STATES = {

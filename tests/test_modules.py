@@ -11,7 +11,7 @@ import torch
 from architectures import LLAMA_REST, MODELS, Block, Expected, Staged, lora
 from torch import nn
 
-from misa_kernels.modules import param_groups
+from misa_kernels.draw.groups import param_groups
 
 
 def flat(groups: list[dict[str, Any]], key: str) -> dict[str, Any]:

@@ -32,7 +32,7 @@ from tables import (
 
 from misa_kernels import MISA
 from misa_kernels.kernels import native, table
-from misa_kernels.storage import Storage
+from misa_kernels.memory.storage import Storage
 
 HEADER = (Path(__file__).parents[1] / "csrc/misa.h").read_text()
 STATUS = {name: int(number) for name, number in re.findall(r"MISA_(BAD_\w+) = (\d+)", HEADER)}

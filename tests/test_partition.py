@@ -20,8 +20,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import distribute_tensor
 from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
-from misa_kernels.modules import param_groups
-from misa_kernels.partition import Block, Module, Partition, partition
+from misa_kernels.draw.groups import param_groups
+from misa_kernels.draw.partition import Block, Module, Partition, partition
 
 SIZES = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
 SIZES |= {"num_attention_heads": 4, "num_key_value_heads": 2}

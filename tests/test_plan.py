@@ -15,11 +15,11 @@ from torch import nn
 
 from benchmarks.memory import PeakMemory
 from misa_kernels import MISA, ImportanceSampler, badam, lisa, param_groups
-from misa_kernels.planner import shapes
-from misa_kernels.planner.cards import CARDS, capacity_bytes
-from misa_kernels.planner.fsdp import adamw_fsdp2, misa_fsdp2
-from misa_kernels.planner.methods import METHODS, Options, advice, costliest_set, fit, memory, weights_and_states
-from misa_kernels.planner.shapes import LINEARS, PRESETS, LlamaShape, from_config, read
+from misa_kernels.tools.planner import shapes
+from misa_kernels.tools.planner.cards import CARDS, capacity_bytes
+from misa_kernels.tools.planner.fsdp import adamw_fsdp2, misa_fsdp2
+from misa_kernels.tools.planner.methods import METHODS, Options, advice, costliest_set, fit, memory, weights_and_states
+from misa_kernels.tools.planner.shapes import LINEARS, PRESETS, LlamaShape, from_config, read
 
 GIB = 2**30
 # One sequence holds fewer tokens than the model is wide, as in the large ones.

@@ -11,9 +11,9 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from benchmarks import llama, scaling
 from misa_kernels import MISA, ImportanceSampler, param_groups
 from misa_kernels.distributed import replicate
-from misa_kernels.planner.fsdp import adamw_fsdp2, misa_fsdp2, misa_replicate
-from misa_kernels.planner.shapes import PRESETS, LlamaShape
-from misa_kernels.shards import local
+from misa_kernels.ranks.shards import local
+from misa_kernels.tools.planner.fsdp import adamw_fsdp2, misa_fsdp2, misa_replicate
+from misa_kernels.tools.planner.shapes import PRESETS, LlamaShape
 
 # Sizes that four ranks divide.
 SHAPE = LlamaShape(256, 64, 160, layers=4, heads=4, kv_heads=2)

@@ -10,8 +10,9 @@ import tiny
 import torch
 from torch import nn
 
-from misa_kernels import MISA, lisa, param_groups, plots
+from misa_kernels import MISA, lisa, param_groups
 from misa_kernels.monitor import Round
+from misa_kernels.tools import plots
 
 if importlib.util.find_spec("matplotlib") is None and not os.environ.get("CI"):
     pytest.skip("needs matplotlib", allow_module_level=True)

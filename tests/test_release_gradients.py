@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from benchmarks.llama import Llama, Shape
 from benchmarks.memory import PeakMemory
 from misa_kernels import MISA, CyclicSampler, ImportanceSampler, kernels, paper, param_groups
-from misa_kernels.codec import FORMATS
+from misa_kernels.memory.codec import FORMATS
 
 BACKENDS = ["reference", *(name for name in ("cpu",) if kernels.unusable(name) is None)]
 # A step of `tiny` takes the interpreter seconds.

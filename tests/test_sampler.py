@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from scipy import stats
 from scipy.special import softmax
 
-from misa_kernels.sampler import (
+from misa_kernels.draw.sampler import (
     Candidates,
     CyclicSampler,
     ImportanceSampler,

@@ -31,7 +31,7 @@ from test_formula import hyper_at as header_hyper
 from misa_kernels import reference
 from misa_kernels.kernels.native import NativeTable
 from misa_kernels.kernels.table import DTYPES
-from misa_kernels.storage import PRECISIONS, Storage, join, state_noise
+from misa_kernels.memory.storage import PRECISIONS, Storage, join, state_noise
 
 # The last four are around the chunks of Triton's interpreter and of the CPU library, and more than one of each.
 SIZES = [0, 1, 15, 1023, 4097, 8193, 32_767, 32_769, 100_000]

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from misa_kernels import MISA, CyclicSampler, kernels, param_groups
-from misa_kernels.codec import FORMATS
-from misa_kernels.storage import PRECISIONS, Storage, join, split
+from misa_kernels.memory.codec import FORMATS
+from misa_kernels.memory.storage import PRECISIONS, Storage, join, split
 
 # Bytes a parameter of both moments, scales included, in groups of 128.
 STATE_BYTES = {"fp32": 8, "bf16": 4, "int8": 2 + 8 / 128, "fp8": 2 + 16 / 128, "int8+int4": 1.5 + 8 / 128}

@@ -15,10 +15,11 @@ import torch
 from benchmarks import gpu, training_memory
 from benchmarks.llama import LINEARS, SHAPES, Llama, Shape
 from benchmarks.memory import PeakMemory
-from misa_kernels import MISA, ImportanceSampler, UniformSampler, authors, badam, copies, lisa, paper, param_groups
-from misa_kernels.codec import FORMATS
-from misa_kernels.sampler import Draw
-from misa_kernels.storage import PRECISIONS
+from misa_kernels import MISA, ImportanceSampler, UniformSampler, authors, badam, lisa, paper, param_groups
+from misa_kernels.draw.sampler import Draw
+from misa_kernels.memory.codec import FORMATS
+from misa_kernels.memory.storage import PRECISIONS
+from misa_kernels.outside import copies
 
 SHAPE, TOKENS = SHAPES["tiny"], 32
 # Of its 62,752 parameters; a layer has 11,520.

@@ -11,8 +11,8 @@ from test_fused import walk
 from torch import nn
 
 from misa_kernels import MISA
-from misa_kernels.codec import E4M3, FORMATS, GROUP, Codec
-from misa_kernels.storage import PRECISIONS, Storage, join
+from misa_kernels.memory.codec import E4M3, FORMATS, GROUP, Codec
+from misa_kernels.memory.storage import PRECISIONS, Storage, join
 
 triton = pytest.importorskip("triton")
 tl = triton.language

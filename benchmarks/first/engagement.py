@@ -18,7 +18,7 @@ from benchmarks import record
 from benchmarks.update import REPEATS, Timer, failure, launches_of, wait
 from misa_kernels import MISA, kernels
 from misa_kernels.kernels import native
-from misa_kernels.storage import PRECISIONS, Storage
+from misa_kernels.memory.storage import PRECISIONS, Storage
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 FORMATS = ("fp32", "int8", "bf16", "fp8")

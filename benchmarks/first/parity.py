@@ -25,7 +25,7 @@ from benchmarks.peers import BF16, FP32, MAX_NORM, misa
 from benchmarks.update import failure
 from misa_kernels import MISA
 from misa_kernels.kernels import native
-from misa_kernels.storage import KEYS, Storage
+from misa_kernels.memory.storage import KEYS, Storage
 
 # Around the vectors, the groups of scales and the chunks of every kernel, and more than one chunk.
 SIZES = (1, 3, 15, 127, 128, 1023, 4097, 8191, 8192, 8193, 32_769, 100_003)

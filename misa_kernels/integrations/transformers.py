@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from misa_kernels.backward import watch_backward
 from misa_kernels.optimizer import MISA
+from misa_kernels.tools.backward import watch_backward
 
 
 class MISACallback(TrainerCallback):

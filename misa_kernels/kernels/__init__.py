@@ -16,13 +16,13 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from misa_kernels.arena import Arena
-from misa_kernels.codec import FORMATS
 from misa_kernels.kernels import native, table
 from misa_kernels.kernels.plain import PlainStep
 from misa_kernels.kernels.rows import Row, Settings, StepInput
 from misa_kernels.kernels.table import ALL
-from misa_kernels.storage import PRECISIONS, Storage
+from misa_kernels.memory.arena import Arena
+from misa_kernels.memory.codec import FORMATS
+from misa_kernels.memory.storage import PRECISIONS, Storage
 
 __all__ = ["BACKENDS", "Backend", "Row", "Settings", "Step", "StepInput", "check", "select", "unusable", "why_plain"]
 

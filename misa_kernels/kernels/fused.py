@@ -11,11 +11,11 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from misa_kernels.arena import Arena, host, sent
 from misa_kernels.kernels.rows import Row, Settings, StepInput, check_size
 from misa_kernels.kernels.table import ALL, NONE, SKIP, WRITE_BACK, RowTable
+from misa_kernels.memory.arena import Arena, host, sent
+from misa_kernels.ranks.shards import local
 from misa_kernels.reference import Hyper, noise_keys
-from misa_kernels.shards import local
 
 DTYPE = attrgetter("dtype")
 

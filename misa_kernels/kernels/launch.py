@@ -14,8 +14,6 @@ import triton.language as tl
 from torch import Tensor
 from triton.compiler import CompiledKernel
 
-from misa_kernels.arena import sent
-from misa_kernels.codec import E4M3
 from misa_kernels.kernels import triton as kernels
 from misa_kernels.kernels.fused import FusedStep
 from misa_kernels.kernels.table import (
@@ -32,7 +30,9 @@ from misa_kernels.kernels.table import (
     RowTable,
 )
 from misa_kernels.kernels.triton_codec import CODECS, INTERPRETED
-from misa_kernels.storage import KEYS, Storage
+from misa_kernels.memory.arena import sent
+from misa_kernels.memory.codec import E4M3
+from misa_kernels.memory.storage import KEYS, Storage
 
 # A thread holds 8 elements at a time, two 16-byte vectors of float32, and a program takes 8 such blocks in turn.
 # The interpreter pays by the block instead of by the element.

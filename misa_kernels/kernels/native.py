@@ -12,11 +12,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from misa_kernels.arena import Arena
 from misa_kernels.kernels.fused import FusedStep
 from misa_kernels.kernels.rows import Row, Settings
 from misa_kernels.kernels.table import ALL, NONE, Integers, RowTable
-from misa_kernels.storage import KEYS, Storage
+from misa_kernels.memory.arena import Arena
+from misa_kernels.memory.storage import KEYS, Storage
 
 FOLDER = Path(__file__).parents[1]
 SUFFIXES = {".so", ".dylib", ".dll"}

@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 from misa_kernels import reference
-from misa_kernels.arena import Arena
 from misa_kernels.kernels.rows import Row, Settings, StepInput, check_size
 from misa_kernels.kernels.table import ADOPT, ALL, FLUSH, NONE, WRITE_BACK
+from misa_kernels.memory.arena import Arena
+from misa_kernels.memory.storage import PIECE, split, state_noise
+from misa_kernels.ranks.shards import Ranks, local
 from misa_kernels.reference import Hyper, momentum_flush, noise_key, store_weight, update_ratio
-from misa_kernels.shards import Ranks, local
-from misa_kernels.storage import PIECE, split, state_noise
 
 
 class PlainStep:

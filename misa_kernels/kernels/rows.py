@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from misa_kernels.memory.storage import Storage
+from misa_kernels.ranks.shards import Ranks, local
 from misa_kernels.reference import Hyper, noise_key
-from misa_kernels.shards import Ranks, local
-from misa_kernels.storage import Storage
 
 
 @dataclass(frozen=True, slots=True)

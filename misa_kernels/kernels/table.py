@@ -9,8 +9,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from misa_kernels.arena import sent
-from misa_kernels.storage import Storage
+from misa_kernels.memory.arena import sent
+from misa_kernels.memory.storage import Storage
 
 Integers = npt.NDArray[np.int64]
 

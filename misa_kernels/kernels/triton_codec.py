@@ -1,4 +1,4 @@
-"""How the Triton step reads and writes state: the formats of `misa_kernels/codec.py`, one by one in its order.
+"""How the Triton step reads and writes state: the formats of `misa_kernels/memory/codec.py`, one by one in its order.
 
 A format decodes and encodes a tile of shape (groups, GROUP) in registers. A thread holds 4 neighbours, so a group is
 a row of one warp, and its scale needs no shared memory.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from misa_kernels import codec
+from misa_kernels.memory import codec
 
 INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 # Triton 3.6 does when it lays out a store, whatever `scales_at` says of its pointers.

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from misa_kernels import kernels
-from misa_kernels.codec import FORMATS
-from misa_kernels.notices import warn
-from misa_kernels.partition import Partition
-from misa_kernels.sampler import Sampler, check_sampler
-from misa_kernels.shards import is_sharded
-from misa_kernels.storage import PRECISIONS, Storage
+from misa_kernels.draw.partition import Partition
+from misa_kernels.draw.sampler import Sampler, check_sampler
+from misa_kernels.memory.codec import FORMATS
+from misa_kernels.memory.storage import PRECISIONS, Storage
+from misa_kernels.outside.notices import warn
+from misa_kernels.ranks.shards import is_sharded
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup

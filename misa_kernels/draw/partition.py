@@ -10,7 +10,8 @@ from typing import Any, Literal
 
 from torch import nn
 
-from misa_kernels.shards import is_sharded, local
+from misa_kernels.outside.notices import names_of
+from misa_kernels.ranks.shards import is_sharded, local
 
 
 @dataclass(frozen=True, slots=True)
@@ -225,15 +226,6 @@ def _tensors(groups: Sequence[Mapping[str, Any]], delta: float, chosen: Sequence
                 layer = modules[0]
             whole = Block(param, index, 0, 0, param.numel())
             yield _Tensor(whole, g, own_role, modules, layer, is_behind, role == "frozen")
-
-
-def names_of(groups: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Return the name of every parameter, or its place where the groups have no names."""
-    names: list[str] = []
-    for g, group in enumerate(groups):
-        numbered = [f"group {g}, parameter {i}" for i in range(len(group["params"]))]
-        names.extend(group.get("param_names", numbered))
-    return names
 
 
 def _role(param: nn.Parameter, name: str, role: str | None, delta: float, is_chosen: bool) -> str:

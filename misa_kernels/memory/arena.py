@@ -14,9 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from misa_kernels.codec import GROUP
-from misa_kernels.shards import Ranks
-from misa_kernels.storage import Buffer, Storage
+from misa_kernels.memory.codec import GROUP
+from misa_kernels.memory.storage import Buffer, Storage
+from misa_kernels.ranks.shards import Ranks
 
 # Offsets are multiples of this many elements, so that groups with a scale of their own begin with the slot.
 ALIGNMENT = GROUP

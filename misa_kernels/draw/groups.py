@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.nn.utils.parametrize import ParametrizationList
 
-from misa_kernels.flags import chosen_of
+from misa_kernels.outside.flags import chosen_of
 
 _CONTAINERS = (nn.ModuleList, nn.Sequential, nn.ModuleDict)
 _EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)

@@ -12,7 +12,7 @@ import torch
 import misa_kernels
 from misa_kernels import kernels
 from misa_kernels.kernels import native
-from misa_kernels.storage import Storage
+from misa_kernels.memory.storage import Storage
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 

@@ -12,17 +12,13 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import compress, count
 from operator import attrgetter
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from misa_kernels.copies import Marks, is_irregular
-from misa_kernels.notices import warn
-from misa_kernels.partition import names_of
-
-if TYPE_CHECKING:
-    from misa_kernels.run import Run
+from misa_kernels.outside.copies import Marks, is_irregular
+from misa_kernels.outside.notices import names_of, warn
 
 REQUIRES_GRAD = attrgetter("requires_grad")
 # Names that a warning lists.
@@ -102,7 +98,7 @@ class Flags:
         self._said: set[str] = set()
         self.due = False
         self._refused: list[int] = []
-        self._run: weakref.ref[Run] | None = None
+        self._run: weakref.ref[Any] | None = None
         self._others = _runs_of(self.params)
         self.chosen = _chosen_by(self.params, self._others)
         # Those not chosen of which that is a guess: whoever thaws the whole model means them, too.
@@ -141,7 +137,7 @@ class Flags:
             ]
         return []
 
-    def hold(self, run: Run) -> None:
+    def hold(self, run: Any) -> None:
         """Take the parameters for a run, and release the runs that have them now."""
         for other in self._others:
             other.release("another MISA was constructed on its parameters, which released it")
@@ -379,13 +375,13 @@ def chosen_of(names: Sequence[str], params: Sequence[Tensor]) -> list[bool]:
     return _chosen_by(params, runs)
 
 
-def _runs_of(params: Sequence[Tensor]) -> list[Run]:
+def _runs_of(params: Sequence[Tensor]) -> list[Any]:
     """Return the living runs that have some of these parameters."""
     found = dict.fromkeys(reference for param in params if (reference := _holders.get(param)) is not None)
     return [run for run in (reference() for reference in found) if run is not None]
 
 
-def _chosen_by(params: Sequence[Tensor], runs: Sequence[Run]) -> list[bool]:
+def _chosen_by(params: Sequence[Tensor], runs: Sequence[Any]) -> list[bool]:
     known = {
         id(param): flag for run in runs for param, flag in zip(run.flags.params, run.flags.chosen_now(), strict=True)
     }

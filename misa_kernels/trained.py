@@ -14,15 +14,15 @@ import torch
 from torch import Tensor
 
 from misa_kernels import checkpoint
-from misa_kernels.arena import Arena
 from misa_kernels.kernels import Backend, Row, Settings, Step, StepInput, select
 from misa_kernels.kernels.table import ADOPT, ALL, FLUSH, NONE, WRITE_BACK
-from misa_kernels.live import State
+from misa_kernels.layout import Slots
+from misa_kernels.memory.arena import Arena
+from misa_kernels.memory.storage import KEYS, MOMENTS, PIECE, split, state_noise
+from misa_kernels.outside.state import State
+from misa_kernels.ranks.shards import Ranks, is_sharded, like, local, local_like
 from misa_kernels.reference import Hyper, noise_key
 from misa_kernels.release import Arrivals
-from misa_kernels.shards import Ranks, is_sharded, like, local, local_like
-from misa_kernels.slots import Slots
-from misa_kernels.storage import KEYS, MOMENTS, PIECE, split, state_noise
 
 VERSION = attrgetter("_version")
 DTYPE = attrgetter("dtype")

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from misa_kernels.planner.shapes import LlamaShape
+from misa_kernels.tools.planner.shapes import LlamaShape
 
 BF16_BYTES, FP32_BYTES = 2, 4
 # Two moments and a master in float32.

@@ -16,8 +16,8 @@ from collections.abc import Mapping, Set
 from dataclasses import dataclass, field
 from typing import Literal
 
-from misa_kernels.planner.fsdp import unsharded
-from misa_kernels.planner.shapes import LINEARS, LlamaShape
+from misa_kernels.tools.planner.fsdp import unsharded
+from misa_kernels.tools.planner.shapes import LINEARS, LlamaShape
 
 # Float32 tensors of the logits' size in the backward pass of cross-entropy: log-probabilities, their gradient, and that
 # of the logits.

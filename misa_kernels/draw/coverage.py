@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from misa_kernels.sampler import Candidates, Sampler, admissible
+from misa_kernels.draw.sampler import Candidates, Sampler, admissible
 
 # Measured in the specification's runs: what matters is that modules are visited; below three visits most of a model
 # has hardly been trained.

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from misa_kernels.notices import warn
+from misa_kernels.outside.notices import warn
 
 # Training sees a layer with an input that requires gradients and with one that does not; evaluation is a third case.
 CASES = 3

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from misa_kernels.shards import is_sharded
+from misa_kernels.ranks.shards import is_sharded
 
 # Rounds of this process that are remembered, the latest.
 REMEMBERED = 1000

@@ -15,10 +15,10 @@ from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
-from misa_kernels.planner.cards import CARDS, RESERVED_BYTES, capacity_bytes
-from misa_kernels.planner.methods import METHODS, Options, advice, fit, memory, weights_and_states
-from misa_kernels.planner.shapes import PRESETS, LlamaShape, read
-from misa_kernels.planner.step import Memory
+from misa_kernels.tools.planner.cards import CARDS, RESERVED_BYTES, capacity_bytes
+from misa_kernels.tools.planner.methods import METHODS, Options, advice, fit, memory, weights_and_states
+from misa_kernels.tools.planner.shapes import PRESETS, LlamaShape, read
+from misa_kernels.tools.planner.step import Memory
 
 GIB = 2**30
 EXAMPLES = f"""examples:

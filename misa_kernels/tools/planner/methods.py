@@ -9,12 +9,12 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from misa_kernels.arena import MOVE_ELEMENTS
-from misa_kernels.planner.shapes import LINEARS, LlamaShape
-from misa_kernels.planner.step import Memory, Run, count
+from misa_kernels.draw.sampler import Candidates, costliest
+from misa_kernels.memory.arena import MOVE_ELEMENTS
+from misa_kernels.memory.storage import Storage
 from misa_kernels.release import HELD_BYTES, LAUNCHES
-from misa_kernels.sampler import Candidates, costliest
-from misa_kernels.storage import Storage
+from misa_kernels.tools.planner.shapes import LINEARS, LlamaShape
+from misa_kernels.tools.planner.step import Memory, Run, count
 
 # What each row of a plan is, and what it assumes.
 METHODS = {
@@ -82,7 +82,7 @@ def state_bytes(options: Options, state_dtype: str = "fp32", param_precision: st
 def costliest_set(shape: LlamaShape, delta: float, depth_window: int | None) -> dict[int, set[str]]:
     """Return the matrices of each layer in the admissible draw that needs the most memory.
 
-    Source: `misa_kernels.sampler.costliest`, with which `MISA.rehearse` makes the first round.
+    Source: `misa_kernels.draw.sampler.costliest`, with which `MISA.rehearse` makes the first round.
 
     Raises:
         ValueError: If the largest matrix does not fit into δ N.

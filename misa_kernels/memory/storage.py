@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from misa_kernels.codec import FORMATS, FP32, GROUP, Codec
+from misa_kernels.memory.codec import FORMATS, FP32, GROUP, Codec
 from misa_kernels.reference import MASK32, lowbias32, noise16, noise32
 
 PRECISIONS = ("master", "split", "stochastic")

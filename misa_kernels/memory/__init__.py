@@ -1,0 +1,1 @@
+"""Where does the state of what is trained lie, and in which formats?"""

@@ -1,0 +1,59 @@
+"""Modules under the names that they had in 0.1: for the length of 0.2, each with a DeprecationWarning."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+import warnings
+from collections.abc import Sequence
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+
+MOVED = {
+    "active": "trained",
+    "arena": "memory.arena",
+    "arguments": "options",
+    "backward": "tools.backward",
+    "codec": "memory.codec",
+    "commands": "tools.commands",
+    "copies": "outside.copies",
+    "coverage": "draw.coverage",
+    "flags": "outside.flags",
+    "live": "outside.state",
+    "modules": "draw.groups",
+    "notices": "outside.notices",
+    "partition": "draw.partition",
+    "planner": "tools.planner",
+    "plots": "tools.plots",
+    "recompiles": "outside.recompiles",
+    "sampler": "draw.sampler",
+    "shards": "ranks.shards",
+    "slots": "layout",
+    "storage": "memory.storage",
+}
+
+
+class Moved(MetaPathFinder, Loader):
+    """Finds what nobody else does: an old name, which becomes a module that looks everything up in the new one."""
+
+    def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
+        """Return how to load an old name, None for any other."""
+        package, _, rest = name.partition(".")
+        old, _, inner = rest.partition(".")
+        if package != "misa_kernels" or old not in MOVED:
+            return None
+        new = f"{package}.{MOVED[old]}" + (f".{inner}" if inner else "")
+        warnings.warn(f"{name} is {new} from 0.2 on, and the old name goes in 0.3", DeprecationWarning, stacklevel=2)
+        return ModuleSpec(name, self, loader_state=new, is_package=old in ("commands", "planner") and not inner)
+
+    def exec_module(self, module: ModuleType) -> None:
+        """Make a module show what the new one holds."""
+        spec = module.__spec__
+        assert spec is not None
+        new = importlib.import_module(spec.loader_state)
+        module.__doc__ = new.__doc__
+        module.__dict__["__getattr__"] = lambda name: getattr(new, name)
+
+
+sys.meta_path.append(Moved())
