@@ -126,6 +126,9 @@ def _position(saved: Mapping[str, Any]) -> tuple[dict[str, Any], Storage]:
     if not groups or any(name not in groups[0] for name in (*NUMBERS, *STORED)):
         raise ValueError("state dict has no 'round' in its first group: it was not saved by MISA")
     position = {name: groups[0][name] for name in POSITION if name in groups[0]}
+    if "sampler" in position:
+        # An option that samplers had in 0.1, at the value that does nothing.
+        position["sampler"] = str(position["sampler"]).replace("first_visits=None, ", "")
     for name in NUMBERS:
         if isinstance(position[name], bool) or not isinstance(position[name], int) or position[name] < 0:
             raise ValueError(

@@ -29,7 +29,7 @@ SCORES = {
     "active": torch.bool,
 }
 # One number a slot that the arena holds, where it has them.
-NUMBERS = ("age", "updates", "score_sum", "v_floor")
+NUMBERS = ("age", "updates", "score_sum")
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ class Layout:
         params: list[Tensor] = [param for group in groups for param in group["params"]]
         found = partition(groups, options.delta, sampler.granularity, sampler.oversized, chosen, counted)
         arguments.check_trainable(found, storage)
-        arguments.check_sharded(params, found, storage, options.release_gradients, options.v_floor)
+        arguments.check_sharded(params, found, storage, options.release_gradients)
         ranks = ranks_of(params, group_of(options.process_group))
         candidates = Candidates.fresh(
             np.array([module.numel for module in found.modules]), np.array([module.layer for module in found.modules])

@@ -47,7 +47,7 @@ class Round:
         grad_norm: float64[k], √ of the mean of ‖g‖² over the round's updates, before clipping (the mean of ‖g‖ where
             the sampler has `importance_norm="norm"`); NaN without an update.
         update_ratio: float64[k], RMS of the last update, weight decay apart, over that of the weight; NaN without an
-            update, or for a weight of zeros. It knows nothing of `v_floor`, which makes updates smaller.
+            update, or for a weight of zeros.
     """
 
     round: int

@@ -59,7 +59,6 @@ class MISA(torch.optim.Optimizer):
             "none": all are dropped at every switch, as in the paper.
         momentum_flush: At the end of a round apply what is left in the momentum of modules whose state is
             dropped (the paper's line 16).
-        v_floor: The AMSGrad-type maximum of the paper's proof, one a module; `backend="reference"` only.
         param_precision: What keeps updates below the resolution of 16-bit weights: "master", a float32 copy
             of the active ones; for bfloat16 also "split", the 16 bits that its weights lack of float32, or
             "stochastic", stochastic rounding.
@@ -107,7 +106,6 @@ class MISA(torch.optim.Optimizer):
         sampler: Sampler | None = None,
         keep_states: str = "staying",
         momentum_flush: bool = False,
-        v_floor: bool = False,
         param_precision: str = "master",
         state_dtype: str = "fp32",
         max_grad_norm: float | None = None,
@@ -126,7 +124,6 @@ class MISA(torch.optim.Optimizer):
             sampler=sampler,
             keep_states=keep_states,
             momentum_flush=momentum_flush,
-            v_floor=v_floor,
             param_precision=param_precision,
             state_dtype=state_dtype,
             max_grad_norm=max_grad_norm,

@@ -119,7 +119,6 @@ class Options:
     sampler: Sampler | None
     keep_states: str
     momentum_flush: bool
-    v_floor: bool
     param_precision: str
     state_dtype: str
     max_grad_norm: float | None
@@ -140,7 +139,7 @@ class Options:
             check_count("total_steps", self.total_steps, 1, "None or a whole number >= 1: optimizer steps of the run")
         if self.sampler is not None:
             check_sampler(self.sampler)
-        for name in ("momentum_flush", "v_floor", "skip_nonfinite", "release_gradients"):
+        for name in ("momentum_flush", "skip_nonfinite", "release_gradients"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name}={getattr(self, name)!r} must be True or False")
         _check_choice("keep_states", self.keep_states, ("staying", "none"))
@@ -160,10 +159,6 @@ class Options:
         if self.process_group is not None and not isinstance(self.process_group, torch.distributed.ProcessGroup):
             raise TypeError(
                 f"process_group={self.process_group!r} must be None or a process group of torch.distributed"
-            )
-        if self.v_floor and self.backend != "reference":
-            raise ValueError(
-                f"v_floor=True needs backend='reference', got {self.backend!r}: it is a device of the proof"
             )
         kernels.check(self.backend)
 
@@ -247,9 +242,7 @@ def check_cast(dtypes: Sequence[torch.dtype], params: Sequence[Tensor], partitio
             )
 
 
-def check_sharded(
-    params: Sequence[Tensor], partition: Partition, storage: Storage, release_gradients: bool, v_floor: bool
-) -> None:
+def check_sharded(params: Sequence[Tensor], partition: Partition, storage: Storage, release_gradients: bool) -> None:
     """Refuse what sharded parameters, by their position in the optimizer, do not have in this version."""
     sharded = [partition.names[block.index] for block in partition.trained if is_sharded(params[block.index])]
     if not sharded:
@@ -264,8 +257,6 @@ def check_sharded(
             f"release_gradients=True needs gradients within backward, and {sharded[0]}, being sharded, gets it "
             "afterwards: leave it out"
         )
-    if v_floor:
-        raise ValueError(f"v_floor=True is for whole tensors, and {sharded[0]} is sharded: leave it out")
 
 
 def notify(groups: list[dict[str, Any]], partition: Partition, delta: float) -> None:

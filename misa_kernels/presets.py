@@ -10,21 +10,14 @@ from typing import Any
 from misa_kernels.draw.sampler import CyclicSampler, ImportanceSampler, UniformSampler
 
 
-def paper(*, v_floor: bool = False, **overrides: Any) -> dict[str, Any]:
+def paper(**overrides: Any) -> dict[str, Any]:
     """MISA as printed in arXiv 2511.00056: η = 1, all state dropped each round, with the line-16 flush.
 
     Args:
-        v_floor: Also use the AMSGrad-type floor of the proof; needs the reference backend, which it selects.
         **overrides: Keyword arguments of `MISA` that win over the preset.
     """
-    preset: dict[str, Any] = {
-        "sampler": ImportanceSampler(eta=1.0, least_recent=0),
-        "keep_states": "none",
-        "momentum_flush": True,
-    }
-    if v_floor:
-        preset |= {"v_floor": True, "backend": "reference"}
-    return preset | overrides
+    sampler = ImportanceSampler(eta=1.0, least_recent=0)
+    return {"sampler": sampler, "keep_states": "none", "momentum_flush": True} | overrides
 
 
 def authors(**overrides: Any) -> dict[str, Any]:

@@ -45,8 +45,6 @@ class Row:
         master: The weight in float32, of shape (n,), or None where the weight itself is enough.
         age: Updates since activation, 0-dim int32; read, never written here.
         sq_norm: Where ‖g‖² of this step goes, 0-dim float64.
-        v_floor: The floor c of the proof's AMSGrad-type maximum, 0-dim float64, one for all tensors of a module,
-            or None.
         start: Index of the first element within the whole parameter; keys the rounding noise.
         theta: The weight, of shape (n,) in float32, float64, bfloat16 or float16.
         grad: The gradient, of shape (n,), any floating dtype.
@@ -59,7 +57,6 @@ class Row:
     master: Tensor | None
     age: Tensor
     sq_norm: Tensor
-    v_floor: Tensor | None
     start: int
     theta: Tensor
     grad: Tensor
@@ -78,7 +75,6 @@ def adamw(
     beta2: float,
     denom_scale: Tensor,
     eps: float,
-    v_floor: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return (θ, m, v) after one AdamW update; decoupled decay, as in `torch.optim.AdamW`.
 
@@ -93,12 +89,10 @@ def adamw(
         beta2: β₂.
         denom_scale: 1 / √(1 − β₂ᵗ).
         eps: ε.
-        v_floor: c of the step before, 0-dim: √max(v, c) stands in the denominator, v itself is kept.
     """
     m = beta1 * m + (1 - beta1) * g
     v = beta2 * v + (1 - beta2) * (g * g)
-    v_tilde = v if v_floor is None else torch.maximum(v, v_floor)
-    denom = denom_scale * v_tilde.sqrt() + eps
+    denom = denom_scale * v.sqrt() + eps
     theta = decay * theta - step_size * (m / denom)
     return theta, m, v
 
@@ -115,7 +109,7 @@ def adamw_step(
     """Update every row in place and write the squared norm of its gradient.
 
     Args:
-        rows: The tensors of the step. `theta`, `exp_avg`, `exp_avg_sq`, `master` and `v_floor` are
+        rows: The tensors of the step. `theta`, `exp_avg`, `exp_avg_sq` and `master` are
             modified in place, `sq_norm` is overwritten with ‖g‖² before clipping; ages are left to the
             caller, who advances all of them at once.
         max_grad_norm: Scale all gradients by min(1, max_grad_norm / (‖g‖ + 1e-6)), ‖g‖ over all rows.
@@ -142,14 +136,12 @@ def adamw_step(
     if found_inf is not None:
         found = found_inf == 0
         finite = found if finite is None else finite & found
-    # Tensors of one module share their floor, and all of them use that of the step before.
-    floors = [None if row.v_floor is None else row.v_floor.clone() for row in rows]
-    for row, floor in zip(rows, floors, strict=True):
-        _update(row, coefficient, finite, floor)
+    for row in rows:
+        _update(row, coefficient, finite)
     return finite
 
 
-def _update(row: Row, coefficient: Tensor | None, finite: Tensor | None, floor: Tensor | None) -> None:
+def _update(row: Row, coefficient: Tensor | None, finite: Tensor | None) -> None:
     compute_dtype = row.exp_avg.dtype
     g = row.grad.to(compute_dtype)
     if coefficient is not None:
@@ -172,7 +164,6 @@ def _update(row: Row, coefficient: Tensor | None, finite: Tensor | None, floor: 
         h.beta2,
         (1 - h.beta2**t).rsqrt().to(compute_dtype),
         h.eps,
-        None if floor is None else floor.to(compute_dtype),
     )
     if finite is not None:
         theta = torch.where(finite, theta, old)
@@ -180,9 +171,6 @@ def _update(row: Row, coefficient: Tensor | None, finite: Tensor | None, floor: 
         v = torch.where(finite, v, row.exp_avg_sq)
     row.exp_avg.copy_(m)
     row.exp_avg_sq.copy_(v)
-    if row.v_floor is not None:
-        # A floor of the kept v is the old floor, so a skipped step leaves it alone.
-        row.v_floor.copy_(torch.maximum(row.v_floor, v.max()))
     if row.master is not None:
         row.master.copy_(theta)
     store_weight(row.theta, theta, row.start, row.noise_key)

@@ -103,7 +103,6 @@ class Run:
             groups,
             budget=self.layout.partition.budget,
             momentum_flush=options.momentum_flush,
-            v_floor=options.v_floor,
             backend=options.backend,
             settings=kernels.Settings(
                 max_grad_norm=options.max_grad_norm,
@@ -365,8 +364,6 @@ class Run:
         norm = mean if sampler.importance_norm == "norm" else np.sqrt(mean)
         ended.grad_norm = np.where(counts > 0, norm, np.nan)
         ended.update_ratio = np.sqrt(update / np.where(counts * weight > 0, weight, np.nan))
-        if sampler.importance_norm == "mean":
-            mean /= candidates.numel[self.active]
         ended.unscored = fold(candidates, self.active, mean, counts > 0, sampler.importance_beta)
         if not counts.any() and not skipped:
             self._warn_of_idle_round()

@@ -37,7 +37,6 @@ class ActiveSet:
         groups: The optimizer's live `param_groups`.
         budget: δN, in elements.
         momentum_flush: Whether a sampled tensor that leaves gets the paper's line 16.
-        v_floor: Whether the proof's floor is kept.
         backend: Name of what runs the steps, see `kernels.check`.
         settings: What holds for all steps.
         seed: Seed of stochastic rounding.
@@ -47,7 +46,6 @@ class ActiveSet:
         state: What the optimizer shows as its `state`.
         arena: The memory, or None before the first step.
         rows: The row of each slot that is trained now; empty before the first step.
-        v_floor: As given.
         steps: Updates so far, applied or not; keys the noise of stochastic rounding.
     """
 
@@ -59,7 +57,6 @@ class ActiveSet:
         *,
         budget: int,
         momentum_flush: bool,
-        v_floor: bool,
         backend: str,
         settings: Settings,
         seed: int,
@@ -70,7 +67,6 @@ class ActiveSet:
         self.state = State()
         self._budget = budget
         self._momentum_flush = momentum_flush
-        self.v_floor = v_floor
         self._backend_name = backend
         self._backend: Backend | None = None
         self._settings = settings
@@ -250,8 +246,8 @@ class ActiveSet:
             param = self.slots.blocks[slot].param
             for name in KEYS:
                 self.state[param].drop(self.slots.key(name, slot))
-            for name in {"age", "v_floor"} & self.state[param].keys():
-                self.state[param][name][slot - self.slots.spans[param].start] = 0
+            if "age" in self.state[param]:
+                self.state[param]["age"][slot - self.slots.spans[param].start] = 0
         for param, index in {block.param: block.index for block in self.slots.blocks}.items():
             self.state.move(param, params[index] if index in same else None)
         self.slots = slots
@@ -286,7 +282,6 @@ class ActiveSet:
             self._budget,
             device,
             storage=self._storage,
-            v_floor=self.v_floor,
             whole=None if ranks is None else [block.stop - block.start for block in blocks],
             counted=None if ranks is None else [part.is_first for part in self.slots.parts],
         )
@@ -445,8 +440,7 @@ class ActiveSet:
         """Let a slot that is trained begin anew, at age 0."""
         assert self.arena is not None
         views = self.arena.views(row.slot)
-        numbers = [self.arena.age, *([] if self.arena.v_floor is None else [self.arena.v_floor])]
-        for held in [*(vector[row.slot] for vector in numbers), *views.values()]:
+        for held in (self.arena.age[row.slot], *views.values()):
             held.zero_()
         if "master" in views:
             views["master"].copy_(row.weight())

@@ -96,7 +96,7 @@ class Sampler(Protocol):
     """
 
     importance_beta: float = 0.8
-    importance_norm: Literal["sum", "mean", "norm"] = "sum"
+    importance_norm: Literal["sum", "norm"] = "sum"
     depth_window: int | None = None
     max_per_layer: int | None = None
     granularity: Literal["module", "layer"] = "module"
@@ -119,7 +119,7 @@ class ImportanceSampler(Sampler):
     """MISA's draw: without replacement, p_b = exp(eta s_b) / sum_j exp(eta s_j), until nothing more fits.
 
     This p maximises sum_b p_b s_b - KL(p || uniform) / eta, s being the `scores`. Some candidates may come
-    first whatever their score (`least_recent`, `first_visits`); the weighted draw fills what they leave of
+    first whatever their score (`least_recent`); the weighted draw fills what they leave of
     the budget. Holds options only: one sampler may serve several optimizers.
 
     Args:
@@ -127,12 +127,11 @@ class ImportanceSampler(Sampler):
             exp(H(p)) = `perplexity` * K, K being the number of candidates that a round has room for on average.
         perplexity: what "auto" aims at, as a fraction of K; without effect if eta is a number.
         importance_beta: decay of G per round of activity, G <- beta G + (1 - beta) score.
-        importance_norm: the score of a round, a mean over its updates: "sum" of ||g||^2, "mean" of
-            ||g||^2 / numel, "norm" of ||g|| (the authors' code; s is then the square of the corrected G).
+        importance_norm: the score of a round, a mean over its updates: "sum" of ||g||^2, or "norm" of ||g||
+            (the authors' code; s is then the square of the corrected G).
         exponent_clip: upper bound of eta s_b (5 in the authors' code); needs a number as eta.
         least_recent: how many of those that have waited longest enter before the weighted draw.
         least_recent_share: fraction of the budget that they may take; the first of them enters in any case.
-        first_visits: "sweep" visits every candidate once, largest first, before the first weighted draw.
         depth_window: number of neighbouring layers that a round draws from, so that backward stops at the
             lowest of them; every layer comes up once a cycle. None: all layers.
         max_per_layer: at most so many active candidates of one layer. With 1, layers that are compiled one by one
@@ -148,11 +147,10 @@ class ImportanceSampler(Sampler):
     eta: float | Literal["auto"] = "auto"
     perplexity: float = 0.5
     importance_beta: float = 0.8
-    importance_norm: Literal["sum", "mean", "norm"] = "sum"
+    importance_norm: Literal["sum", "norm"] = "sum"
     exponent_clip: float | None = None
     least_recent: int = 2
     least_recent_share: float = 0.5
-    first_visits: Literal["sweep"] | None = None
     depth_window: int | None = None
     max_per_layer: int | None = None
     granularity: Literal["module", "layer"] = "module"
@@ -206,12 +204,8 @@ class ImportanceSampler(Sampler):
         return _log_softmax(np.minimum(self.eta * score, clip)), float(self.eta)
 
     def _first(self, candidates: Candidates, eligible: Ints, budget: int, ties: Floats) -> Ints:
-        """Return what enters before the weighted draw: what a sweep has left, else the longest waiting."""
+        """Return what enters before the weighted draw: the longest waiting."""
         numel, last_round = candidates.numel, candidates.last_round
-        unvisited = eligible[last_round[eligible] < 0]
-        if self.first_visits == "sweep" and unvisited.size:
-            largest = unvisited[np.lexsort((-ties[unvisited], -numel[unvisited]))]
-            return _pack(largest, candidates, budget, self.max_per_layer)
         waiting = eligible[np.lexsort((-ties[eligible], last_round[eligible]))][: self.least_recent]
         share = max(math.floor(self.least_recent_share * budget), int(numel[waiting[:1]].sum()))
         return _pack(waiting, candidates, share, self.max_per_layer)
@@ -499,7 +493,7 @@ RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
         lambda x: _is_number(x) and 0 <= x < 1,
         "in [0, 1): the decay of the importance estimate, 0 keeping the last round only",
     ),
-    "importance_norm": (lambda x: x in ("sum", "mean", "norm"), "'sum', 'mean' or 'norm'"),
+    "importance_norm": (lambda x: x in ("sum", "norm"), "'sum' or 'norm'"),
     "exponent_clip": (
         lambda x: x is None or (_is_number(x) and x > 0),
         "None or a finite number above 0: the largest exponent eta s, None for no bound",
@@ -512,7 +506,6 @@ RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
         lambda x: _is_number(x) and 0 < x <= 1,
         "in (0, 1]: the fraction of the budget for the longest waiting; least_recent=0 keeps them out",
     ),
-    "first_visits": (lambda x: x in (None, "sweep"), "None or 'sweep': how all get their first visit"),
     "depth_window": (
         lambda x: x is None or (_is_integer(x) and x >= 1),
         "None or an integer from 1 on: the number of layers that a round draws from, None for all",

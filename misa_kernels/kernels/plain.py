@@ -45,9 +45,8 @@ class PlainStep:
         given = [(row, views, grad) for row, views, grad in every if grad is not None]
         for row, _, grad in given:
             check_size(grad, local(row.param).numel() or grad.numel())
-        # One by one, so that what is decoded is there for one, unless all norms must be known before, or a module's
-        # floor be that of the step before.
-        at_once = settings.max_grad_norm is not None or settings.skip_nonfinite or arena.v_floor is not None
+        # One by one, so that what is decoded is there for one, unless all norms must be known before.
+        at_once = settings.max_grad_norm is not None or settings.skip_nonfinite
         finite = None
         for some in [given] if at_once or not given else [[each] for each in given]:
             finite = self._update(step, some)
@@ -72,7 +71,6 @@ class PlainStep:
                     master=views.get("master"),
                     age=arena.age[row.slot],
                     sq_norm=arena.sq_norm[row.slot],
-                    v_floor=None if arena.v_floor is None or row.module is None else arena.v_floor[row.fellows[0]],
                     start=row.start,
                     theta=whole,
                     grad=grad.reshape(-1)[row.offset : row.offset + len(weight)],

@@ -133,7 +133,6 @@ class Arena:
         budget: δN, in elements.
         device: Where the weights are.
         storage: What the state of a slot is made of.
-        v_floor: Whether to hold the proof's floor c per slot.
         whole: What each slot takes of the budget, where parameters are sharded; None: its elements.
         counted: Whether the norm of each slot counts in sums over ranks; None where there are none.
 
@@ -142,7 +141,6 @@ class Arena:
         updates: int32, updates that the slot's module had in this round, per slot.
         score_sum: float64, sum of ‖g‖² (or ‖g‖) over this round's updates, per slot.
         sq_norm: float64, ‖g‖² of the current step, per slot; 0 where there is none.
-        v_floor: float64 per slot, or None.
         skipped: int32, 0-dim, steps skipped in this round.
     """
 
@@ -155,7 +153,6 @@ class Arena:
         device: torch.device,
         *,
         storage: Storage,
-        v_floor: bool,
         whole: Sequence[int] | None = None,
         counted: Sequence[bool] | None = None,
     ) -> None:
@@ -178,7 +175,6 @@ class Arena:
         self.updates = torch.zeros(count, dtype=torch.int32, device=device)
         self.score_sum = torch.zeros(count, dtype=torch.float64, device=device)
         self.sq_norm = torch.zeros(count, dtype=torch.float64, device=device)
-        self.v_floor = torch.zeros(count, dtype=torch.float64, device=device) if v_floor else None
         self.skipped = torch.zeros((), dtype=torch.int32, device=device)
         self._counted = sent(host([] if counted is None else counted, torch.float64), device)
         self._active_index = torch.zeros(0, dtype=torch.int64, device=device)
@@ -217,8 +213,6 @@ class Arena:
             )
         fresh = sent(host([*left, *enter]), self.device)
         self.age.index_fill_(0, fresh, 0)
-        if self.v_floor is not None:
-            self.v_floor.index_fill_(0, fresh, 0)
         self._active_index = sent(host([*keep, *enter]), self.device)
         for sums in (self.updates, self.score_sum, self.sq_norm, self.skipped):
             sums.zero_()
@@ -245,8 +239,7 @@ class Arena:
     @property
     def vectors(self) -> dict[str, Tensor]:
         """The numbers per slot that outlive a step, by name."""
-        vectors = {"age": self.age, "updates": self.updates, "score_sum": self.score_sum}
-        return vectors if self.v_floor is None else {**vectors, "v_floor": self.v_floor}
+        return {"age": self.age, "updates": self.updates, "score_sum": self.score_sum}
 
     def advance(self, updated: Sequence[int], counted: Sequence[int], finite: Tensor | None) -> None:
         """Count a step of some slots: ages, updates and scores.
