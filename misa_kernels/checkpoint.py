@@ -8,23 +8,25 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from torch import Tensor
 
-from misa_kernels import options as arguments
+from misa_kernels.clock import Clock
 from misa_kernels.layout import SCORES, Layout
 from misa_kernels.memory.codec import FORMATS
-from misa_kernels.memory.storage import KEYS, PRECISIONS, Storage
+from misa_kernels.memory.storage import PRECISIONS, Storage
+from misa_kernels.options import check_hyperparameters
+from misa_kernels.outside.notices import warn
+from misa_kernels.scores import Scores
+from misa_kernels.trained import Trained
 
-# Kept in the first group of a saved state: the round, the step in it, step() calls so far, the seed of all
-# draws (a draw depends on nothing but seed, round and scores) and steps skipped in earlier rounds; how the
-# moments are stored; and what the run may have been given otherwise.
-NUMBERS = ("round", "round_step", "steps", "seed", "skipped_steps")
+# Kept in the first group of a saved state: the position of the run, how the moments are stored, and what the run may
+# have been given otherwise. A draw depends on nothing but seed, round and scores.
+NUMBERS = tuple(field.name for field in fields(Clock))
 STORED = ("state_dtype", "param_precision")
 GIVEN = ("inner_steps", "sampler", "delta")
 POSITION = (*NUMBERS, *STORED, *GIVEN)
@@ -35,25 +37,25 @@ CHANGED = (
 )
 
 
-def detach(state: Mapping[Any, Mapping[str, Any]]) -> dict[Any, dict[str, Any]]:
-    """Return a copy of a state whose tensors share no memory with it.
+def write(state_dict: dict[str, Any], trained: Trained, clock: Clock, given: Sequence[Any]) -> None:
+    """Make a state dict, as torch makes it, independent of the arena, and add the position of the run.
 
-    Views of one vector (the scores of 20,000 modules, say) remain views of one vector, so that saving them
-    writes one storage.
+    Args:
+        state_dict: What `torch.optim.Optimizer.state_dict` makes of the live state; modified.
+        trained: The live state.
+        clock: The position, with all steps skipped so far.
+        given: What the run was given, in the order of `GIVEN`.
     """
-    copies: dict[int, Tensor] = {}
-
-    def copied(name: str, value: Any) -> Any:
-        if not isinstance(value, Tensor):
-            return value
-        base = value._base
-        if base is None or name.split(".")[0] in KEYS:
-            return value.detach().clone()
-        if id(base) not in copies:
-            copies[id(base)] = base.detach().clone()
-        return copies[id(base)].as_strided(value.size(), value.stride(), value.storage_offset())
-
-    return {param: {name: copied(name, value) for name, value in own.items()} for param, own in state.items()}
+    state_dict["state"] = trained.to_save(state_dict["state"])
+    for group in state_dict["param_groups"]:
+        # A scheduler writes to an lr that is a tensor.
+        group.update({name: value.detach().clone() for name, value in group.items() if isinstance(value, Tensor)})
+    stored = trained.storage_in_state
+    state_dict["param_groups"][0].update(
+        asdict(clock),
+        **dict(zip(STORED, (stored.state_dtype, stored.param_precision), strict=True)),
+        **dict(zip(GIVEN, given, strict=True)),
+    )
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,7 @@ class Saved:
         own: What it has of each parameter that may be trained.
         hyperparameters: What its groups hold beside parameters and position, copied.
         active: int64[k], numbers of the active modules, ascending.
-        scores: One number a module, by the names of `SCORES`.
+        scores: One number a module of what is known of it, by the names in `SCORES`.
     """
 
     position: dict[str, Any]
@@ -76,31 +78,45 @@ class Saved:
     active: npt.NDArray[np.int64]
     scores: dict[str, npt.NDArray[Any]]
 
+    def warn_of_differences(self, storage: Storage, given: Sequence[Any], made: str) -> None:
+        """Say what of the run is not as it is given here, and holds all the same.
 
-def read(saved: Mapping[str, Any], groups: Sequence[dict[str, Any]], layout: Layout) -> Saved:
+        Args:
+            storage: How state is stored here.
+            given: What the run was given here, in the order of `GIVEN`.
+            made: What is to be said of where `inner_steps` comes from.
+        """
+        if self.storage != storage:
+            warn(f"MISA converts a state dict with {self.storage} to {storage}")
+        other = [
+            f"{name}={self.position[name]} where this optimizer has {ours}{made if name == 'inner_steps' else ''}"
+            for name, ours in zip(GIVEN, given, strict=True)
+            if self.position.get(name, ours) != ours
+        ]
+        if other:
+            warn(
+                f"the state dict was saved with {', and '.join(other)}, which holds from here on: construct MISA as it "
+                "was to go on as the run would have"
+            )
+
+
+def read(saved: Mapping[str, Any], groups: Sequence[dict[str, Any]], layout: Layout, scores: Scores) -> Saved:
     """Return a saved state after checking all of it; nothing is changed.
 
     Args:
         saved: What `state_dict` returned.
         groups: The live `param_groups`.
         layout: What may be trained.
+        scores: What is known of it; only read.
 
     Raises:
         ValueError: If it is another optimizer's, another model's, or of other modules or a larger budget.
         TypeError: If a hyperparameter is not a number.
     """
     position, storage = _position(saved)
-    own = _match(saved, groups, layout, layout.slots.sizes(storage))
-    values = layout.slots.read(own)
-    _check_modules(values["module"], layout)
-    active = np.flatnonzero(layout.slots.first(values["active"]))
-    spread = torch.from_numpy(np.isin(layout.slots.candidate, active))
-    if not len(active) or not torch.equal(spread, values["active"]):
-        raise ValueError(
-            f"state dict has {len(active)} active modules, of some of which a part is not active, and must have one at "
-            "least: it was changed after it was saved"
-        )
-    needed = int(layout.candidates.numel[active].sum())
+    own = _match(saved, groups, layout, layout.sizes(storage))
+    active, values = scores.read(own)
+    needed = int(scores.candidates.numel[active].sum())
     if needed > layout.partition.budget:
         raise ValueError(
             f"state dict has {needed} active parameters but delta allows {layout.partition.budget}: use the delta "
@@ -109,11 +125,9 @@ def read(saved: Mapping[str, Any], groups: Sequence[dict[str, Any]], layout: Lay
     hyperparameters = []
     for group, saved_group in zip(groups, saved["param_groups"], strict=True):
         kept = {name: _number(value) for name, value in saved_group.items() if name not in ("params", *POSITION)}
-        arguments.check_hyperparameters({**group, **kept})
+        check_hyperparameters({**group, **kept})
         hyperparameters.append(copy.deepcopy(kept))
-    return Saved(
-        position, storage, own, hyperparameters, active, {name: layout.slots.first(values[name]) for name in SCORES}
-    )
+    return Saved(position, storage, own, hyperparameters, active, values)
 
 
 def _number(value: Any) -> Any:
@@ -166,7 +180,7 @@ def _match(
             name, found = next(names), saved["state"].get(index, {})
             if param in sizes:
                 own[param] = found
-                if layout.slots.spans[param].start >= layout.slots.dense:
+                if layout.spans[param].start >= layout.dense:
                     _check_scores(found, name)
                 _check_elements(found, sizes[param], name)
             elif "importance" in found or "exp_avg" in found:
@@ -207,17 +221,3 @@ def _check_elements(state: dict[str, Any], sizes: dict[str, int], name: str) -> 
                 f"state dict has {field} of {state[field].numel()} elements for {name} but this optimizer needs "
                 f"{size}: it belongs to another model, or use the delta, granularity and oversized it was saved with"
             )
-
-
-def _check_modules(saved: Tensor, layout: Layout) -> None:
-    """Refuse blocks that belonged together otherwise."""
-    slots = layout.slots
-    differing = (saved != slots.scores["module"])[slots.dense :].nonzero()
-    if len(differing):
-        slot = slots.dense + int(differing[0])
-        name = layout.partition.names[slots.blocks[slot].index]
-        module = layout.partition.modules[int(slots.candidate[slot])].name
-        raise ValueError(
-            f"state dict has {name} in module {int(saved[slot])}, and here it is in {int(slots.candidate[slot])}, "
-            f"{module}: use the granularity, oversized, delta and groups that it was saved with"
-        )

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from misa_kernels.clock import Clock
 from misa_kernels.draw.partition import Partition
 from misa_kernels.draw.sampler import Candidates
 
@@ -82,6 +83,7 @@ class Monitor:
     Args:
         partition: What may be trained.
         candidates: The optimizer's live scores.
+        clock: The position of the run.
         ages: Returns the updates of each module since its activation; waits for the device.
 
     Attributes:
@@ -91,7 +93,10 @@ class Monitor:
         rounds: The last 1000 rounds (with more than 4,194 modules fewer), oldest first; the last one is running.
     """
 
-    def __init__(self, partition: Partition, candidates: Candidates, ages: Callable[[], npt.NDArray[np.int64]]) -> None:
+    def __init__(
+        self, partition: Partition, candidates: Candidates, clock: Clock, ages: Callable[[], npt.NDArray[np.int64]]
+    ) -> None:
+        self._clock = clock
         self._ages = ages
         self._show(partition, candidates)
         self.rounds: deque[Round] = deque(maxlen=min(HISTORY, HISTORY_NUMBERS // (2 * len(self.names)) + 1))
@@ -122,6 +127,11 @@ class Monitor:
                 record.age, record.grad_norm = record.age[kept], record.grad_norm[kept]
                 record.update_ratio = record.update_ratio[kept]
         self._show(partition, candidates)
+
+    @property
+    def skipped_steps(self) -> int:
+        """Steps left out for nonfinite gradients, in the rounds that have ended; waits for nothing."""
+        return self._clock.skipped_steps
 
     @property
     def current(self) -> Round:

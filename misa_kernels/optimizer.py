@@ -1,34 +1,30 @@
-"""What users hold of a run of MISA: the arguments, the properties, and what torch expects of an optimizer."""
+"""The MISA optimizer: construction, the step, the end of a round, release. What else there is, the imports tell."""
 
 from __future__ import annotations
 
-import sys
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Any, NoReturn, cast
+from typing import TYPE_CHECKING, Any, cast
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from misa_kernels import options as arguments
-from misa_kernels.draw.coverage import Coverage
-from misa_kernels.draw.partition import Module, Partition
 from misa_kernels.draw.sampler import Sampler
-from misa_kernels.monitor import Monitor
+from misa_kernels.interface import Interface
+from misa_kernels.options import Options, check_adamw_only, copied_groups
 from misa_kernels.outside.flags import Choices
+from misa_kernels.outside.tracing import not_traced
 from misa_kernels.run import Run
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 Params = Iterable[Tensor] | Iterable[tuple[str, Tensor]] | Iterable[dict[str, Any]]
-# What refuses to clip gradients that an optimizer unscales by itself.
-LIGHTNING = ("lightning", "pytorch_lightning")
 
 
-class MISA(torch.optim.Optimizer):
+class MISA(Interface):
     r"""AdamW on a sampled few of a model's modules, drawn anew every `inner_steps` steps.
 
     Implements *MISA: Memory-Efficient LLMs Optimization with Module-wise Importance Sampling*
@@ -116,158 +112,24 @@ class MISA(torch.optim.Optimizer):
         backend: str = "auto",
         **adamw_only: bool | None,
     ) -> None:
-        arguments.check_adamw_only(adamw_only)
-        options = arguments.Options(
-            delta=delta,
-            inner_steps=inner_steps,
-            total_steps=total_steps,
-            sampler=sampler,
-            keep_states=keep_states,
-            momentum_flush=momentum_flush,
-            param_precision=param_precision,
-            state_dtype=state_dtype,
-            max_grad_norm=max_grad_norm,
-            skip_nonfinite=skip_nonfinite,
-            release_gradients=release_gradients,
-            seed=seed,
-            process_group=process_group,
-            backend=backend,
-        )
-        self._begin(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}, options)
+        given = {name: value for name, value in locals().items() if name in Options.__dataclass_fields__}
+        check_adamw_only(adamw_only)
+        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        self._begin(params, defaults, Options(**given))
 
     def _begin(
         self,
         params: Params,
         defaults: dict[str, Any],
-        options: arguments.Options,
+        options: Options,
         known: tuple[Sequence[bool], Sequence[bool]] | None = None,
     ) -> None:
-        super().__init__(arguments.copied_groups(params), defaults)
+        torch.optim.Optimizer.__init__(self, copied_groups(params), defaults)
         self._run = Run(self.param_groups, options, known)
         # Of an optimizer that nobody holds any more the model shows nothing.
         weakref.finalize(self, self._run.abandon).atexit = False
         self.register_state_dict_pre_hook(lambda optimizer: cast(MISA, optimizer)._run.prepare_to_save())
         self.register_state_dict_post_hook(lambda optimizer, saved: cast(MISA, optimizer)._run.complete(saved))
-
-    @property
-    def state(self) -> Any:
-        """State by parameter, as torch's optimizers have it: scores, moments, ages, masters.
-
-        What somebody writes counts from the next step on: tensors are taken over, and what is missing begins anew.
-        Clearing it, or assigning an empty one, resets the optimizer within its round.
-        """
-        return self._run.trained.state
-
-    @state.setter
-    def state(self, value: Any) -> None:
-        # torch's constructor, before there is a run, assigns an empty one.
-        if "_run" in self.__dict__:
-            self._run.exchange_state(value)
-
-    @property
-    def modules(self) -> list[Module]:
-        """What is drawn, by number."""
-        return self._run.modules
-
-    @property
-    def active(self) -> list[int]:
-        """Numbers of the active modules, ascending; `optimizer.modules[i].name` is the name of one."""
-        return cast(list[int], self._run.active.tolist())
-
-    @property
-    def monitor(self) -> Monitor:
-        """The record of the run."""
-        return self._run.monitor
-
-    @property
-    def sampler(self) -> Sampler:
-        """What draws."""
-        return self._run.sampler
-
-    @property
-    def inner_steps(self) -> int:
-        """Optimizer steps T in a round."""
-        return self._run.inner_steps
-
-    @property
-    def total_steps(self) -> int | None:
-        """Planned length of the run, as given."""
-        return self._run.options.total_steps
-
-    @property
-    def backend(self) -> str | None:
-        """What runs the steps: "triton", "cuda", "cpu" or "reference"; None before the first step."""
-        return self._run.trained.backend
-
-    @property
-    def max_grad_norm(self) -> float | None:
-        """Global norm that gradients are clipped to inside the step, or None."""
-        return self._run.options.max_grad_norm
-
-    @property
-    def releases_gradients(self) -> bool:
-        """Whether `release_gradients` is on."""
-        return self._run.options.release_gradients
-
-    @property
-    def is_released(self) -> bool:
-        """Whether the run has ended, by `release()` or another MISA on its parameters."""
-        return self._run.ended is not None
-
-    @property
-    def state_bytes(self) -> int:
-        """Bytes of moments and masters; 0 before the first step."""
-        arena = self._run.trained.arena
-        return 0 if arena is None else arena.nbytes
-
-    @property
-    def skipped_steps(self) -> int:
-        """Steps left out for nonfinite gradients since construction; reading it waits for the device."""
-        return self._run.skipped_steps
-
-    @property
-    def _partition(self) -> Partition:
-        return self._run.layout.partition
-
-    @property
-    def _released(self) -> bool:
-        """Whether the run has ended, under the name that this had before."""
-        return self.is_released
-
-    @property
-    def _step_supports_amp_scaling(self) -> bool:
-        """Whether torch.amp.GradScaler leaves unscaling and skipping to the step, which need not look at the device."""
-        if self.max_grad_norm is not None or self.releases_gradients:
-            return True
-        # Lightning asks to know whether it may unscale and clip before, which a step takes as well.
-        return not str(sys._getframe(1).f_globals.get("__name__")).startswith(LIGHTNING)
-
-    def coverage(self, total_steps: int) -> Coverage:
-        """Return how often a run visits each module on average, and advice where that is less than three times.
-
-        Args:
-            total_steps: Optimizer steps of the whole run.
-
-        Raises:
-            TypeError: If it is not a whole number.
-            ValueError: If it is below 1.
-        """
-        arguments.check_count("total_steps", total_steps, 1, "a whole number >= 1: optimizer steps of the run")
-        return self._run.coverage(total_steps)
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group; during construction only, since the modules and the budget are fixed by it.
-
-        Raises:
-            RuntimeError: After construction.
-        """
-        if "_run" in self.__dict__:
-            raise RuntimeError(
-                "add_param_group() came after construction, but modules and budget are fixed by then: give all "
-                "groups to MISA(...), those to be trained later with the role they shall have"
-            )
-        super().add_param_group(param_group)
-        arguments.check_hyperparameters(param_group)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -289,8 +151,7 @@ class MISA(torch.optim.Optimizer):
             TypeError: For a sparse gradient, or an lr that is a tensor on a device; nothing is changed.
             ValueError: For a tensor in `state` that does not fit; nothing is changed.
         """
-        run = self._run
-        loss, releases_gradients = None, run.options.release_gradients
+        loss, releases_gradients = None, self._run.given.release_gradients
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
@@ -304,31 +165,10 @@ class MISA(torch.optim.Optimizer):
                 "release_gradients=True has already applied the scaled gradients of a GradScaler: train in bfloat16 "
                 "without one, or leave release_gradients out"
             )
-        run.step(grad_scale, found_inf)
+        _step(self._run, grad_scale, found_inf)
         if releases_gradients:
             self.zero_grad()
         return loss
-
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """Forget gradients; where somebody switched the whole model on, switch off what is not active in this round."""
-        self._run.put_back()
-        super().zero_grad(set_to_none)
-
-    def thawed(self) -> AbstractContextManager[None]:
-        """Show, for a block, which parameters are trained over the whole run, not those of this round.
-
-        Within it `requires_grad` is what the user has chosen, for code that reads it: moving averages, checkpoints of
-        trainable parameters, `torch.autograd.grad` over all parameters, copies of the model. What is changed within is
-        a choice, too: what is frozen is not trained any more, what is thawed can be drawn from the next round on.
-        `step()` raises within it, and gradients of modules that are not active in this round are dropped at its end.
-
-        Example::
-
-            with optimizer.thawed():
-                ema.step(model.parameters())
-                torch.save({n: p for n, p in model.named_parameters() if p.requires_grad}, path)
-        """
-        return self._run.thawed()
 
     def rehearse(self) -> None:
         """Make the first round train the costliest admissible set, so that its first two steps show the peak memory.
@@ -354,66 +194,99 @@ class MISA(torch.optim.Optimizer):
         """
         self._run.release()
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Resume from a saved state: hyperparameters, scores, active set, position in the round, moments, masters.
-
-        The tensors may be on any device; they are copied. `requires_grad` follows the active set loaded. Other
-        `inner_steps`, another sampler, `delta` or storage than were saved are named in a warning and hold.
-
-        Args:
-            state_dict: What `state_dict()` returned, of an optimizer built in the same way.
-
-        Raises:
-            ValueError: If it does not fit this optimizer; nothing is changed.
-            RuntimeError: After `release()`, or within the capture of a CUDA graph.
-        """
-        saved = dict(state_dict)
-        for hook in self._optimizer_load_state_dict_pre_hooks.values():
-            saved = hook(self, saved) or saved
-        self._run.load(saved)
-        for post_hook in self._optimizer_load_state_dict_post_hooks.values():
-            post_hook(self)
-
-    def __copy__(self) -> NoReturn:
-        """Refuse: two optimizers of the same parameters would undo each other's rounds."""
-        raise TypeError(
-            "copy.copy(optimizer) would train the same parameters twice: use copy.deepcopy((model, optimizer)), or "
-            "optimizer.state_dict()"
-        )
-
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         """Copy and pickle it with its parameters, position and state, as `copy.deepcopy((model, optimizer))` does."""
         run = self._run
-        if run.options.process_group is not None:
+        if run.given.process_group is not None:
             raise TypeError(
                 "a MISA with process_group=... cannot be copied or pickled, as the group cannot: save "
                 "optimizer.state_dict(), and load it into a MISA constructed on the copy"
             )
         rest = run.to_copy(self.state_dict)
-        return _copied, (type(self), self.param_groups, self.defaults, run.options, *rest)
+        return type(self)._copied, (self.param_groups, self.defaults, run.given, *rest)
 
-    def __repr__(self) -> str:
-        """Say in one line what is trained now."""
-        return repr(self._run)
+    @classmethod
+    def _copied(
+        cls, groups: list[dict[str, Any]], defaults: dict[str, Any], options: Options, choices: Choices, *rest: Any
+    ) -> MISA:
+        """Return the copy of an optimizer on copies of its parameters."""
+        optimizer = cls.__new__(cls)
+        with warnings.catch_warnings():
+            # Said when the original was constructed.
+            warnings.simplefilter("ignore", UserWarning)
+            optimizer._begin(groups, defaults, options, choices.held["laid_out"])
+            optimizer._run.resume_copy(choices, *rest)
+        return optimizer
 
-    def __str__(self) -> str:
-        """Add the modules, the active and the most important ones first; waits for the device."""
-        return f"{self!r}\n{self.monitor}"
+
+@not_traced
+def _step(run: Run, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
+    """Take a step, which may be the last of its round; see `Trained.update` for the arguments."""
+    run.begin_step()
+    is_last = run.clock.round_step + 1 >= run.inner_steps
+    if is_last:
+        # What is off now may be drawn.
+        run.trained.check_form()
+    run.trained.update(grad_scale, found_inf)
+    run.clock.tick()
+    if run.room is not None:
+        run.trained.rehearse()
+        run.room = None
+    if run.meeting is not None:
+        run.meeting.compare_gradients(run.trained, run.clock.round)
+    if is_last:
+        end_round(run)
 
 
-def _copied(
-    kind: type[MISA],
-    groups: list[dict[str, Any]],
-    defaults: dict[str, Any],
-    options: arguments.Options,
-    choices: Choices,
-    *rest: Any,
-) -> MISA:
-    """Return the copy of an optimizer on copies of its parameters."""
-    optimizer = kind.__new__(kind)
-    with warnings.catch_warnings():
-        # Said when the original was constructed.
-        warnings.simplefilter("ignore", UserWarning)
-        optimizer._begin(groups, defaults, options, choices.held["laid_out"])
-        optimizer._run.resume_copy(choices, *rest)
-    return optimizer
+def end_round(run: Run) -> None:
+    """Fold the scores, take over what the user froze and thawed, draw the next active set and make it active."""
+    had_gradients = _fold(run)
+    run.clock.begin_round()
+    run.recompiles.check(run.clock.round)
+    run.flags.compare(is_idle=not had_gradients)
+    # Where nothing of what is drawn may be trained, the round goes on for another one.
+    is_held, layout, before = run.flags.is_suspended, None, run.layout.places_of(run.active.tolist())
+    if run.flags.due and not is_held:
+        layout = run.lay_out_anew()
+        is_held = layout is None
+    if layout is not None:
+        run.move(layout)
+    draw = run.draw()
+    active = run.active if is_held else draw.active
+    if run.meeting is not None:
+        run.meeting.compare_draw(active, run.layout.partition, run.clock.round)
+    if is_held:
+        run.trained.switch([], [])
+        run.scores.publish(active)
+    elif layout is not None:
+        run.settle(run.staying(before), active)
+    else:
+        keep = set(run.active.tolist()) & set(active.tolist()) if run.given.keep_states == "staying" else set()
+        leave, enter = ([n for n in numbers.tolist() if n not in keep] for numbers in (run.active, active))
+        run.trained.switch(run.layout.slots_of(leave), run.layout.slots_of(enter))
+        run.show(active)
+    run.record(draw)
+
+
+def _fold(run: Run) -> bool:
+    """Fold what the round has measured into the scores and its record; return whether any gradient came."""
+    read, skipped = run.trained.read_round()
+    active, layout, ended = run.active, run.layout, run.monitor.current
+    sums, update, weight = (layout.sum(row)[active] for row in read[[0, 3, 4]])
+    counts, age = (layout.max(row.astype(np.int64))[active] for row in read[1:3])
+    mean = sums / np.maximum(counts, 1)
+    ended.skipped_steps, ended.age = skipped, age
+    norm = mean if run.sampler.importance_norm == "norm" else np.sqrt(mean)
+    ended.grad_norm = np.where(counts > 0, norm, np.nan)
+    ended.update_ratio = np.sqrt(update / np.where(counts * weight > 0, weight, np.nan))
+    ended.unscored = run.scores.fold(active, mean, counts > 0)
+    run.clock.skipped_steps += skipped
+    if not counts.any() and not skipped:
+        first = layout.partition.modules[active[0]].name
+        run.flags.warn_once(
+            "idle",
+            f"round {run.clock.round} ended without a gradient for any of its {len(active)} active modules "
+            f"({first}, ...), so none was trained: mostly the model is another than the one whose parameters MISA was "
+            "given, or checkpointing is re-entrant; watch_backward(model, optimizer) tells",
+        )
+    return bool(counts.any())

@@ -18,7 +18,7 @@ def visits_of(optimizer, rounds):
     """Draw rounds without training; a uniform or cyclic draw does not depend on gradients."""
     visits = np.zeros(len(optimizer.modules))
     for number in range(rounds):
-        candidates = optimizer._run.layout.candidates
+        candidates = optimizer._run.scores.candidates
         active = optimizer.sampler.draw(candidates, optimizer._partition.budget, number, 0).active
         candidates.last_round[active] = number
         visits[active] += 1

@@ -228,8 +228,8 @@ def unlike(rank, fault):
     options = OPTIONS | ({"seed": rank} if fault == "seed" else {}) | {"process_group": dist.group.WORLD}
     optimizer = MISA(groups, **options)
     if fault == "scores":
-        optimizer._run.layout.candidates.importance[:] = 1.0 + rank * torch.rand(len(optimizer.modules)).numpy()
-        optimizer._run.layout.candidates.count[:] = 1
+        optimizer._run.scores.candidates.importance[:] = 1.0 + rank * torch.rand(len(optimizer.modules)).numpy()
+        optimizer._run.scores.candidates.count[:] = 1
         replicate(model, optimizer)
     train(model, optimizer, 6, rank, 2)
     return "trained"
@@ -422,7 +422,7 @@ def test_a_rank_that_dies_in_mid_round_stops_the_others(tmp_path):
 def test_one_process_needs_no_group_and_compares_nothing():
     assert not dist.is_initialized()
     optimizer = MISA(param_groups(tiny.build()), **OPTIONS)
-    assert optimizer._run._agreement is None
+    assert optimizer._run.meeting is None
     with pytest.raises(RuntimeError, match="start with torchrun"):
         replicate(tiny.build(), optimizer)
 

@@ -58,7 +58,7 @@ def resumed(rank, size, folder):
     dcp.load({"model": weights}, checkpoint_id=folder)
     set_model_state_dict(model, weights)
     load(model, optimizer, folder)
-    at = (optimizer.monitor.current.round, optimizer._run.round_step)
+    at = (optimizer.monitor.current.round, optimizer._run.clock.round_step)
     train(model, optimizer, BEFORE, STEPS, rank, size)
     return shards.weights(model), optimizer.active, at
 

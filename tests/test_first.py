@@ -236,8 +236,8 @@ def test_what_is_looked_at_is_what_is_timed(name):
     options = variant.options
     storage = Storage(options.get("state_dtype", "fp32"), options.get("param_precision", "master"))
     # float32 weights need no master, whatever is said.
-    assert optimizer._run._storage == storage
-    assert optimizer._run.trained._settings.max_grad_norm == options.get("max_grad_norm")
+    assert optimizer._run.storage == storage
+    assert optimizer.max_grad_norm == options.get("max_grad_norm")
 
 
 FAULTS = {

@@ -67,7 +67,7 @@ def loop(rank, size, mode):
         optimizer.step()
         optimizer.zero_grad()
         losses.append(loss.item())
-    held = {param for own in (misa.state, misa._run.layout.slots.spans) for param in own} | set(misa._partition.frozen)
+    held = {param for own in (misa.state, misa._run.layout.spans) for param in own} | set(misa._partition.frozen)
     assert held.isdisjoint(given), "the whole weights are still there"
     assert {p for g in misa.param_groups for p in g["params"]} == set(model.parameters())
     saved = misa.state_dict()

@@ -86,7 +86,7 @@ CODES = ("exp_avg", "exp_avg_sq")
 
 def unpacked(optimizer, params):
     """The state dict's state, its moments and 16-bit weights in float32."""
-    storage, unpacked = optimizer._run._storage, {}
+    storage, unpacked = optimizer._run.storage, {}
     for i, (own, p) in enumerate(zip(optimizer.state_dict()["state"].values(), params, strict=True)):
         views = {name: own[name].reshape(-1) for name in own.keys() & set(KEYS)}
         unpacked[i] = {name: value for name, value in own.items() if name not in KEYS}

@@ -17,16 +17,18 @@ PACKAGE = ROOT / "misa_kernels"
 # From what knows least to what knows all; `reference` is the oracle, which imports nothing of ours. A part imports from
 # parts before it, and its own files from one another.
 ORDER = [
-    ["reference", "moved"],
+    ["reference", "clock", "moved"],
     ["ranks"],
     ["outside"],
     ["memory", "draw"],
     ["kernels"],
     ["options"],
     ["layout", "release", "monitor"],
-    ["checkpoint"],
+    ["scores"],
     ["trained"],
+    ["checkpoint", "meeting"],
     ["run"],
+    ["interface"],
     ["optimizer", "presets"],
     ["distributed", "tools"],
     ["integrations"],

@@ -709,7 +709,7 @@ def test_one_active_matrix_frozen_leaves_the_rest_of_its_layer(backend):
 def test_a_layer_thawed_in_mid_run_is_drawn_and_the_others_keep_what_they_have(backend, is_thawed, mode):
     model, optimizer = build(backend, mode, layers=3, frozen=["blocks.0"])
     tiny.train(model, optimizer, 10)
-    scores = dict(zip(optimizer.monitor.names, optimizer._run.layout.candidates.importance.tolist(), strict=True))
+    scores = dict(zip(optimizer.monitor.names, optimizer._run.scores.candidates.importance.tolist(), strict=True))
     assert {layer for layer in optimizer.monitor.layers if layer != "blocks.0"} == {"blocks.1", "blocks.2"}
     assert f"{total(model, ['blocks.0']):,} parameters" in repr(optimizer)
     ages = {name: own["age"].clone() for name, p in model.named_parameters() if "age" in (own := optimizer.state[p])}
@@ -728,7 +728,7 @@ def test_a_layer_thawed_in_mid_run_is_drawn_and_the_others_keep_what_they_have(b
     order = [module.name for module in optimizer.modules]
     assert len(order) == 21
     assert f"{total(model):,} parameters" in repr(optimizer)
-    candidates = optimizer._run.layout.candidates
+    candidates = optimizer._run.scores.candidates
     after = dict(zip(optimizer.monitor.names, candidates.importance.tolist(), strict=True))
     layers = dict(zip(optimizer.monitor.names, candidates.layer.tolist(), strict=True))
     assert all(layers[name] == int(name.split(".")[1]) for name in order)

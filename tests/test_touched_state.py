@@ -518,10 +518,10 @@ def test_what_is_missing_in_state_begins_anew(backend, storage, reset, is_saved)
 def test_scores_begin_anew_with_the_state(backend):
     model, optimizer = build(backend=backend)
     tiny.train(model, optimizer, 10)
-    assert optimizer._run.layout.candidates.count.any()
+    assert optimizer._run.scores.candidates.count.any()
     optimizer.state.clear()
     tiny.train(model, optimizer, 1, start=10)
-    candidates = optimizer._run.layout.candidates
+    candidates = optimizer._run.scores.candidates
     assert not candidates.importance.any() and not candidates.count.any()
     assert set(np.flatnonzero(candidates.last_round >= 0).tolist()) == set(optimizer.active)
     own = optimizer.state_dict()["state"]
@@ -794,7 +794,7 @@ def test_a_greedy_sampler_visits_all_and_then_the_most_important(backend, granul
     model, optimizer = build(backend=backend, sampler=Own(), delta=0.45, inner_steps=2)
     seen = set()
     for number in range(8):
-        candidates = optimizer._run.layout.candidates
+        candidates = optimizer._run.scores.candidates
         score = np.where(candidates.count > 0, candidates.importance, np.inf)
         order = np.argsort(-score, kind="stable")
         seen |= set(optimizer.active)

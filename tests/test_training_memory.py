@@ -19,6 +19,7 @@ from misa_kernels import MISA, ImportanceSampler, UniformSampler, authors, badam
 from misa_kernels.draw.sampler import Draw
 from misa_kernels.memory.codec import FORMATS
 from misa_kernels.memory.storage import PRECISIONS
+from misa_kernels.optimizer import end_round
 from misa_kernels.outside import copies
 
 SHAPE, TOKENS = SHAPES["tiny"], 32
@@ -234,7 +235,7 @@ def test_the_end_of_a_round_takes_little_memory_whatever_the_size_of_a_matrix(pr
     optimizer.zero_grad()
     run = optimizer._run
     with PeakMemory() as memory:
-        run._end_round()
+        end_round(run)
     assert len(optimizer.monitor.rounds) == 2
     assert memory.peak_bytes <= 4e6
 

@@ -56,7 +56,7 @@ def replicate(model: nn.Module, optimizer: MISA, *, process_group: dist.ProcessG
             "replicate() averages gradients before step(), and release_gradients=True uses them up in backward: leave "
             "one of them out"
         )
-    optimizer._run.meet(group_of(group))
+    optimizer.compare_with(group_of(group))
     return Replica(model, optimizer, group)
 
 

@@ -48,8 +48,8 @@ class MISACallback(TrainerCallback):
     ) -> None:
         """Warn of what can be known now, and watch the backward passes."""
         optimizer = _misa(kwargs["optimizer"])
-        # The weights that FSDP2 has sharded since then need not stay whole until the first step.
-        optimizer._run.follow()
+        # Who asks lets go of the weights that FSDP2 has sharded since then, or these would stay whole until the step.
+        assert optimizer.modules
         if optimizer.is_released:
             raise RuntimeError(
                 "train() came again, but MISA was released at the end of the first: set trainer.optimizer = MISA(...) "
@@ -89,7 +89,7 @@ class MISACallback(TrainerCallback):
         if current.backward_depth is not None:
             figures["backward_depth"] = current.backward_depth
         # `optimizer.skipped_steps` would wait for the device.
-        figures["skipped_steps"] = optimizer._run.skipped_before
+        figures["skipped_steps"] = optimizer.monitor.skipped_steps
         figures = {f"misa_{name}": figure for name, figure in figures.items()}
         logs.update(figures)
         # Written before the callbacks run.

@@ -109,6 +109,47 @@ class Storage:
         return weight.to(torch.promote_types(weight.dtype, torch.float32))
 
 
+def convert(
+    saved: Mapping[str, Tensor],
+    was: Storage,
+    views: Mapping[str, Tensor],
+    storage: Storage,
+    weight: Tensor,
+    start: int,
+    noise_key: int,
+) -> None:
+    """Store a slot's state that was stored otherwise, a piece at a time.
+
+    Args:
+        saved: Its buffers, 1-D, by the keys of `was`.
+        was: How they are stored.
+        views: Where they go, by the keys of `storage`; modified in place.
+        storage: How they are to be stored.
+        weight: The weight, of shape (numel,).
+        start: Index of its first element within the whole parameter.
+        noise_key: Key of the parameter's rounding noise.
+    """
+    numel = len(weight)
+    for at in range(0, numel, PIECE):
+        part = weight[at : at + PIECE]
+        before, now = (
+            {
+                name: x.view(-1).narrow(0, kinds[name].numel(at), kinds[name].numel(len(part)))
+                for name, x in held.items()
+            }
+            for held, kinds in ((saved, was.buffers(weight.dtype)), (views, storage.buffers(weight.dtype)))
+        )
+        noise = state_noise(start + at, len(part), noise_key, weight.device)
+        for name in storage.codecs:
+            storage.encode(name, now, was.decode(name, before, len(part)), noise[name])
+        theta = was.theta(before, part)
+        if "master" in now:
+            now["master"].copy_(theta)
+        if "residual" in now:
+            rounded, residual = split(theta)
+            now["residual"].copy_(torch.where(rounded == part, residual, 0))
+
+
 def state_noise(start: int, numel: int, key: int, device: torch.device) -> dict[str, Tensor]:
     """Return the rounding noise of both moments, int64 in [0, 65536).
 

@@ -1,0 +1,217 @@
+"""What torch, frameworks and users find on an optimizer beside its steps: properties, flags, loading, copies."""
+
+from __future__ import annotations
+
+import sys
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Any, NoReturn, cast
+
+import torch
+
+from misa_kernels.draw.coverage import Coverage
+from misa_kernels.draw.partition import Module, Partition
+from misa_kernels.draw.sampler import Sampler
+from misa_kernels.monitor import Monitor
+from misa_kernels.options import check_count, check_hyperparameters
+from misa_kernels.run import Run
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+# What refuses to clip gradients that an optimizer unscales by itself.
+LIGHTNING = ("lightning", "pytorch_lightning")
+
+
+class Interface(torch.optim.Optimizer):
+    """The part of `MISA` that only asks its run, or hands on to it; see there."""
+
+    _run: Run
+
+    @property
+    def state(self) -> Any:
+        """State by parameter, as torch's optimizers have it: scores, moments, ages, masters.
+
+        What somebody writes counts from the next step on: tensors are taken over, and what is missing begins anew.
+        Clearing it, or assigning an empty one, resets the optimizer within its round.
+        """
+        return self._run.trained.state
+
+    @state.setter
+    def state(self, value: Any) -> None:
+        # torch's constructor, before there is a run, assigns an empty one.
+        if "_run" in self.__dict__:
+            self._run.exchange_state(value)
+
+    @property
+    def modules(self) -> list[Module]:
+        """What is drawn, by number."""
+        self._run.follow()
+        return self._partition.modules
+
+    @property
+    def active(self) -> list[int]:
+        """Numbers of the active modules, ascending; `optimizer.modules[i].name` is the name of one."""
+        return cast(list[int], self._run.active.tolist())
+
+    @property
+    def monitor(self) -> Monitor:
+        """The record of the run."""
+        return self._run.monitor
+
+    @property
+    def sampler(self) -> Sampler:
+        """What draws."""
+        return self._run.sampler
+
+    @property
+    def inner_steps(self) -> int:
+        """Optimizer steps T in a round."""
+        return self._run.inner_steps
+
+    @property
+    def total_steps(self) -> int | None:
+        """Planned length of the run, as given."""
+        return self._run.given.total_steps
+
+    @property
+    def backend(self) -> str | None:
+        """What runs the steps: "triton", "cuda", "cpu" or "reference"; None before the first step."""
+        return self._run.trained.backend
+
+    @property
+    def max_grad_norm(self) -> float | None:
+        """Global norm that gradients are clipped to inside the step, or None."""
+        return self._run.given.max_grad_norm
+
+    @property
+    def releases_gradients(self) -> bool:
+        """Whether `release_gradients` is on."""
+        return self._run.given.release_gradients
+
+    @property
+    def is_released(self) -> bool:
+        """Whether the run has ended, by `release()` or another MISA on its parameters."""
+        return self._run.ended is not None
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of moments and masters; 0 before the first step."""
+        arena = self._run.trained.arena
+        return 0 if arena is None else arena.nbytes
+
+    @property
+    def skipped_steps(self) -> int:
+        """Steps left out for nonfinite gradients since construction; reading it waits for the device."""
+        return self._run.skipped_steps
+
+    @property
+    def _partition(self) -> Partition:
+        return self._run.layout.partition
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """Whether torch.amp.GradScaler leaves unscaling and skipping to the step, which need not look at the device."""
+        if self.max_grad_norm is not None or self.releases_gradients:
+            return True
+        # Lightning asks to know whether it may unscale and clip before, which a step takes as well.
+        return not str(sys._getframe(1).f_globals.get("__name__")).startswith(LIGHTNING)
+
+    def compare_with(self, process_group: ProcessGroup | None) -> None:
+        """Compare what is begun with among the ranks of a group; `misa_kernels.distributed.replicate` calls it.
+
+        Args:
+            process_group: Those that train together, None if it is one alone.
+
+        Raises:
+            RuntimeError: On all of them, where two differ or one does not come.
+        """
+        self._run.meet(process_group)
+
+    def coverage(self, total_steps: int) -> Coverage:
+        """Return how often a run visits each module on average, and advice where that is less than three times.
+
+        Args:
+            total_steps: Optimizer steps of the whole run.
+
+        Raises:
+            TypeError: If it is not a whole number.
+            ValueError: If it is below 1.
+        """
+        check_count("total_steps", total_steps, 1, "a whole number >= 1: optimizer steps of the run")
+        return self._run.coverage(total_steps)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group; during construction only, since the modules and the budget are fixed by it.
+
+        Raises:
+            RuntimeError: After construction.
+        """
+        if "_run" in self.__dict__:
+            raise RuntimeError(
+                "add_param_group() came after construction, but modules and budget are fixed by then: give all "
+                "groups to MISA(...), those to be trained later with the role they shall have"
+            )
+        super().add_param_group(param_group)
+        check_hyperparameters(param_group)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forget gradients; where somebody switched the whole model on, switch off what is not active in this round."""
+        self._run.put_back()
+        super().zero_grad(set_to_none)
+
+    def thawed(self) -> AbstractContextManager[None]:
+        """Show, for a block, which parameters are trained over the whole run, not those of this round.
+
+        Within it `requires_grad` is what the user has chosen, for code that reads it: moving averages, checkpoints of
+        trainable parameters, `torch.autograd.grad` over all parameters, copies of the model. What is changed within is
+        a choice, too: what is frozen is not trained any more, what is thawed can be drawn from the next round on.
+        `step()` raises within it, and gradients of modules that are not active in this round are dropped at its end.
+
+        Example::
+
+            with optimizer.thawed():
+                ema.step(model.parameters())
+                torch.save({n: p for n, p in model.named_parameters() if p.requires_grad}, path)
+        """
+        return self._run.thawed()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Resume from a saved state: hyperparameters, scores, active set, position in the round, moments, masters.
+
+        The tensors may be on any device; they are copied. `requires_grad` follows the active set loaded. Other
+        `inner_steps`, another sampler, `delta` or storage than were saved are named in a warning and hold.
+
+        Args:
+            state_dict: What `state_dict()` returned, of an optimizer built in the same way.
+
+        Raises:
+            ValueError: If it does not fit this optimizer; nothing is changed.
+            RuntimeError: After `release()`, or within the capture of a CUDA graph.
+        """
+        saved = dict(state_dict)
+        for hook in self._optimizer_load_state_dict_pre_hooks.values():
+            saved = hook(self, saved) or saved
+        self._run.load(saved)
+        for post_hook in self._optimizer_load_state_dict_post_hooks.values():
+            post_hook(self)
+
+    def __copy__(self) -> NoReturn:
+        """Refuse: two optimizers of the same parameters would undo each other's rounds."""
+        raise TypeError(
+            "copy.copy(optimizer) would train the same parameters twice: use copy.deepcopy((model, optimizer)), or "
+            "optimizer.state_dict()"
+        )
+
+    def __repr__(self) -> str:
+        """Say in one line what is trained now."""
+        run, partition, share = self._run, self._partition, self.monitor.current.active_fraction
+        layers = f" in {len(partition.layers)} layers" if partition.layers else ""
+        return (
+            f"MISA({len(run.active)} of {len(partition.modules)} modules{layers} active, {share:.2%} of "
+            f"{partition.total_numel:,} parameters; round {run.clock.round}, step {run.clock.round_step} of "
+            f"{run.inner_steps})"
+        )
+
+    def __str__(self) -> str:
+        """Add the modules, the active and the most important ones first; waits for the device."""
+        return f"{self!r}\n{self.monitor}"
