@@ -14,7 +14,6 @@ from torch import Tensor
 from misa_kernels.draw.sampler import Sampler
 from misa_kernels.interface import Interface
 from misa_kernels.options import Options, check_adamw_only, copied_groups
-from misa_kernels.outside.flags import Choices
 from misa_kernels.outside.tracing import not_traced
 from misa_kernels.run import Run
 
@@ -207,15 +206,15 @@ class MISA(Interface):
 
     @classmethod
     def _copied(
-        cls, groups: list[dict[str, Any]], defaults: dict[str, Any], options: Options, choices: Choices, *rest: Any
+        cls, groups: list[dict[str, Any]], defaults: dict[str, Any], options: Options, held: dict[str, Any], *rest: Any
     ) -> MISA:
         """Return the copy of an optimizer on copies of its parameters."""
         optimizer = cls.__new__(cls)
         with warnings.catch_warnings():
             # Said when the original was constructed.
             warnings.simplefilter("ignore", UserWarning)
-            optimizer._begin(groups, defaults, options, choices.held["laid_out"])
-            optimizer._run.resume_copy(choices, *rest)
+            optimizer._begin(groups, defaults, options, held["laid_out"])
+            optimizer._run.resume_copy(held, *rest)
         return optimizer
 
 

@@ -25,7 +25,7 @@ from misa_kernels.layout import SCORES, Layout, form_of
 from misa_kernels.meeting import Meeting
 from misa_kernels.memory.storage import Storage
 from misa_kernels.monitor import Monitor
-from misa_kernels.outside.flags import Choices, Flags
+from misa_kernels.outside.flags import Flags
 from misa_kernels.outside.notices import warn
 from misa_kernels.outside.recompiles import Recompiles
 from misa_kernels.outside.state import State
@@ -148,7 +148,9 @@ class Run:
             self._refuse_ended("step()", "construct a new MISA to go on training")
         if flags.lent:
             raise RuntimeError("step() came within thawed(), where MISA does not train: call it outside of the block")
-        self._check_lr()
+        for group in self._groups:
+            if type(group["lr"]) is not float:
+                options.check_place("lr", group["lr"])
         if flags.sentinel is not None and flags.sentinel.requires_grad:
             flags.put_back()
         if self.trained.arena is None or self.trained.state.changed[0]:
@@ -162,16 +164,13 @@ class Run:
         if self.flags.lent:
             return
         if not self.trained.is_within_step:
-            self._check_lr()
+            for group in self._groups:
+                if type(group["lr"]) is not float:
+                    options.check_place("lr", group["lr"])
         if self.trained.arena is None or self.trained.state.changed[0]:
             with torch.no_grad():
                 self.allocate()
         self.trained.receive(param)
-
-    def _check_lr(self) -> None:
-        for group in self._groups:
-            if type(group["lr"]) is not float:
-                options.check_place("lr", group["lr"])
 
     def _refuse_ended(self, what: str, remedy: str) -> None:
         if self.ended is not None:
@@ -441,19 +440,21 @@ class Run:
         self.show(saved.active)
         self.record(self.draw())
 
-    def to_copy(self, state_dict: Callable[[], dict[str, Any]]) -> tuple[Choices, bool, dict[str, Any] | None]:
+    def to_copy(self, state_dict: Callable[[], dict[str, Any]]) -> tuple[Any, ...]:
         """Return what `resume_copy` needs: flags, whether the run was rehearsed, and its state unless it has ended."""
         saved = None if self.ended is not None else state_dict()
-        return self.flags.choices(), self._is_rehearsed, saved
+        return *self.flags.choices(), self._is_rehearsed, saved
 
-    def resume_copy(self, choices: Choices, is_rehearsed: bool, state_dict: dict[str, Any] | None) -> None:
+    def resume_copy(
+        self, held: dict[str, Any], shown: set[int], is_rehearsed: bool, state_dict: dict[str, Any] | None
+    ) -> None:
         """Go on as the run whose `to_copy` this is, being new and on copies of its parameters."""
         self._is_rehearsed = is_rehearsed
         if state_dict is None:
             self.release()
         else:
             self.load(state_dict)
-        self.flags.choose(choices)
+        self.flags.choose(held, shown)
 
     def exchange_state(self, state: Any) -> None:
         """Take a copy of what somebody assigned to `optimizer.state`, as far as it is of the parameters here."""

@@ -188,7 +188,8 @@ class Trained:
                         "use sparse=False in the embedding, or give it the role 'frozen'"
                     ) from None
             raise
-        self._weights.note_versions(rows)
+        if self._weights.is_refined:
+            self._weights.note_versions(rows)
 
     # The end of a round, and a switch.
 

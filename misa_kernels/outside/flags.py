@@ -29,18 +29,6 @@ COPIED = ("chosen", "counted", "laid_out", "due", "is_suspended", "_presumed", "
 _holders: Any = WeakTensorKeyDictionary()
 
 
-class Choices(NamedTuple):
-    """The flags of an optimizer, for a copy of it.
-
-    Attributes:
-        held: Attributes of `Flags` by name.
-        shown: Positions of what requires a gradient.
-    """
-
-    held: dict[str, Any]
-    shown: set[int]
-
-
 class Seen(NamedTuple):
     """What somebody else has made of the flags, as positions, ascending.
 
@@ -276,18 +264,18 @@ class Flags:
             else:
                 self._switch_off(index)
 
-    def choices(self) -> Choices:
-        """Return what a copy of the optimizer is given with `choose`."""
+    def choices(self) -> tuple[dict[str, Any], set[int]]:
+        """Return what a copy of the optimizer is given with `choose`: attributes, and positions of what is on."""
         if self.lent:
             self._take_shown()
         shown = set(self._on) if self.lent else self._now()
-        return Choices({name: copy.copy(getattr(self, name)) for name in COPIED}, shown)
+        return {name: copy.copy(getattr(self, name)) for name in COPIED}, shown
 
-    def choose(self, choices: Choices) -> None:
+    def choose(self, held: dict[str, Any], shown: set[int]) -> None:
         """Take over the flags of the optimizer that this one is a copy of."""
-        self.__dict__.update(choices.held)
+        self.__dict__.update(held)
         for index, param in enumerate(self.params):
-            _set(param, index in choices.shown)
+            _set(param, index in shown)
 
     def chosen_now(self) -> list[bool]:
         """Return what the user chooses, with what `compare` would take over; changes nothing."""

@@ -25,6 +25,11 @@ class Weights:
         params: The parameter of each slot, in the form that it keeps from now on.
         names: Its name.
         is_sharded: Whether parameters may be DTensors.
+
+    Attributes:
+        params: The parameter of each row.
+        pointers: Where it lies; another list whenever an address is another one.
+        is_refined: Whether any row's state has bits that its weight lacks.
     """
 
     def __init__(self, params: Sequence[Tensor], names: Sequence[str], is_sharded: bool) -> None:
@@ -45,9 +50,9 @@ class Weights:
         self._slots = list(slots)
         self.params = [self._all[slot] for slot in slots]
         self._refined = list(refined)
+        self.is_refined = bool(refined)
         self._refined_params = [self.params[row] for row in refined]
         held = self._held(self.params)
-        # Another list whenever an address is another one, by which the step knows.
         self.pointers = list(map(Tensor.data_ptr, held))
         self._numels = list(map(Tensor.numel, held))
         self._versions = self._read_versions(ALL)
@@ -56,16 +61,17 @@ class Weights:
         return list(map(local, params)) if self._is_sharded else params
 
     def note_versions(self, rows: slice) -> None:
-        """Note that it was MISA that wrote to the weights of some rows."""
-        if self._refined:
-            self._versions[self._refined_in(rows)] = self._read_versions(rows)
+        """Note that it was MISA that wrote to the weights of some rows; needed where `is_refined`."""
+        self._versions[self._refined_in(rows)] = self._read_versions(rows)
 
     def are_as_left(self, rows: slice) -> bool:
         """Whether nobody else has done anything to the weights of some rows."""
-        held = self._held(self.params[rows])
+        held = self.params[rows]
+        if self._is_sharded:
+            held = list(map(local, held))
         return (
             list(map(Tensor.data_ptr, held)) == self.pointers[rows]
-            and (not self._refined or self._read_versions(rows) == self._versions[self._refined_in(rows)])
+            and (not self.is_refined or self._read_versions(rows) == self._versions[self._refined_in(rows)])
             and list(map(Tensor.numel, held)) == self._numels[rows]
             and all(map(Tensor.is_contiguous, held))
         )
