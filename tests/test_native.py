@@ -10,6 +10,7 @@ import re
 import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -365,3 +366,31 @@ def test_wrong_arguments_are_refused_and_change_nothing(library, sound):
     nothing = native.Step(bytes=ctypes.sizeof(native.Step), row_count=-1)
     assert library.misa_cpu_step(nothing, 1) == library.misa_cpu_collect(nothing, None) == STATUS["BAD_SIZE"]
     assert same_bits(before, everything(sound))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the library is linked to its runtime")
+@pytest.mark.parametrize(
+    ("visible", "bundled", "opened"),
+    [
+        (True, ["libgomp-0123abcd.so.1"], []),
+        (False, ["libgomp-0123abcd.so.1"], ["libgomp-0123abcd.so.1"]),
+        (False, [], ["libgomp.so.1"]),
+    ],
+)
+def test_torchs_openmp_runtime_goes_before_the_machines(monkeypatch, tmp_path, visible, bundled, opened):
+    loaded = []
+
+    def load(name: str | None, mode: int = ctypes.DEFAULT_MODE) -> SimpleNamespace:
+        if name is None:
+            return SimpleNamespace(GOMP_parallel=None) if visible else SimpleNamespace()
+        assert mode == ctypes.RTLD_GLOBAL
+        loaded.append(Path(name).name)
+        return SimpleNamespace()
+
+    (tmp_path / "lib").mkdir()
+    for name in bundled:
+        (tmp_path / "lib" / name).touch()
+    monkeypatch.setattr(torch, "__file__", str(tmp_path / "__init__.py"))
+    monkeypatch.setattr(ctypes, "CDLL", load)
+    native.show_openmp.__wrapped__()
+    assert loaded == opened

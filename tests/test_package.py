@@ -57,6 +57,15 @@ def test_version_is_a_release_number():
     assert re.fullmatch(r"\d+\.\d+\.\d+", misa_kernels.__version__)
 
 
+def test_changelog_begins_with_this_version():
+    headings = re.findall(r"^## (.*)$", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    released = [re.fullmatch(r"(\d+\.\d+\.\d+) - \d{4}-\d\d-\d\d", heading) for heading in headings]
+    assert all(released), headings
+    versions = [match[1] for match in released]
+    assert versions[0] == misa_kernels.__version__
+    assert versions == sorted(versions, key=lambda version: [int(part) for part in version.split(".")], reverse=True)
+
+
 def test_import_costs_little_beyond_torch(tmp_path):
     """Promised are 50 ms; asserted twice that of processor time, the best of three: the cores are shared."""
     code = (

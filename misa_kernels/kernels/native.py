@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ctypes
+import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -66,8 +68,6 @@ def path(name: str) -> Path | None:
 def library(name: str) -> ctypes.CDLL:
     """Load the library "cpu" or "cuda".
 
-    torch must have been imported, so that its OpenMP runtime serves both.
-
     Raises:
         RuntimeError: If it was not built, or cannot be loaded; the message is the rest of a sentence.
     """
@@ -80,12 +80,29 @@ def library(name: str) -> ctypes.CDLL:
     return load(name, file)
 
 
+@cache
+def show_openmp() -> None:
+    """Show the CPU library torch's OpenMP runtime, or the machine's where torch brings none.
+
+    What GCC built for Linux calls the runtime and names no file of it. Importing torch makes its own visible to what is
+    loaded later, as long as torch loads `libtorch_global_deps.so`; the search is for those that do not.
+    """
+    if sys.platform != "linux" or hasattr(ctypes.CDLL(None), "GOMP_parallel"):
+        return
+    for runtime in (*sorted((Path(torch.__file__).parent / "lib").glob("libgomp*")), "libgomp.so.1"):
+        with suppress(OSError):
+            ctypes.CDLL(str(runtime), mode=ctypes.RTLD_GLOBAL)
+            return
+
+
 def load(name: str, file: Path) -> ctypes.CDLL:
     """Load a library "cpu" or "cuda" from a file.
 
     Raises:
         RuntimeError: If it cannot be loaded; the message is the rest of a sentence.
     """
+    if name == "cpu":
+        show_openmp()
     try:
         loaded = ctypes.CDLL(str(file))
     except OSError as error:
