@@ -55,7 +55,6 @@ class Options:
     depth_window: int | None = None
     keep_states: str = "staying"
     momentum_flush: bool = False
-    v_floor: bool = False
     max_grad_norm: float | None = None
     skip_nonfinite: bool = False
 
@@ -88,7 +87,7 @@ class Round:
 
 @dataclass
 class State:
-    """Adam's state of one tensor: m, v, t. The floor leaves v the plain average."""
+    """Adam's state of one tensor: m, v, t."""
 
     m: Floats
     v: Floats
@@ -217,7 +216,7 @@ class Simulation:
             squares = [float(np.sum(gradients[i] ** 2)) for i in self.members[b] if i in gradients]
             if squares:
                 sq_norm = sum(squares)
-                each = {"sum": sq_norm, "mean": sq_norm / self.numel[b], "norm": math.sqrt(sq_norm)}
+                each = {"sum": sq_norm, "norm": math.sqrt(sq_norm)}
                 self.S[b] += each[self.options.importance_norm]
                 self.updates[b] += 1
 
@@ -230,28 +229,21 @@ class Simulation:
 
     def _update(self, gradients: Mapping[int, Floats]) -> None:
         """AdamW with ages; a tensor without a gradient is not touched."""
-        highest: dict[int, float] = {}
         for i, g in gradients.items():
-            state, group, b = self.states[i], self.groups[self.group[i]], self.candidate[i]
+            state, group = self.states[i], self.groups[self.group[i]]
             beta1, beta2 = group.betas
             state.age += 1
             state.m = beta1 * state.m + (1 - beta1) * g
             state.v = beta2 * state.v + (1 - beta2) * g**2
-            v = state.v
-            if self.options.v_floor and b >= 0:
-                # "one scalar c per module: v~_t = max(v_t, c_{t-1}), c_t = max over elements of v~_t"
-                v = np.maximum(state.v, self.c.get(b, 0.0))
-                highest[b] = max(highest.get(b, 0.0), float(v.max()))
             decayed = self.theta[i] * (1 - group.lr * group.weight_decay)
-            self.theta[i] = decayed - group.lr * self._direction(i, v)
-        self.c.update(highest)
+            self.theta[i] = decayed - group.lr * self._direction(i)
 
-    def _direction(self, i: int, v: Floats) -> Floats:
+    def _direction(self, i: int) -> Floats:
         """Bias-corrected m over root of bias-corrected second moment plus eps."""
         state, group = self.states[i], self.groups[self.group[i]]
         beta1, beta2 = group.betas
         m_hat = state.m / (1 - beta1**state.age)
-        v_hat = v / (1 - beta2**state.age)
+        v_hat = state.v / (1 - beta2**state.age)
         return m_hat / (np.sqrt(v_hat) + group.eps)
 
     def _end_round(self) -> None:
@@ -271,7 +263,6 @@ class Simulation:
         for b in self.active:
             if b not in staying:
                 self._discard(b)
-        self.c = {b: self.c[b] for b in staying if b in self.c} if number else {}
         self.states.update({i: self._fresh(i) for b in active if b not in staying for i in self.members[b]})
         self.active = active
         self.last_round[active] = number
@@ -296,7 +287,7 @@ class Simulation:
             state, group = self.states[i], self.groups[self.group[i]]
             if self.options.momentum_flush and state.age > 0:
                 factor = group.lr * group.betas[0] / (1 - group.betas[0])
-                self.theta[i] = self.theta[i] - factor * self._direction(i, state.v)
+                self.theta[i] = self.theta[i] - factor * self._direction(i)
             del self.states[i]
 
     def _fresh(self, i: int) -> State:

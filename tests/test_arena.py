@@ -53,7 +53,7 @@ def test_capacity_holds_every_admissible_set(always, candidates, budget):
 @settings(max_examples=150)
 def test_contents_survive_any_sequence_of_switches(numel, sets, storage):
     dtypes = [torch.bfloat16 if i % 3 == 0 else torch.float32 for i in range(len(numel))]
-    arena = Arena(numel, dtypes, [0], sum(numel), torch.device("cpu"), storage=storage, v_floor=False)
+    arena = Arena(numel, dtypes, [0], sum(numel), torch.device("cpu"), storage=storage)
     for pool in arena.pools.values():
         for buffer in pool.buffers.values():
             as_bytes(buffer).fill_(255)
@@ -88,7 +88,7 @@ def test_contents_survive_any_sequence_of_switches(numel, sets, storage):
 
 
 def test_round_is_read_in_slot_order_and_skips_count_nothing():
-    arena = Arena([4] * 5, [torch.float32] * 5, [], 20, torch.device("cpu"), storage=Storage(), v_floor=False)
+    arena = Arena([4] * 5, [torch.float32] * 5, [], 20, torch.device("cpu"), storage=Storage())
     arena.lend([], [1, 3, 4])
     for finite, missing in ((True, []), (False, []), (True, [3]), (None, [])):
         arena.sq_norm[[1, 3, 4]] = torch.tensor([1.0, 10.0, 100.0 if finite is not False else torch.nan]).double()

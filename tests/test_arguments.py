@@ -6,7 +6,7 @@ import tiny
 import torch
 from torch import nn
 
-from misa_kernels import MISA, ImportanceSampler, kernels, param_groups
+from misa_kernels import MISA, ImportanceSampler, kernels, paper, param_groups
 
 BACKENDS = ["reference", *(name for name in ("cpu",) if kernels.unusable(name) is None)]
 
@@ -36,7 +36,6 @@ RANGES = [
     ("sampler", ImportanceSampler),
     ("keep_states", "all"),
     ("momentum_flush", "yes"),
-    ("v_floor", True),
     ("param_precision", "half"),
     ("state_dtype", "int3"),
     ("max_grad_norm", 0.0),
@@ -76,6 +75,24 @@ def test_argument_out_of_range(name, value):
     assert flags_and_grads(model) == before
     # And nothing is left behind that would keep the next one from being built.
     MISA(param_groups(model), delta=0.3)
+
+
+@pytest.mark.parametrize(
+    ("name", "make"),
+    [
+        ("v_floor", lambda: MISA(param_groups(tiny.build()), delta=0.3, v_floor=True)),
+        ("v_floor", lambda: MISA(param_groups(tiny.build()), **paper(delta=0.3, v_floor=True))),
+        ("first_visits", lambda: ImportanceSampler(first_visits="sweep")),
+    ],
+)
+def test_an_option_of_before_0_2_is_unknown(name, make):
+    with pytest.raises(TypeError, match=f"unexpected keyword argument '{name}'"):
+        make()
+
+
+def test_a_norm_of_before_0_2_is_refused_in_one_sentence():
+    with pytest.raises(ValueError, match="^importance_norm='mean' must be 'sum' or 'norm'$"):
+        ImportanceSampler(importance_norm="mean")
 
 
 def test_defaults_of_adamw_are_accepted():

@@ -16,7 +16,7 @@ VARIANTS = {
     "default": {},
     "clip and skip": {"max_grad_norm": 0.1, "skip_nonfinite": True},
     "paper": paper(),
-    "paper with floor": paper(v_floor=True),
+    "paper, reference": paper(backend="reference"),
     "authors": authors(),
     "window": {"sampler": ImportanceSampler(depth_window=2)},
     "uniform": {"sampler": UniformSampler()},

@@ -55,7 +55,7 @@ def waits(monkeypatch):
         {},
         {"max_grad_norm": 1.0, "skip_nonfinite": True},
         {"param_precision": "stochastic"},
-        paper(v_floor=True),
+        paper(backend="reference"),
         authors(),
     ],
     ids=["default", "clip and skip", "stochastic", "paper", "authors"],

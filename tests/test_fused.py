@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from misa_kernels import MISA, ImportanceSampler, UniformSampler, authors, kernels, paper
+from misa_kernels import MISA, UniformSampler, authors, kernels, paper
 from misa_kernels.kernels import native
 from misa_kernels.memory.storage import KEYS, Storage
 
@@ -38,7 +38,6 @@ VARIANTS = {
     "split int8": {"state_dtype": "int8", "param_precision": "split"},
     "flush": paper(),
     "norms": authors(),
-    "mean": {"sampler": ImportanceSampler(importance_norm="mean")},
 }
 
 

@@ -22,7 +22,6 @@ def test_presets_are_the_published_algorithms():
         "keep_states": "none",
         "momentum_flush": True,
     }
-    assert paper(v_floor=True) == paper() | {"v_floor": True, "backend": "reference"}
     sampler = authors()["sampler"]
     assert (sampler.eta, sampler.importance_norm, sampler.exponent_clip) == (1.0, "norm", 5.0)
     assert (sampler.least_recent, sampler.least_recent_share) == (2, 1.0)

@@ -23,7 +23,7 @@ def adamw64(theta, grads, lr, beta1, beta2, eps, weight_decay):
     return theta, m, v
 
 
-def row(theta, *, dtype=torch.float32, master=None, v_floor=None, key=None, start=0, **hyper):
+def row(theta, *, dtype=torch.float32, master=None, key=None, start=0, **hyper):
     n = theta.numel()
     hyper = {"lr": 1e-2, "beta1": 0.9, "beta2": 0.99, "eps": 1e-8, "weight_decay": 0.1} | hyper
     return Row(
@@ -32,7 +32,6 @@ def row(theta, *, dtype=torch.float32, master=None, v_floor=None, key=None, star
         master=master,
         age=torch.zeros((), dtype=torch.int32),
         sq_norm=torch.full((), float("nan"), dtype=torch.float64),
-        v_floor=v_floor,
         start=start,
         theta=theta,
         grad=torch.empty(0),
@@ -92,23 +91,6 @@ def test_momentum_flush_is_line_16():
     np.testing.assert_allclose(flushed.numpy(), expected, rtol=1e-13)
     untouched = reference.momentum_flush(one.theta, one.exp_avg, one.exp_avg_sq, one.hyper, 0 * one.age)
     assert torch.equal(untouched, one.theta)
-
-
-def test_v_floor_is_the_largest_second_moment_so_far():
-    one = row(torch.ones(3, dtype=torch.float64), dtype=torch.float64, weight_decay=0.0, eps=0.0)
-    one.v_floor = torch.zeros((), dtype=torch.float64)
-    theta, m, v, c = np.ones(3), np.zeros(3), np.zeros(3), 0.0
-    for t, g in enumerate([[4.0, 1.0, 0.1], [0.1, 0.1, 0.1], [0.1, 9.0, 0.1]], start=1):
-        one.grad = torch.tensor(g, dtype=torch.float64)
-        reference.adamw_step([one])
-        one.age += 1
-        m, v = 0.9 * m + 0.1 * np.array(g), 0.99 * v + 0.01 * np.array(g) ** 2
-        v_tilde = np.maximum(v, c)
-        c = v_tilde.max()
-        theta = theta - 1e-2 * (m / (1 - 0.9**t)) / np.sqrt(v_tilde / (1 - 0.99**t))
-        np.testing.assert_allclose(one.theta.numpy(), theta, rtol=1e-12)
-        np.testing.assert_allclose(one.exp_avg_sq.numpy(), v, rtol=1e-12)
-        assert one.v_floor.item() == pytest.approx(c)
 
 
 def test_master_holds_what_the_weight_cannot():

@@ -101,7 +101,7 @@ def second_tensors(step: int, tensor: Tensor) -> bool:
     return tensor.module.endswith("expert") and tensor.shape == (6, 3) and step % 4 != 1
 
 
-EVERYTHING = {"max_grad_norm": 0.5, "skip_nonfinite": True, "momentum_flush": True, "v_floor": True}
+EVERYTHING = {"max_grad_norm": 0.5, "skip_nonfinite": True, "momentum_flush": True}
 
 CASES = {
     "default": Case(),
@@ -114,7 +114,6 @@ CASES = {
     "default, half an expert": Case(missing=second_tensors, arguments={"momentum_flush": True}, delta=0.5),
     "default, nonfinite": Case(arguments={"skip_nonfinite": True}, nonfinite=(1, 6, 7, 16, 17, 18, 19, 30)),
     "default, flush": Case(arguments={"momentum_flush": True}, delta=0.5),
-    "default, floor": Case(arguments={"v_floor": True, "backend": "reference"}, delta=0.5),
     "default, states dropped": Case(arguments={"keep_states": "none"}),
     "default, layers": Case(draw="importance", sampler={"granularity": "layer"}, by_layer=True, delta=0.6),
     "everything": Case(
@@ -127,12 +126,11 @@ CASES = {
     ),
     "window": Case(draw="importance", sampler={"depth_window": 2}, delta=0.25),
     "window of one": Case(draw="importance", sampler={"depth_window": 1}, delta=0.15, rounds=16),
-    "mean norm": Case(draw="importance", sampler={"importance_norm": "mean"}),
     "eta 20": Case(draw="importance", sampler={"eta": 20.0, "importance_beta": 0.5, "least_recent": 3}),
     "perplexity": Case(draw="importance", sampler={"perplexity": 0.9, "least_recent": 0}),
     "paper": Case("paper", inner_steps=5),
     "paper, schedule": Case("paper", schedule=True, inner_steps=3, missing=whole_modules),
-    "paper, floor": Case("paper", {"v_floor": True}),
+    "paper, reference": Case("paper", {"backend": "reference"}),
     "authors": Case("authors"),
     "authors, schedule": Case("authors", schedule=True, delta=0.5, inner_steps=3),
     "badam": Case("badam", by_layer=True),

@@ -8,7 +8,6 @@ import math
 import time
 from collections import Counter
 from fractions import Fraction
-from functools import cache
 
 import numpy as np
 import pytest
@@ -27,8 +26,8 @@ from misa_kernels.draw.sampler import (
     scores,
 )
 
-SAMPLERS = [ImportanceSampler(), ImportanceSampler(first_visits="sweep"), UniformSampler(), CyclicSampler()]
-NAMES = ["importance", "sweep", "uniform", "cyclic"]
+SAMPLERS = [ImportanceSampler(), UniformSampler(), CyclicSampler()]
+NAMES = ["importance", "uniform", "cyclic"]
 # Tests of frequencies run on fixed seeds; a correct sampler fails one seed in a thousand.
 SIGNIFICANCE = 1e-3
 seeds = st.integers(0, 2**64 - 1)
@@ -366,47 +365,6 @@ def test_no_candidate_waits_longer_than_there_are_candidates(least_recent):
     assert 0 not in itertools.chain(*alone)
 
 
-def fewest_sets(numel: list[int], budget: int) -> int:
-    """The fewest sets within the budget that together hold all: an exact search over subsets."""
-
-    @cache
-    def best(left: frozenset[int]) -> int:
-        if not left:
-            return 0
-        anchor, *others = sorted(left)
-        subsets = itertools.chain.from_iterable(itertools.combinations(others, n) for n in range(len(others) + 1))
-        fitting = (s for s in subsets if numel[anchor] + sum(numel[b] for b in s) <= budget)
-        return 1 + min(best(left - {anchor, *s}) for s in fitting)
-
-    return best(frozenset(range(len(numel))))
-
-
-@settings(max_examples=60)
-@given(numel=st.lists(st.integers(1, 10), min_size=1, max_size=6), extra=st.integers(0, 10), seed=seeds)
-@example(numel=[6, 6, 3, 3, 2, 2], extra=5, seed=0)
-def test_sweep_visits_all_in_few_rounds(numel, extra, seed):
-    budget = max(numel) + extra
-    candidates = make(numel, score=np.arange(len(numel)))
-    # First-fit decreasing needs at most 11/9 of the fewest bins, and 6/9 (Dósa 2007).
-    bound = math.floor(11 / 9 * fewest_sets(numel, budget) + 6 / 9)
-    sampler = ImportanceSampler(eta=GREEDY, first_visits="sweep", least_recent=0)
-    sets = run(sampler, candidates, budget, rounds=bound, seed=seed)
-    assert set().union(*sets) == set(range(len(numel)))
-    assert max(numel) == max(numel[b] for b in sets[0])
-
-
-def test_sweep_of_equal_modules_needs_no_spare_round_and_then_ends():
-    candidates = make([4] * 11, score=range(11))
-    sampler = ImportanceSampler(eta=GREEDY, first_visits="sweep", least_recent=0)
-    sets = run(sampler, candidates, budget=14, rounds=6)
-    assert set().union(*sets[:4]) == set(range(11))
-    # Three a round: the last unvisited two leave room for the most important one.
-    unvisited = set(range(11)) - set().union(*sets[:3])
-    assert len(unvisited) == 2
-    assert set(sets[3]) - unvisited == {max(set(range(11)) - unvisited)}
-    assert sets[4] == sets[5] == [8, 9, 10]
-
-
 # Depth windows
 
 
@@ -454,12 +412,11 @@ def test_window_of_all_layers_changes_nothing():
         assert wide.active.tolist() == without.active.tolist()
 
 
-def test_window_holds_for_the_longest_waiting_and_the_sweep():
+def test_window_holds_for_the_longest_waiting():
     candidates = make([1] * 8, score=range(8), layer=np.arange(8) // 2)
-    for options in ({"least_recent": 8, "least_recent_share": 1.0}, {"first_visits": "sweep"}):
-        sampler = ImportanceSampler(depth_window=1, **options)
-        sets = [sampler.draw(candidates, 8, number, seed=0).active.tolist() for number in range(4)]
-        assert sorted(sets) == [[0, 1], [2, 3], [4, 5], [6, 7]]
+    sampler = ImportanceSampler(depth_window=1, least_recent=8, least_recent_share=1.0)
+    sets = [sampler.draw(candidates, 8, number, seed=0).active.tolist() for number in range(4)]
+    assert sorted(sets) == [[0, 1], [2, 3], [4, 5], [6, 7]]
 
 
 @pytest.mark.parametrize("width", [1, 2, 50])
@@ -478,7 +435,6 @@ def test_window_needs_the_layer_of_every_candidate(width):
 QUOTA_SAMPLERS = [
     ImportanceSampler,
     UniformSampler,
-    lambda **options: ImportanceSampler(first_visits="sweep", **options),
     lambda **options: ImportanceSampler(least_recent=9, least_recent_share=1.0, **options),
 ]
 
@@ -728,11 +684,10 @@ BAD = {
     "eta": [-1.0, math.nan, math.inf, "fast", None, True],
     "perplexity": [0, -0.5, math.nan, math.inf, "0.5", None, True],
     "importance_beta": [-0.1, 1, 1.5, math.nan, None, False],
-    "importance_norm": ["max", None, 2],
+    "importance_norm": ["mean", "max", None, 2],
     "exponent_clip": [0, -5, math.inf, math.nan, "5", True],
     "least_recent": [-1, 1.0, "2", None, True],
     "least_recent_share": [0, 1.01, -0.5, math.nan, None, True],
-    "first_visits": ["all", True, 1],
     "depth_window": [0, -3, 2.0, "4", True],
     "max_per_layer": [0, -3, 2.0, "4", True],
     "granularity": ["block", None, 1],

@@ -210,7 +210,6 @@ def refused(rank, options):
         ({"state_dtype": "int8"}, "ValueError: state_dtype='int8' has scales for groups that shards would cut"),
         ({"release_gradients": True}, "ValueError: release_gradients=True needs gradients within backward"),
         ({}, "ValueError: embedding.weight is sharded and must be whole to be replicated"),
-        ({"v_floor": True, "backend": "reference"}, "ValueError: v_floor=True is for whole tensors"),
     ],
 )
 def test_what_shards_do_not_have_is_refused(tmp_path, options, sentence):

@@ -257,7 +257,6 @@ def reference_rows(step, hyper):
             master=None if row.dtype == torch.float32 else weight.cpu().float(),
             age=torch.zeros((), dtype=torch.int32),
             sq_norm=torch.zeros((), dtype=torch.float64),
-            v_floor=None,
             start=row.start,
             theta=weight.cpu().clone(),
             grad=torch.empty(0),
