@@ -9,7 +9,6 @@ import sys
 from typing import NoReturn
 
 COMMANDS = {
-    "demo": "train a small real model by seven methods and draw what happened (5 to 10 minutes on two cores)",
     "plan": "how much memory a training will need, by method, and what fits into a card; allocates nothing",
     "bench": "MISA's step beside torch's AdamW on this machine, in less than a minute",
     "info": "what was built, for which processors, and what each device will use",
@@ -27,11 +26,13 @@ class Parser(argparse.ArgumentParser):
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command that the arguments name, those of the process if None; return the exit code."""
-    lines = [f"  {name:<7}{what}" for name, what in COMMANDS.items()]
+    lines = ["commands:", *(f"  {name:<7}{what}" for name, what in COMMANDS.items()), ""]
+    lines += [f"`{PROG} COMMAND --help` explains one, with examples."]
+    lines += ["The demo, which trains and draws, is not installed: `make demo` in a clone of the repository."]
     parser = Parser(
         prog=PROG,
         description="The MISA optimizer: what it needs, what it does, how fast it is.",
-        epilog="\n".join(["commands:", *lines, "", f"`{PROG} COMMAND --help` explains one, with examples."]),
+        epilog="\n".join(lines),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("command", choices=COMMANDS, metavar="command", help=", ".join(COMMANDS))

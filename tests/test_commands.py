@@ -6,13 +6,11 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-import misa_kernels
 from misa_kernels.__main__ import COMMANDS, main
 from misa_kernels.tools.planner.methods import METHODS, Options, memory
 from misa_kernels.tools.planner.shapes import PRESETS, LlamaShape
@@ -57,7 +55,8 @@ def test_commands_are_listed_and_others_refused(capsys):
         main(["--help"])
     text = capsys.readouterr().out
     assert all(f"  {command} " in text and what in text for command, what in COMMANDS.items())
-    assert "a command is missing, one of demo, plan, bench, info" in refused(capsys)
+    assert "`make demo` in a clone of the repository" in text
+    assert "a command is missing, one of plan, bench, info" in refused(capsys)
     assert "invalid choice: 'plans'" in refused(capsys, "plans")
     assert "unrecognized arguments: --json" in refused(capsys, "info", "--json")
 
@@ -215,24 +214,3 @@ def test_bench_refuses_what_leaves_nothing_to_time(capsys, arguments, message):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines without a GPU")
 def test_bench_needs_the_device_it_is_given(capsys):
     assert "--device=cuda needs a CUDA device" in refused(capsys, "bench", "--device", "cuda")
-
-
-def test_demo_runs_that_of_the_current_checkout(capfd, monkeypatch, tmp_path):
-    examples = tmp_path / "examples"
-    examples.mkdir()
-    (examples / "demo.py").write_text("import sys\nprint(sys.argv[1:])\nsys.exit(3)\n")
-    monkeypatch.chdir(tmp_path)
-    assert main(["demo", "--quick", "--out", "here", "--seed", "7", "--device", "cpu"]) == 3
-    given = ["--out", str(tmp_path / "here"), "--seed", "7", "--quick", "--device", "cpu"]
-    assert capfd.readouterr().out.strip() == str(given)
-
-
-def test_demo_without_a_checkout_says_where_it_is(capsys, monkeypatch, tmp_path):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(misa_kernels, "__file__", str(tmp_path / "site-packages" / "misa_kernels" / "__init__.py"))
-    assert "clone the repository and run `make demo` there" in refused(capsys, "demo")
-
-
-def test_demo_takes_what_the_example_takes():
-    source = (Path(__file__).parents[1] / "examples" / "demo.py").read_text()
-    assert all(f'"{flag}"' in source for flag in ("--quick", "--out", "--device", "--seed"))
