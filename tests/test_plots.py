@@ -111,6 +111,8 @@ def test_memory_is_stacked_in_a_unit_that_suits_it():
     bars = {c.get_label(): [(bar.get_x(), bar.get_width()) for bar in c] for c in axes.containers}
     assert bars == {"weights": [(0, 1), (0, 1)], "moments": [(1, 2), (1, 0)], "masters": [(3, 0), (1, 0.5)]}
     assert axes.get_xlabel() == "memory in GiB" and texts(axes) == ["3.0", "1.5"]
+    room = plots.memory(parts, room_bytes=2**31).axes[0].lines[0]
+    assert (room.get_xdata(), room.get_label()) == ([2, 2], "room on the card, 2.0")
     for size, unit in ((3 * 2**20, "MiB"), (5000, "KiB"), (700, "bytes")):
         assert plots.memory({"MISA": {"weights": size}}).axes[0].get_xlabel() == f"memory in {unit}"
 

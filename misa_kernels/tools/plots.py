@@ -151,12 +151,15 @@ def losses(monitor: Monitor, values: Sequence[float], axes: Axes | None = None) 
     return _figure(axes)
 
 
-def memory(parts: Mapping[str, Mapping[str, float]], axes: Axes | None = None) -> Figure:
+def memory(
+    parts: Mapping[str, Mapping[str, float]], axes: Axes | None = None, room_bytes: float | None = None
+) -> Figure:
     """Draw the memory of one way of training or several, a bar each, stacked by part.
 
     Args:
         parts: For the name of each bar, the bytes of its parts by name: weights, gradients, ...
         axes: Where to draw; None: a new figure.
+        room_bytes: What the card has room for, a line.
     """
     axes = _axes(9, 1.6 + 0.45 * len(parts)) if axes is None else axes
     most = max((sum(own.values()) for own in parts.values()), default=0)
@@ -170,13 +173,18 @@ def memory(parts: Mapping[str, Mapping[str, float]], axes: Axes | None = None) -
         axes.barh(list(parts), width, left=left, color=COLOURS[i % 8], label=name, edgecolor="white", height=0.7)
         left += width
     for row, total in enumerate(left):
-        axes.annotate(f"{total:.1f}", (total, row), xytext=(4, 0), textcoords="offset points", va="center")
+        # White behind it, since the line of the card may run through.
+        box = {"facecolor": "white", "edgecolor": "none", "pad": 1}
+        axes.annotate(f"{total:.1f}", (total, row), (4, 0), textcoords="offset points", va="center", bbox=box)
+    if room_bytes is not None:
+        room = room_bytes / size
+        axes.axvline(room, color="black", linestyle="--", label=f"room on the card, {room:.1f}")
     axes.invert_yaxis()
     axes.margins(x=0.08)
     axes.set_xlim(left=0)
     axes.set_xlabel(f"memory in {unit}")
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(loc="lower left", bbox_to_anchor=(0, 1.0), ncols=len(names), frameon=False, columnspacing=1.2)
+    axes.legend(loc="lower left", bbox_to_anchor=(0, 1.0), ncols=len(names) + 1, frameon=False, columnspacing=1.2)
     return _figure(axes)
 
 

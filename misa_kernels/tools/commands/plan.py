@@ -15,6 +15,7 @@ from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
+from misa_kernels.tools import plots
 from misa_kernels.tools.planner.cards import CARDS, RESERVED_BYTES, capacity_bytes
 from misa_kernels.tools.planner.methods import METHODS, Options, advice, fit, memory, weights_and_states
 from misa_kernels.tools.planner.shapes import PRESETS, LlamaShape, read
@@ -157,35 +158,20 @@ def draw(path: Path, title: str, methods: Mapping[str, Mapping[str, float]], cap
     Raises:
         ValueError: If matplotlib is missing.
     """
+    parts = {
+        method: {
+            "weights": plan["weights"],
+            "states": plan["states"],
+            "gradients": plan["peak_gradients"],
+            "activations, loss": plan["peak_activations"],
+        }
+        for method, plan in methods.items()
+    }
     try:
-        from matplotlib.figure import Figure
+        figure = plots.memory(parts, room_bytes=cap)
     except ImportError as error:
         raise ValueError("--plot needs matplotlib: pip install matplotlib") from error
-    parts = {
-        "weights": "weights",
-        "states": "states",
-        "peak_gradients": "gradients",
-        "peak_activations": "activations, loss",
-    }
-    figure = Figure(figsize=(9, 4.5), layout="constrained")
-    axes = figure.subplots()
-    names, left = list(methods), [0.0] * len(methods)
-    for (key, label), colour in zip(parts.items(), ("#4c6a92", "#d9883d", "#b5504c", "#8fa876"), strict=True):
-        sizes = [methods[name][key] / GIB for name in names]
-        axes.barh(names, sizes, left=left, label=label, color=colour)
-        left = [before + size for before, size in zip(left, sizes, strict=True)]
-    for row, total in enumerate(left):
-        # White behind it, since the line of the card may run through.
-        box = {"facecolor": "white", "edgecolor": "none", "pad": 1}
-        axes.annotate(f"{total:.1f}", (total, row), (4, 0), textcoords="offset points", va="center", bbox=box)
-    if cap is not None:
-        axes.axvline(cap / GIB, color="black", linestyle="--", label=f"room on the card, {cap / GIB:.1f}")
-    axes.invert_yaxis()
-    axes.margins(x=0.08)
-    axes.set_xlabel("GiB on one GPU at the peak of a step")
-    axes.set_title(title, fontsize="medium")
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False)
+    figure.suptitle(f"{title}\none GPU at the peak of a step", fontsize="medium")
     figure.savefig(path, dpi=150)
 
 
