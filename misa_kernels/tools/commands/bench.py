@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from statistics import median
 from typing import Any
 
@@ -60,7 +60,7 @@ def run(options: argparse.Namespace) -> int:
         raise ValueError("--device=cuda needs a CUDA device, and torch sees none here")
     steps, backend = prepare(options.device, getattr(torch, options.dtype), options.tensors, size)
     seconds: dict[str, list[float]] = {name: [] for name in steps}
-    for turn in progress(range(options.repeats)):
+    for turn in range(options.repeats):
         for name in list(steps)[:: -1 if turn % 2 else 1]:
             seconds[name].append(timed(steps[name], options.device))
     elements = size * options.tensors
@@ -122,14 +122,3 @@ def timed(step: Callable[[], object], device: str) -> float:
     if device == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter() - started
-
-
-def progress(turns: Iterable[int]) -> Iterable[int]:
-    """Return the turns, with a bar on a terminal where tqdm is installed."""
-    try:
-        from tqdm import tqdm
-    except ImportError:
-        return turns
-    # None: no bar where stderr is no terminal.
-    bar: Iterable[int] = tqdm(turns, desc="turns", disable=None)
-    return bar

@@ -18,8 +18,6 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 Line = tuple[str, str]
 
-
-# After the arguments in --help.
 EXAMPLES = """examples:
   python -m misa_kernels info
 """
@@ -85,7 +83,8 @@ def devices() -> Iterator[Line]:
         yield str(device), platform.machine() if device.type == "cpu" else gpu(device)
         chosen: dict[str, list[str]] = {}
         for dtype in DTYPES:
-            chosen.setdefault(backend_of(device, dtype), []).append(str(dtype).removeprefix("torch."))
+            backend = kernels.select("auto", device, {dtype}, Storage()).name
+            chosen.setdefault(backend, []).append(str(dtype).removeprefix("torch."))
         for backend, dtypes in chosen.items():
             yield "  auto", f"{backend} for {', '.join(dtypes)}"
     for backend in kernels.BACKENDS:
@@ -98,11 +97,6 @@ def gpu(device: torch.device) -> str:
     """Return a GPU's name and architecture."""
     major, minor = torch.cuda.get_device_capability(device)
     return f"{torch.cuda.get_device_name(device)}, sm_{major}{minor}"
-
-
-def backend_of(device: torch.device, dtype: torch.dtype) -> str:
-    """Return the name of the backend that runs the steps of such weights."""
-    return kernels.select("auto", device, {dtype}, Storage()).name
 
 
 def file_name(name: str) -> str:
