@@ -3,17 +3,38 @@
 from __future__ import annotations
 
 import contextlib
-import warnings
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator
-from typing import Any, cast
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from misa_kernels.monitor import Round
+from misa_kernels.notices import warn
 from misa_kernels.optimizer import MISA
+
+SENTENCES = {
+    "reentrant": (
+        "{layer} trains in round {round} but ran with gradients off and an input that requires none, as re-entrant "
+        "checkpointing does, so its active parameters get no gradient: checkpoint with use_reentrant=False "
+        "(Transformers: gradient_checkpointing_kwargs={{'use_reentrant': False}})"
+    ),
+    "driven": (
+        "backward ran down to the input of {layer}, through {through} layers, and must stop after {depth}, at "
+        "{lowest}, in round {round}: something makes an input require a gradient, mostly Transformers' "
+        "model.enable_input_require_grads(), which since version 5 gradient_checkpointing_enable() calls, too; call "
+        "model.disable_input_require_grads() after them, and checkpoint with use_reentrant=False, which needs no such "
+        "input"
+    ),
+    "selective": (
+        "{layer} is frozen in round {round} and keeps its activations, one of {count} such layers, since only layers "
+        "with trainable parameters are checkpointed and all that backward runs through should be: set checkpointing "
+        "anew without that wrapper (LLaMA-Factory: disable_gradient_checkpointing: true and gradient_checkpointing: "
+        "true)"
+    ),
+}
 
 
 def watch_backward(model: nn.Module, optimizer: MISA) -> BackwardWatch:
@@ -47,12 +68,7 @@ def watch_backward(model: nn.Module, optimizer: MISA) -> BackwardWatch:
 
 
 class BackwardWatch:
-    """What `watch_backward` returns; also a context manager that ends the watch.
-
-    Args:
-        model: See `watch_backward`.
-        optimizer: See `watch_backward`.
-    """
+    """What `watch_backward` returns; also a context manager that ends the watch."""
 
     def __init__(self, model: nn.Module, optimizer: MISA) -> None:
         if not isinstance(model, nn.Module):
@@ -61,23 +77,25 @@ class BackwardWatch:
             raise TypeError(f"optimizer is {type(optimizer).__name__} and must be a MISA: pass what MISA(...) returned")
         self._names = optimizer.monitor.layers
         layers = _find(model, self._names)
+        owners = Counter(part for layer in layers.values() for part in layer.modules())
         self._optimizer = weakref.ref(optimizer)
-        self._layers = {number: weakref.ref(layer) for number, layer in layers.items()}
-        self._inner = {number: weakref.ref(part) for number, part in _inner_parts(layers).items()}
-        held = {id(layer) for layer in layers.values()}
-        self._outer = [
-            weakref.ref(module)
+        # The number of its layer for each layer and all that it calls; a call of what two share tells of neither.
+        self._number = weakref.WeakKeyDictionary(
+            {part: number for number, layer in layers.items() for part in layer.modules() if owners[part] == 1}
+        )
+        self._outer = weakref.WeakSet(
+            module
             for module in model.modules()
-            if any(id(part) in held for part in module.modules() if part is not module)
-        ]
-        self._unsaid = {"reentrant", "driven", "selective"}
+            if module not in owners and any(part in owners for part in module.modules())
+        )
+        self._unsaid = set(SENTENCES)
         # Layers that checkpointing was seen to follow: recomputed while trainable, kept while frozen.
         self._once_recomputed: set[int] = set()
         self._once_kept: set[int] = set()
         self._judged: Round | None = None
         self._handles: list[Any] = []
         self._look()
-        self._step_handle = optimizer.register_step_post_hook(_Hook(self._judge))
+        self._step_handle = optimizer.register_step_post_hook(_Hook(self._after_step))
 
     def close(self) -> None:
         """Remove all hooks; a second call does nothing."""
@@ -93,219 +111,118 @@ class BackwardWatch:
         self.close()
 
     def _look(self) -> None:
-        """Hook the layers, what runs inside of them, and what they run in."""
-        for number, reference in self._layers.items():
-            if (layer := reference()) is not None:
-                hook = _Hook(self._after_layer, number)
-                self._handles.append(layer.register_forward_hook(hook, with_kwargs=True))
-        for number, reference in self._inner.items():
-            if (part := reference()) is not None:
-                self._handles.append(part.register_forward_pre_hook(_Hook(self._before_inner, number)))
-        for number, reference in enumerate(self._outer):
-            if (module := reference()) is not None:
-                self._handles.append(module.register_forward_pre_hook(_Hook(self._enter, number)))
-                leave = module.register_forward_hook(_Hook(self._leave, number), always_call=True)
-                self._handles.append(leave)
-        self._forget()
+        """Hook the layers, what they call, and what they run in, to observe a step."""
+        self._round: Round | None = None
+        self._seen = False
+        self._recomputed: set[int] = set()
+        self._kept: set[int] = set()
+        self._driven: set[int] = set()
+        for part in self._number:
+            self._handles.append(part.register_forward_pre_hook(_Hook(self._before_part), with_kwargs=True))
+        for module in self._outer:
+            self._handles.append(module.register_forward_pre_hook(_Hook(self._before_forward)))
+            self._handles.append(module.register_forward_hook(_Hook(self._after_forward)))
 
     def _look_away(self) -> None:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
 
-    def _forget(self) -> None:
-        """Begin to observe a step."""
-        self._round: Round | None = None
-        self._recomputed: set[int] = set()
-        self._kept: set[int] = set()
-        self._driven: set[int] = set()
-        self._forget_forward()
-        # The modules that are running now, outermost first, and whether gradients were on when they were called.
-        self._running: list[tuple[int, bool]] = []
-
-    def _forget_forward(self) -> None:
-        self._lit: set[int] = set()
-        self._dark: set[int] = set()
-        self._blind: set[int] = set()
-        self._flows = self._traced = False
-
-    def _refresh(self) -> bool:
-        """Note what the running round trains; False when there is nothing left to watch."""
+    def _before_forward(self, *_: object) -> None:
+        """Note what the running round trains, before layers run."""
+        if _in_backward():
+            return
         optimizer = self._optimizer()
         if optimizer is None or optimizer.is_released:
             self.close()
-            return False
-        if self._round is not optimizer.monitor.current:
-            self._round = optimizer.monitor.current
-            layers = ((number, layer()) for number, layer in self._layers.items())
-            self._trainable = {
-                number
-                for number, layer in layers
-                if layer is not None and any(param.requires_grad for param in layer.parameters())
-            }
-        return True
-
-    def _lowest(self) -> int:
-        """Return the number of the lowest layer that backward needs; 0 where it is unknown."""
-        assert self._round is not None
-        depth = self._round.backward_depth
-        return 0 if depth is None else len(self._names) - depth
-
-    # Hooks, in the order in which they run.
-
-    def _enter(self, number: int, *_: object) -> None:
-        if _in_backward():
             return
-        # An interrupt leaves entries that no hook removed.
-        self._cut(number)
-        if not self._running:
-            self._forget_forward()
-            if not self._refresh():
-                return
-        self._running.append((number, torch.is_grad_enabled()))
+        self._round = optimizer.monitor.current
+        self._trainable = {number for part, number in self._number.items() if _trains(part)}
+        # Backward need not go below this layer; into all of them where that of something active is unknown.
+        self._lowest = len(self._names) - (self._round.backward_depth or len(self._names))
+        self._with_gradients = torch.is_grad_enabled()
+        # Whether anything was given a tensor that requires a gradient yet.
+        self._flows = False
+        # What trains and ran without gradients before that, so that none will reach it.
+        self._blind: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
-    def _before_inner(self, number: int, *_: object) -> None:
+    def _before_part(self, part: nn.Module, args: Any, kwargs: Any) -> None:
+        """See what a layer, or what it calls, is given, and whether gradients are on."""
+        number = self._number.get(part)
+        # Replicas of a module share its hooks.
+        if self._round is None or number is None:
+            return
+        # In a layer that is compiled nothing is seen, and it would be compiled anew if its hooks came and went.
+        self._seen |= next(part.children(), None) is None
         if _in_backward():
             self._recomputed.add(number)
-        elif torch.is_grad_enabled():
-            self._lit.add(number)
-        else:
-            self._dark.add(number)
-
-    def _after_layer(self, number: int, layer: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        if _in_backward() or (self._round is None and not self._refresh()):
             return
-        source = _requiring_grad((args, kwargs))
-        # Re-entrant checkpointing calls what it is given without gradients, and connects its output afterwards.
-        connects = _requiring_grad(output) if torch.is_grad_enabled() else source
-        if connects is not None:
-            self._flows = True
-        if number in self._lit:
-            self._blind.discard(number)
-            if connects is not None:
-                self._kept.add(number)
-        elif connects is not None:
-            self._blind.discard(number)
-        elif (
-            not self._flows
-            and number in self._trainable
-            and number in self._dark
-            and self._running
-            and self._running[-1][1]
-        ):
-            self._blind.add(number)
-        if source is not None and not self._traced and number < self._lowest():
-            self._traced = True
-            if not _comes_from_parameter(source):
+        source: Any = _requiring_grad((args, kwargs))
+        if source is not None:
+            if not self._flows and number < self._lowest and not _comes_from_parameter(source):
                 driven = self._driven
-                cast(Any, source).register_hook(lambda grad: driven.add(number))
+                source.register_hook(lambda grad: driven.add(number))
+            self._flows = True
+        if torch.is_grad_enabled():
+            # What ran without gradients before was another pass.
+            self._blind.discard(part)
+            if self._flows:
+                self._kept.add(number)
+        elif self._with_gradients and not self._flows and part.training and _trains(part):
+            self._blind.add(part)
 
-    def _leave(self, number: int, *_: object) -> None:
-        if _in_backward():
-            return
-        self._cut(number)
-        if not self._running and self._blind and "reentrant" in self._unsaid:
-            layer = self._layers[min(self._blind)]()
-            if layer is not None and layer.training:
-                self._say("reentrant", self._reentrant(min(self._blind)))
+    def _after_forward(self, *_: object) -> None:
+        if self._round is not None and not _in_backward():
+            self._say("reentrant", {self._number[part] for part in self._blind})
 
-    def _cut(self, number: int) -> None:
-        """Take a module, and what it called, from those that are running."""
-        running = [outer for outer, _ in self._running]
-        if number in running:
-            del self._running[running.index(number) :]
-
-    def _judge(self, *_: object) -> None:
-        """After a step: say what was seen in it, and look again when the next round begins."""
-        optimizer = self._optimizer()
-        if optimizer is None:
-            return
-        if self._round is not None and (self._kept or self._recomputed):
-            if self._driven:
-                self._say("driven", self._driven_by(min(self._driven)))
-            if follows := self._follows_trainability():
-                self._say("selective", self._selective(follows))
+    def _after_step(self, optimizer: MISA, *_: object) -> None:
+        """Say what was seen in the step, and look again when the next round begins."""
+        if self._handles and self._seen:
+            self._say("driven", self._driven)
+            kept = self._kept - self._trainable
+            if not self._recomputed <= self._trainable:
+                # Checkpointing follows something else.
+                self._unsaid.discard("selective")
+            elif self._recomputed:
+                self._once_recomputed |= self._recomputed
+                self._once_kept |= kept
+                if self._once_recomputed & self._once_kept:
+                    self._say("selective", kept)
             self._look_away()
             self._judged = self._round
-            self._forget()
         if not self._unsaid:
             self.close()
         elif not self._handles and self._judged is not optimizer.monitor.current:
             self._look()
 
-    def _follows_trainability(self) -> set[int]:
-        """Return frozen layers that kept their activations, once layers were seen to be checkpointed by that."""
-        if not self._recomputed:
-            return set()
-        if not self._recomputed <= self._trainable:
-            self._once_recomputed.clear()
-            self._once_kept.clear()
-            return set()
-        kept = self._kept - self._trainable
-        seen_both_ways = (kept & self._once_recomputed) | (self._recomputed & self._once_kept)
-        self._once_recomputed |= self._recomputed
-        self._once_kept |= kept
-        return kept if seen_both_ways else set()
-
-    # What is said.
-
-    def _say(self, cause: str, sentence: str) -> None:
-        if cause in self._unsaid:
+    def _say(self, cause: str, layers: set[int]) -> None:
+        if layers and cause in self._unsaid:
+            assert self._round is not None
             self._unsaid.remove(cause)
-            warnings.warn(sentence, stacklevel=2)
-
-    def _reentrant(self, number: int) -> str:
-        assert self._round is not None
-        return (
-            f"{self._names[number]} trains in round {self._round.round} but ran with gradients off and an input that "
-            "requires none, as re-entrant checkpointing does, so its active parameters get no gradient: checkpoint "
-            "with use_reentrant=False (Transformers: gradient_checkpointing_kwargs={'use_reentrant': False})"
-        )
-
-    def _driven_by(self, number: int) -> str:
-        assert self._round is not None
-        depth, total = self._round.backward_depth, len(self._names)
-        return (
-            f"backward ran down to the input of {self._names[number]}, through {total - number} layers, and must stop "
-            f"after {depth}, at {self._names[self._lowest()]}, in round {self._round.round}: something makes an input "
-            "require a gradient, mostly Transformers' model.enable_input_require_grads(), which since version 5 "
-            "gradient_checkpointing_enable() calls, too; call model.disable_input_require_grads() after them, and "
-            "checkpoint with use_reentrant=False, which needs no such input"
-        )
-
-    def _selective(self, kept: set[int]) -> str:
-        assert self._round is not None
-        return (
-            f"{self._names[min(kept)]} is frozen in round {self._round.round} and keeps its activations, one of "
-            f"{len(kept)} such layers, since only layers with trainable parameters are checkpointed and all that "
-            "backward runs through should be: set checkpointing anew without that wrapper (LLaMA-Factory: "
-            "disable_gradient_checkpointing: true and gradient_checkpointing: true)"
-        )
+            sentence = SENTENCES[cause].format(
+                layer=self._names[min(layers)],
+                lowest=self._names[self._lowest],
+                round=self._round.round,
+                count=len(layers),
+                through=len(self._names) - min(layers),
+                depth=self._round.backward_depth,
+            )
+            warn(sentence)
 
 
 class _Hook:
-    """A hook that dynamo passes over, and that a copy of the model, or a pickle, does not hold.
+    """Calls a method; dynamo passes over it, and a copy of the model, or a pickle, does not hold it."""
 
-    Args:
-        method: What to call, with `arguments` before those of the hook.
-        *arguments: See there.
-    """
-
-    def __init__(self, method: Callable[..., None], *arguments: int) -> None:
-        self._method, self._arguments = method, arguments
+    def __init__(self, method: Callable[..., None]) -> None:
+        self._method = method
 
     def __call__(self, *args: Any) -> None:
         if not torch.compiler.is_compiling():
-            self._method(*self._arguments, *args)
+            self._method(*args)
 
     def __reduce__(self) -> tuple[Any, ...]:
         # A function of the standard library that takes anything and returns None.
         return getattr, (contextlib.nullcontext(), "__exit__")
-
-
-def _in_backward() -> bool:
-    # What torch's own checkpointing asks; torch has no public name for it.
-    return bool(torch._C._current_graph_task_id() != -1)
 
 
 def _find(model: nn.Module, names: list[str]) -> dict[int, nn.Module]:
@@ -316,13 +233,11 @@ def _find(model: nn.Module, names: list[str]) -> dict[int, nn.Module]:
             "param_groups(model)"
         )
     best: dict[int, nn.Module] = {}
-    for cut, prefix in _renamings(model, names):
-        found: dict[int, nn.Module] = {}
-        for number, name in enumerate(names):
-            # A tensor behind the last layer may be a layer by its own name, without a module.
-            with contextlib.suppress(AttributeError):
-                found[number] = model.get_submodule(prefix + name[cut:])
-        best = max(best, found, key=len)
+    for outer in range(names[0].count(".") + 1):
+        own = [name.split(".", outer)[-1] for name in names]
+        for module in model.modules():
+            parts = dict(module.named_modules(remove_duplicate=False))
+            best = max(best, {number: parts[name] for number, name in enumerate(own) if name in parts}, key=len)
     if not best:
         raise ValueError(
             f"layer {names[0]} of the optimizer must be in the model, and {type(model).__name__} has no such module: "
@@ -331,48 +246,24 @@ def _find(model: nn.Module, names: list[str]) -> dict[int, nn.Module]:
     return best
 
 
-def _renamings(model: nn.Module, names: list[str]) -> Iterator[tuple[int, str]]:
-    """Yield how names may have to change: the characters to drop in front, and those to put there."""
-    yield 0, ""
-    for path, _ in model.named_modules():
-        if path.endswith("." + names[0]):
-            yield 0, path[: -len(names[0])]
-        elif path and names[0].endswith("." + path):
-            yield len(names[0]) - len(path), ""
+def _in_backward() -> bool:
+    # What torch's own checkpointing asks; torch has no public name for it.
+    return bool(torch._C._current_graph_task_id() != -1)
 
 
-def _inner_parts(layers: dict[int, nn.Module]) -> dict[int, nn.Module]:
-    """Return the largest module that each layer calls: what is checkpointed may be the layer or lie inside of it."""
-    parts = {number: _called(layer) for number, layer in layers.items()}
-    owners = Counter(id(part) for found in parts.values() for part in found)
-    own = {number: [part for part in found if owners[id(part)] == 1] for number, found in parts.items()}
-    return {number: max(found, key=_numel) for number, found in own.items() if found}
-
-
-def _numel(module: nn.Module) -> int:
-    return sum(param.numel() for param in module.parameters())
-
-
-def _called(module: nn.Module) -> list[nn.Module]:
-    """Return the children, those of containers that are never called in their place; a leaf itself."""
-    found: list[nn.Module] = []
-    for child in module.children():
-        found.extend([child] if type(child).forward is not nn.Module.forward else _called(child))
-    return found or [module]
+def _trains(module: nn.Module) -> bool:
+    return any(param.requires_grad for param in module.parameters())
 
 
 def _requiring_grad(value: Any) -> Tensor | None:
-    """Return the first tensor that requires a gradient in nested arguments or outputs."""
+    """Return the first tensor that requires a gradient in nested arguments."""
     if isinstance(value, Tensor):
         return value if value.requires_grad else None
     if isinstance(value, dict):
         value = value.values()
     elif not isinstance(value, (tuple, list)):
         return None
-    for part in value:
-        if (found := _requiring_grad(part)) is not None:
-            return found
-    return None
+    return next((found for part in value if (found := _requiring_grad(part)) is not None), None)
 
 
 def _comes_from_parameter(tensor: Tensor) -> bool:
@@ -381,10 +272,10 @@ def _comes_from_parameter(tensor: Tensor) -> bool:
         return isinstance(tensor, nn.Parameter)
     stack, seen = [tensor.grad_fn], {tensor.grad_fn}
     while stack:
-        for node, _ in stack.pop().next_functions:
-            if node is not None and node not in seen:
-                if isinstance(getattr(node, "variable", None), nn.Parameter):
-                    return True
-                seen.add(node)
-                stack.append(node)
+        node = stack.pop()
+        if isinstance(getattr(node, "variable", None), nn.Parameter):
+            return True
+        below = {one for one, _ in node.next_functions if one is not None} - seen
+        seen |= below
+        stack += below
     return False
