@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import multiprocessing
 import os
 import random
 import signal
@@ -14,13 +13,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from forks import CONTEXT
 
 from examples import resumable
-
-# Importing torch, and the part of it that the first optimizer imports, takes five seconds of computing: one process
-# does it, and its forks are killed.
-CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["torch._dynamo", "examples.resumable"])
 
 
 class Life(NamedTuple):

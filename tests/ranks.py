@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import traceback
 from collections.abc import Callable
@@ -12,6 +11,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from forks import CONTEXT
 
 TIMEOUT = timedelta(seconds=60)
 
@@ -25,10 +25,7 @@ def run(size: int, folder: Path, work: Callable[..., Any], *arguments: Any) -> l
         work: A function of a module, run in all of them.
         arguments: Further arguments, to be pickled.
     """
-    context = multiprocessing.get_context("forkserver")
-    # Imported once, not in every process.
-    context.set_forkserver_preload(["torch", "misa_kernels", "tiny"])
-    processes = [context.Process(target=_begin, args=(rank, size, folder, work, arguments)) for rank in range(size)]
+    processes = [CONTEXT.Process(target=_begin, args=(rank, size, folder, work, arguments)) for rank in range(size)]
     for process in processes:
         process.start()
     for process in processes:
