@@ -6,6 +6,7 @@ import io
 import pytest
 import tiny
 import torch
+from pairs import pairwise
 from torch import nn
 
 from misa_kernels import MISA, CyclicSampler, ImportanceSampler, UniformSampler, authors, paper, param_groups
@@ -50,16 +51,14 @@ def same(a, b):
     return a == b
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("steps", [0, 1, 6, 8])
+@pytest.mark.parametrize(
+    ("variant", "dtype", "steps"), pairwise(VARIANTS, [torch.float32, torch.bfloat16], [0, 1, 6, 8])
+)
 def test_resume_is_bitwise_no_interruption(variant, dtype, steps):
     check_resume(dtype, steps, **VARIANTS[variant])
 
 
-@pytest.mark.parametrize("state_dtype", FORMATS)
-@pytest.mark.parametrize("precision", PRECISIONS)
-@pytest.mark.parametrize("steps", [3, 6])
+@pytest.mark.parametrize(("state_dtype", "precision", "steps"), pairwise(FORMATS, PRECISIONS, [3, 6]))
 def test_every_storage_resumes_bitwise(state_dtype, precision, steps):
     check_resume(
         torch.bfloat16, steps, state_dtype=state_dtype, param_precision=precision, backend="reference", layers=2
