@@ -16,6 +16,7 @@ from unittest.mock import patch
 import numpy as np
 import pytest
 import torch
+from interpreter import quicken
 
 from misa_kernels import kernels
 from misa_kernels.kernels import native
@@ -64,6 +65,7 @@ def triton_kernel(device: str, monkeypatch: pytest.MonkeyPatch) -> Kernel:
     if device == "cuda":
         launch = importlib.import_module("misa_kernels.kernels.launch")
         return Kernel(launch.Launch, torch.device("cuda", 0))
+    quicken()
     # The interpreter puts its own into these, and leaves them there: what is compiled after it would break.
     language = triton.language
     for owner in (language, language.core, language.math, language.tensor, language.core.tensor_descriptor_base):

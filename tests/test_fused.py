@@ -5,6 +5,7 @@ import os
 import numpy as np
 import pytest
 import torch
+from interpreter import quicken
 from torch import nn
 
 from misa_kernels import MISA, UniformSampler, authors, kernels, paper
@@ -12,6 +13,8 @@ from misa_kernels.kernels import native
 from misa_kernels.memory.storage import KEYS, Storage
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+if INTERPRETED:
+    quicken()
 
 
 def built(name):
