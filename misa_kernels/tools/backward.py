@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from misa_kernels.monitor import Round
-from misa_kernels.notices import warn
 from misa_kernels.optimizer import MISA
+from misa_kernels.outside.notices import warn
 
 SENTENCES = {
     "reentrant": (
