@@ -70,11 +70,32 @@ def assert_frequencies(counts, probabilities) -> None:
 # The weighted draw
 
 
+def in_order(weight, number: int, seed: int) -> list[int]:
+    """Draw all, one by one, each with its share of the weight that is left, by the round's own random numbers.
+
+    Descending weights times exponentials of Gumbel's are such draws (Yellott 1977). A sampler that takes other ones in
+    one round of many is found at once, where frequencies find it in many rounds.
+    """
+    rng = np.random.Generator(np.random.Philox(key=np.array([seed, number], dtype=np.uint64)))
+    return np.argsort(-(np.log(weight) + rng.gumbel(size=len(weight)))).tolist()
+
+
+def what_fits(order: list[int], numel: list[int], budget: int, layer=None, quota=None) -> tuple[int, ...]:
+    """Take in this order what leaves the budget, and the quota of its layer, unbroken."""
+    taken: list[int] = []
+    for b in order:
+        full = quota is not None and [layer[j] for j in taken].count(layer[b]) == quota
+        if sum(numel[j] for j in taken) + numel[b] <= budget and not full:
+            taken.append(b)
+    return tuple(sorted(taken))
+
+
 def test_first_candidate_taken_follows_p():
     p = np.array([0.4, 0.25, 0.17, 0.1, 0.05, 0.03])
     candidates = make([7] * 6, score=np.log(p / p.min()))
     sampler = ImportanceSampler(eta=1.0, least_recent=0)
-    first = [sampler.draw(candidates, 7, number, seed=1).active.item() for number in range(100_000)]
+    first = [sampler.draw(candidates, 7, number, seed=1).active.item() for number in range(10_000)]
+    assert first == [in_order(p, number, seed=1)[0] for number in range(10_000)]
     assert_frequencies(np.bincount(first, minlength=6), p)
 
 
@@ -105,7 +126,9 @@ def set_probabilities(numel: list[int], weight: list[float], room: int) -> dict[
 def test_sets_follow_sequential_draws_that_skip_what_does_not_fit(sampler, numel, weight, budget):
     candidates = make(numel, score=np.log(weight) / 2)
     expected = set_probabilities(numel, weight, budget)
-    draws = Counter(tuple(sampler.draw(candidates, budget, number, seed=2).active.tolist()) for number in range(20_000))
+    sets = [tuple(sampler.draw(candidates, budget, number, seed=2).active.tolist()) for number in range(4000)]
+    assert sets == [what_fits(in_order(weight, number, seed=2), numel, budget) for number in range(4000)]
+    draws = Counter(sets)
     assert draws.keys() <= expected.keys()
     assert_frequencies([draws[active] for active in expected], list(expected.values()))
 
@@ -463,18 +486,15 @@ def test_sets_follow_sequential_draws_that_skip_full_layers(weight, quota):
     # In any order of the candidates, drawn without replacement: what does not fit then is passed over for good.
     for order in itertools.permutations(range(6)):
         probability = math.prod(weight[b] / sum(weight[j] for j in order[i:]) for i, b in enumerate(order))
-        taken: list[int] = []
-        for b in order:
-            fits = sum(numel[j] for j in taken) + numel[b] <= budget
-            if fits and [layer[j] for j in taken].count(layer[b]) < quota:
-                taken.append(b)
-        expected[tuple(sorted(taken))] += probability
+        expected[what_fits(order, numel, budget, layer, quota)] += probability
     candidates = make(numel, score=np.log(weight), layer=layer)
     if len(set(weight)) == 1:
         sampler = UniformSampler(max_per_layer=quota)
     else:
         sampler = ImportanceSampler(eta=1.0, least_recent=0, max_per_layer=quota)
-    draws = Counter(tuple(sampler.draw(candidates, budget, number, seed=2).active.tolist()) for number in range(10_000))
+    sets = [tuple(sampler.draw(candidates, budget, number, seed=2).active.tolist()) for number in range(4000)]
+    assert sets == [what_fits(in_order(weight, number, seed=2), numel, budget, layer, quota) for number in range(4000)]
+    draws = Counter(sets)
     assert draws.keys() <= expected.keys()
     assert_frequencies([draws[active] for active in expected], list(expected.values()))
 
