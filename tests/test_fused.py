@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from interpreter import quicken
+from pairs import pairwise
 from torch import nn
 
 from misa_kernels import MISA, UniformSampler, authors, kernels, paper
@@ -128,10 +129,11 @@ def test_rounds_equal_those_of_the_reference(backend, device, variant, dtype):
                 torch.testing.assert_close(b[i][name], value, rtol=2e-6, atol=atol)
 
 
+RESUMED = ["default", "stochastic", "norms", "clip and skip", "split", "bf16", "split int8"]
+
+
 @on_each_backend
-@pytest.mark.parametrize("variant", ["default", "stochastic", "norms", "clip and skip", "split", "bf16", "split int8"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("steps", [0, 4, 6])
+@pytest.mark.parametrize(("variant", "dtype", "steps"), pairwise(RESUMED, [torch.float32, torch.bfloat16], [0, 4, 6]))
 def test_resume_is_bitwise_no_interruption(backend, device, variant, dtype, steps):
     given = gradients(10, dtype, device)
     model, optimizer = build(backend, device, dtype, **VARIANTS[variant])
