@@ -5,7 +5,8 @@
 
 from misa_kernels import moved as _moved  # noqa: F401
 from misa_kernels.draw.groups import param_groups
-from misa_kernels.draw.sampler import Candidates, CyclicSampler, Draw, ImportanceSampler, Sampler, UniformSampler
+from misa_kernels.draw.sampler import CyclicSampler, Draw, ImportanceSampler, Sampler, UniformSampler
+from misa_kernels.draw.scores import Candidates
 from misa_kernels.optimizer import MISA
 from misa_kernels.presets import authors, badam, lisa, paper
 from misa_kernels.tools.backward import watch_backward

@@ -6,7 +6,8 @@ from torch.distributed import ProcessGroup
 
 from misa_kernels.clock import Clock
 from misa_kernels.draw.partition import Partition
-from misa_kernels.draw.sampler import Ints, Sampler, described
+from misa_kernels.draw.sampler import Sampler, described
+from misa_kernels.draw.scores import Ints
 from misa_kernels.layout import Layout
 from misa_kernels.ranks.agreement import Agreement
 from misa_kernels.ranks.shards import is_sharded

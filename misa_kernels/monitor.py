@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from misa_kernels.clock import Clock
 from misa_kernels.draw.partition import Partition
-from misa_kernels.draw.sampler import Candidates
+from misa_kernels.draw.scores import Candidates
 
 Table = dict[str, npt.NDArray[Any]]
 

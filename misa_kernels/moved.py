@@ -32,6 +32,8 @@ MOVED = {
     "slots": "layout",
     "storage": "memory.storage",
 }
+# Where else to look for what an old module held.
+APART = {"sampler": ("draw.scores", "draw.rehearsal", "draw.rules")}
 
 
 class Moved(MetaPathFinder, Loader):
@@ -52,8 +54,10 @@ class Moved(MetaPathFinder, Loader):
         spec = module.__spec__
         assert spec is not None
         new = importlib.import_module(spec.loader_state)
+        apart = APART.get(spec.name.partition(".")[2], ())
+        held = [new, *(importlib.import_module(f"misa_kernels.{other}") for other in apart)]
         module.__doc__ = new.__doc__
-        module.__dict__["__getattr__"] = lambda name: getattr(new, name)
+        module.__dict__["__getattr__"] = lambda name: getattr(next((m for m in held if hasattr(m, name)), new), name)
 
 
 sys.meta_path.append(Moved())

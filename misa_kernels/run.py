@@ -20,7 +20,9 @@ from torch import Tensor
 from misa_kernels import checkpoint, kernels, options
 from misa_kernels.clock import Clock
 from misa_kernels.draw.coverage import LONGEST_ROUND, Coverage, modules_a_round, most_modules_a_round, round_length
-from misa_kernels.draw.sampler import Draw, ImportanceSampler, Ints, Sampler, checked, costliest, described
+from misa_kernels.draw.rehearsal import costliest
+from misa_kernels.draw.sampler import Draw, ImportanceSampler, Sampler, checked, described
+from misa_kernels.draw.scores import Ints
 from misa_kernels.layout import SCORES, Layout, form_of
 from misa_kernels.meeting import Meeting
 from misa_kernels.memory.storage import Storage

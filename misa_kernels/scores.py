@@ -10,7 +10,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from misa_kernels.draw.sampler import Candidates, Floats, Ints, Sampler, fold, scores
+from misa_kernels.draw.sampler import Sampler
+from misa_kernels.draw.scores import Candidates, Floats, Ints, fold, scores
 from misa_kernels.layout import SCORES, Layout
 from misa_kernels.outside.state import State
 

@@ -104,6 +104,15 @@ def test_old_names_lead_to_the_new_ones():
         ), old
 
 
+def test_what_the_sampler_held_is_found_where_it_was():
+    with pytest.warns(DeprecationWarning):
+        sys.modules.pop("misa_kernels.sampler", None)
+        held = importlib.import_module("misa_kernels.sampler")
+    names = "Candidates Draw Sampler ImportanceSampler UniformSampler CyclicSampler TIE RULES Bools Ints Floats"
+    functions = "described checked scores admissible fold costliest check_sampler"
+    assert all(hasattr(held, name) for name in f"{names} {functions}".split()) and not hasattr(held, "nothing")
+
+
 def test_an_old_name_warns_where_it_is_imported(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(

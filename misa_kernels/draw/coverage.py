@@ -5,9 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-import numpy as np
-
-from misa_kernels.draw.sampler import Candidates, Sampler, admissible
+from misa_kernels.draw.sampler import Sampler, admissible, windows
+from misa_kernels.draw.scores import Candidates
 
 # Measured in the specification's runs: what matters is that modules are visited; below three visits most of a model
 # has hardly been trained.
@@ -88,6 +87,5 @@ def modules_a_round(candidates: Candidates, budget: int, sampler: Sampler) -> fl
 
 def most_modules_a_round(candidates: Candidates, sampler: Sampler) -> float:
     """Return how many modules a round could train on average, however large the budget."""
-    window = sampler.depth_window
-    windows = 1 if window is None else math.ceil(len(np.unique(candidates.layer)) / window)
-    return admissible(candidates.layer, sampler.max_per_layer) / windows
+    layer = candidates.layer
+    return admissible(layer, sampler.max_per_layer) / len(windows(layer, sampler.depth_window))

@@ -1,53 +1,23 @@
-"""Which candidates train in the next round: from importance to probabilities to a set within the budget.
+"""Which candidates train in the next round? From importance to probabilities to a set within the budget.
 
-Numbers only. A candidate is whatever is drawn as one: a module, or all modules of a layer. A draw is a pure
-function of (candidates, budget, round, seed): no generator state to save, and the same set on every rank.
-Formulas are the paper's (arXiv 2511.00056), in its letters: B candidates b, importance G with decay beta,
-probability p, concentration eta.
+Numbers only. A draw is a pure function of (candidates, budget, round, seed): no generator state to save, and the same
+set on every rank. Letters are the paper's, as in `scores`: probability p, concentration eta.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, fields, is_dataclass
-from numbers import Integral, Real
+from inspect import get_annotations
 from typing import Any, Literal, Protocol
 
 import numpy as np
-from numpy.typing import NDArray
 
-Bools = NDArray[np.bool_]
-Ints = NDArray[np.int64]
-Floats = NDArray[np.float64]
+from misa_kernels.draw import rules
+from misa_kernels.draw.scores import Candidates, Floats, Ints, scores
 
 # Scores this near to the largest, relatively, tie with it: rounding in G and its correction ranks nothing.
 TIE = 1e-12
-
-
-@dataclass(eq=False)
-class Candidates:
-    """What a draw knows of the B candidates, one array entry each.
-
-    Args:
-        numel: int64[B], parameters of the candidate, at least 1.
-        layer: int64[B], the layer it lies in: 0 is nearest the input, -1 unknown.
-        importance: float64[B], the running mean G as stored, not corrected; 0 at the start.
-        count: int64[B], number of rounds folded into G.
-        last_round: int64[B], the last round in which it was active; -1 if never.
-    """
-
-    numel: Ints
-    layer: Ints
-    importance: Floats
-    count: Ints
-    last_round: Ints
-
-    @classmethod
-    def fresh(cls, numel: Ints, layer: Ints) -> Candidates:
-        """Return candidates of which nothing is known yet."""
-        size = numel.size
-        return cls(numel, layer, np.zeros(size), np.zeros(size, dtype=np.int64), np.full(size, -1))
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,13 +43,9 @@ class Sampler(Protocol):
     One object may serve several optimizers, and a draw must be the same on every rank and after a resume: let it depend
     on its arguments only, all randomness on `round` and `seed`.
 
-    Attributes:
-        importance_beta: Decay of the candidates' `importance`, which is measured whatever the draw makes of it.
-        importance_norm: What is measured, see `ImportanceSampler`.
-        depth_window: As `ImportanceSampler`'s where the draw keeps to windows, for `rehearse()` and `coverage()`.
-        max_per_layer: As `ImportanceSampler`'s where the draw keeps to a quota.
-        granularity: What a candidate is, "module" or "layer".
-        oversized: What becomes of a module above the budget, "error" or "split" into row blocks.
+    The optimizer reads these options of any sampler; they mean what they do in `ImportanceSampler`. Importance is
+    measured whatever the draw makes of it. `depth_window` and `max_per_layer` say what the draw keeps to, for
+    `rehearse()` and `coverage()`.
 
     Example, the candidates with the largest importance, after those without one::
 
@@ -120,7 +86,7 @@ class ImportanceSampler(Sampler):
 
     This p maximises sum_b p_b s_b - KL(p || uniform) / eta, s being the `scores`. Some candidates may come
     first whatever their score (`least_recent`); the weighted draw fills what they leave of
-    the budget. Holds options only: one sampler may serve several optimizers.
+    the budget.
 
     Args:
         eta: concentration of p on large scores, 0 being uniform. "auto" solves for it at each draw, such that
@@ -157,7 +123,7 @@ class ImportanceSampler(Sampler):
     oversized: Literal["error", "split"] = "error"
 
     def __post_init__(self) -> None:
-        _check_options(self)
+        _check_own(self)
         if self.eta == "auto" and self.exponent_clip is not None:
             raise ValueError(
                 f"exponent_clip={self.exponent_clip!r} must be None with eta='auto', which bounds p by "
@@ -165,18 +131,12 @@ class ImportanceSampler(Sampler):
             )
 
     def draw(self, candidates: Candidates, budget: int, round: int, seed: int) -> Draw:
-        """Draw the active set of a round; `candidates` is not changed.
-
-        Args:
-            candidates: All candidates, none larger than the budget.
-            budget: Upper bound on the parameters of the active set.
-            round: Number of the round, from 0.
-            seed: In [0, 2**64); the same seed and round give the same random numbers.
+        """Draw the active set of a round; arguments as for `Sampler.draw`.
 
         Raises:
             ValueError: `depth_window` or `max_per_layer` is set and a candidate has no layer.
         """
-        _check_layers(candidates.layer, "max_per_layer", self.max_per_layer)
+        check_layers(candidates.layer, self.depth_window, self.max_per_layer)
         rng = _rng(seed, round)
         # Always both, and for all B: no option shifts the random numbers.
         gumbel, ties = rng.gumbel(size=candidates.numel.size), rng.random(candidates.numel.size)
@@ -185,7 +145,7 @@ class ImportanceSampler(Sampler):
         first = self._first(candidates, eligible, budget, ties)
         # In descending order of keys: draws from p, one by one, each restricted to what is left and fits.
         order = eligible[np.argsort(-(log_p + gumbel[eligible]), kind="stable")]
-        active = np.sort(_pack(np.append(first, order), candidates, budget, self.max_per_layer))
+        active = np.sort(pack(np.append(first, order), candidates, budget, self.max_per_layer))
         probability = np.zeros(candidates.numel.size)
         probability[eligible] = np.exp(log_p)
         return Draw(active, probability, _perplexity(log_p), eta)
@@ -208,7 +168,7 @@ class ImportanceSampler(Sampler):
         numel, last_round = candidates.numel, candidates.last_round
         waiting = eligible[np.lexsort((-ties[eligible], last_round[eligible]))][: self.least_recent]
         share = max(math.floor(self.least_recent_share * budget), int(numel[waiting[:1]].sum()))
-        return _pack(waiting, candidates, share, self.max_per_layer)
+        return pack(waiting, candidates, share, self.max_per_layer)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -221,7 +181,7 @@ class UniformSampler(Sampler):
     oversized: Literal["error", "split"] = "error"
 
     def __post_init__(self) -> None:
-        _check_options(self)
+        _check_own(self)
 
     def draw(self, candidates: Candidates, budget: int, round: int, seed: int) -> Draw:
         """Draw the active set of a round; arguments and errors as for `ImportanceSampler.draw`."""
@@ -239,7 +199,7 @@ class CyclicSampler(Sampler):
     oversized: Literal["error", "split"] = "error"
 
     def __post_init__(self) -> None:
-        _check_options(self)
+        _check_own(self)
 
     def draw(self, candidates: Candidates, budget: int, round: int, seed: int) -> Draw:
         """Go on where the last round ended, up to the first candidate that does not fit; the last is followed by 0.
@@ -257,6 +217,33 @@ class CyclicSampler(Sampler):
 def described(sampler: Sampler) -> str:
     """Return what tells one sampler from another, the same in every process."""
     return repr(sampler) if is_dataclass(sampler) else type(sampler).__qualname__
+
+
+def check_sampler(sampler: Any) -> None:
+    """Refuse what does not draw, or lacks an option.
+
+    Raises:
+        TypeError: For an object that is no sampler.
+        ValueError: For an option out of range.
+    """
+    options = get_annotations(Sampler)
+    missing = [name for name in (*options, "draw") if not hasattr(sampler, name)]
+    if missing or isinstance(sampler, type):
+        lacks = f"has no {missing[0]!r}" if missing else "is a class"
+        raise TypeError(
+            f"sampler={sampler!r} {lacks} and must be None or a sampler object: ImportanceSampler(), or one of a "
+            "subclass of misa_kernels.Sampler"
+        )
+    rules.check(sampler, options)
+
+
+def _check_own(sampler: ImportanceSampler | UniformSampler | CyclicSampler) -> None:
+    rules.check(sampler, [field.name for field in fields(sampler)])
+    if sampler.max_per_layer is not None and sampler.granularity == "layer":
+        raise ValueError(
+            f"max_per_layer={sampler.max_per_layer!r} must be None with granularity='layer', whose candidates are "
+            "whole layers: leave it out, or draw modules with granularity='module'"
+        )
 
 
 def checked(draw: Draw, candidates: Candidates, budget: int, sampler: Sampler) -> Draw:
@@ -279,13 +266,6 @@ def checked(draw: Draw, candidates: Candidates, budget: int, sampler: Sampler) -
     return draw
 
 
-def scores(candidates: Candidates, beta: float, norm: str) -> Floats:
-    """Return s, float64[B]: G / (1 - beta^count), its square if `norm` is "norm"; nan where count is 0."""
-    s = np.full(candidates.numel.size, np.nan)
-    np.divide(candidates.importance, 1 - beta**candidates.count, out=s, where=candidates.count > 0)
-    return s * s if norm == "norm" else s
-
-
 def admissible(layer: Ints, max_per_layer: int | None) -> int:
     """Return how many of the candidates in these layers, int64[E], the quota lets in at a time."""
     if max_per_layer is None:
@@ -293,124 +273,50 @@ def admissible(layer: Ints, max_per_layer: int | None) -> int:
     return int(np.minimum(np.unique(layer, return_counts=True)[1], max_per_layer).sum())
 
 
-def fold(candidates: Candidates, which: Ints, mean_score: Floats, applied: Bools, beta: float) -> int:
-    """Fold the scores of a round into G, in place: G <- beta G + (1 - beta) score, count <- count + 1.
+def windows(layer: Ints, depth_window: int | None) -> list[Ints]:
+    """Cut the L layers that hold candidates into ceil(L / W) runs, as equal as can be, from the input up."""
+    layers = np.unique(layer)
+    return np.array_split(layers, math.ceil(layers.size / (depth_window or layers.size)))
 
-    Args:
-        candidates: `importance` and `count` are updated.
-        which: int64[k], the candidates that were active, without repetition.
-        mean_score: float64[k], mean over the round's updates of what `importance_norm` says.
-        applied: bool[k], whether there was any update; a candidate without one keeps G and count.
-        beta: `importance_beta` of the sampler.
 
-    Returns:
-        How many scores were left out because they are not finite.
+def check_layers(layer: Ints, depth_window: int | None, max_per_layer: int | None) -> None:
+    """Refuse options that are about layers where a candidate has none."""
+    unknown = int(np.count_nonzero(layer < 0))
+    for option, value in (("max_per_layer", max_per_layer), ("depth_window", depth_window)):
+        if unknown and value is not None:
+            raise ValueError(
+                f"{option}={value!r} must be None where layers are unknown, here for {unknown} of {layer.size} "
+                "candidates: make the groups with param_groups(model), which names the layers"
+            )
+
+
+def pack(order: Ints, candidates: Candidates, room: int, max_per_layer: int | None) -> Ints:
+    """Go through `order`, take what still fits into `room` parameters and its layer's quota, and skip the others.
+
+    A candidate that occurs again is passed over.
     """
-    finite = np.isfinite(mean_score)
-    folded = applied & finite
-    b = which[folded]
-    candidates.importance[b] = beta * candidates.importance[b] + (1 - beta) * mean_score[folded]
-    candidates.count[b] += 1
-    return int(np.count_nonzero(applied & ~finite))
-
-
-def costliest(
-    candidates: Candidates, width: Ints, budget: int, depth_window: int | None, max_per_layer: int | None = None
-) -> Ints:
-    """Return the admissible set that should need the most memory, to rehearse the peak.
-
-    The model, in order of weight. Everything above the lowest active layer keeps its activations: a smallest
-    candidate of the lowest layer comes first (with a depth window, all come from the window that holds this
-    layer). An active candidate keeps its input, `width` numbers a token, and candidates of one layer with one
-    width mostly share it (q, k, v): then one candidate per input, by width per parameter. Gradients and states go
-    by size: the largest fill the rest, among equals the last registered, whose input is the likeliest to be
-    one of its own (the output projection of attention). Being greedy, the kept widths fall short of the best
-    set's, by less than twice the largest width. Where `max_per_layer` leaves budget over, that goes into wider or
-    larger candidates in the place of others in their layers.
-
-    Args:
-        candidates: All candidates; importance and last_round have no effect.
-        width: int64[B], input features of the candidate.
-        budget: Upper bound on the parameters of the set.
-        depth_window: The sampler's.
-        max_per_layer: The sampler's.
-
-    Returns:
-        int64[k], candidate numbers, ascending.
-
-    Raises:
-        ValueError: `depth_window` or `max_per_layer` is set and a candidate has no layer.
-    """
-    numel, layer = candidates.numel, candidates.layer
-    _check_layers(layer, "max_per_layer", max_per_layer)
-    eligible = np.arange(numel.size)
-    if depth_window is not None:
-        eligible = np.flatnonzero(np.isin(layer, _windows(layer, depth_window)[0]))
-    largest = eligible[np.lexsort((-eligible, -numel[eligible]))]
-    # Among equals the widest first, or narrow inputs would run out and leave room for shared ones only.
-    densest = eligible[np.lexsort((-width[eligible], -width[eligible] / numel[eligible]))]
-    inputs: dict[tuple[int, int], int] = {}
-    for b in densest.tolist():
-        # Nothing is known to be shared in an unknown layer: there each candidate is a layer of its own.
-        inputs.setdefault((int(layer[b]) if layer[b] >= 0 else -1 - b, int(width[b])), b)
-    lowest = densest[layer[densest] == layer[layer >= 0].min(initial=layer.max())]
-    reach = lowest[np.argsort(numel[lowest], kind="stable")][:1]
-    order = np.concatenate([reach, [*inputs.values()], largest])
-    active = _pack(order, candidates, budget, max_per_layer)
-    if max_per_layer is not None:
-        active = _widen(active, eligible, candidates, width, budget)
-    return np.sort(active)
-
-
-def _widen(active: Ints, eligible: Ints, candidates: Candidates, width: Ints, budget: int) -> Ints:
-    """Exchange active candidates for others of their layers that keep more, or are larger, while the budget lasts."""
-    numel, layer = candidates.numel, candidates.layer
-    left = budget - int(numel[active].sum())
-    members: dict[int, list[int]] = {}
-    for b in active.tolist():
-        members.setdefault(int(layer[b]), []).append(b)
-    for b in eligible[np.lexsort((-numel[eligible], -width[eligible]))].tolist():
-        own = members.get(int(layer[b]), [])
-        if b in own:
-            continue
-        # The one with the same input gives way, or else the one that keeps the least.
-        rivals = [a for a in own if width[a] == width[b]] or own
-        a = min(rivals, key=lambda a: (width[a], numel[a]), default=b)
-        if (width[a], numel[a]) < (width[b], numel[b]) and numel[b] - numel[a] <= left:
-            own[own.index(a)] = b
-            left -= int(numel[b] - numel[a])
-    return np.array([b for own in members.values() for b in own], dtype=np.int64)
+    quota = math.inf if max_per_layer is None else max_per_layer
+    taken: dict[int, None] = {}
+    of_layer: dict[int, int] = {}
+    sizes, layers = candidates.numel[order].tolist(), candidates.layer[order].tolist()
+    for b, size, layer in zip(order.tolist(), sizes, layers, strict=True):
+        if size <= room and b not in taken and of_layer.get(layer, 0) < quota:
+            taken[b] = None
+            of_layer[layer] = of_layer.get(layer, 0) + 1
+            room -= size
+    return np.array(list(taken), dtype=np.int64)
 
 
 def _rng(seed: int, stream: int) -> np.random.Generator:
     return np.random.Generator(np.random.Philox(key=np.array([seed, stream], dtype=np.uint64)))
 
 
-def _check_layers(layer: Ints, option: str, value: int | None) -> None:
-    """Refuse an option that is about layers where a candidate has none."""
-    unknown = 0 if value is None else int(np.count_nonzero(layer < 0))
-    if unknown:
-        raise ValueError(
-            f"{option}={value!r} must be None where layers are unknown, here for {unknown} of {layer.size} candidates: "
-            "make the groups with param_groups(model), which names the layers"
-        )
-
-
-def _windows(layer: Ints, depth_window: int) -> list[Ints]:
-    """Cut the L layers that hold candidates into ceil(L / W) runs, as equal as can be, from the input up."""
-    _check_layers(layer, "depth_window", depth_window)
-    layers = np.unique(layer)
-    return np.array_split(layers, math.ceil(layers.size / depth_window))
-
-
 def _eligible(layer: Ints, depth_window: int | None, round: int, seed: int) -> Ints:
     """Return the candidates in the round's window; each cycle visits the windows in a new random order."""
-    if depth_window is None:
-        return np.arange(layer.size)
-    windows = _windows(layer, depth_window)
-    cycle, turn = divmod(round, len(windows))
+    all_windows = windows(layer, depth_window)
+    cycle, turn = divmod(round, len(all_windows))
     # Rounds use the streams below 2**63.
-    window = windows[_rng(seed, 2**63 + cycle).permutation(len(windows))[turn]]
+    window = all_windows[_rng(seed, 2**63 + cycle).permutation(len(all_windows))[turn]]
     return np.flatnonzero(np.isin(layer, window))
 
 
@@ -451,107 +357,3 @@ def _log_probability_at(perplexity: float, score: Floats) -> tuple[Floats, float
         else:
             high = middle
     return _log_softmax(-high * gap), high / spread
-
-
-def _pack(order: Ints, candidates: Candidates, room: int, max_per_layer: int | None) -> Ints:
-    """Go through `order`, take what still fits into `room` parameters and its layer's quota, and skip the others.
-
-    A candidate that occurs again is passed over.
-    """
-    quota = math.inf if max_per_layer is None else max_per_layer
-    taken: dict[int, None] = {}
-    of_layer: dict[int, int] = {}
-    sizes, layers = candidates.numel[order].tolist(), candidates.layer[order].tolist()
-    for b, size, layer in zip(order.tolist(), sizes, layers, strict=True):
-        if size <= room and b not in taken and of_layer.get(layer, 0) < quota:
-            taken[b] = None
-            of_layer[layer] = of_layer.get(layer, 0) + 1
-            room -= size
-    return np.array(list(taken), dtype=np.int64)
-
-
-def _is_number(x: Any) -> bool:
-    return not isinstance(x, bool) and isinstance(x, Real) and math.isfinite(x)
-
-
-def _is_integer(x: Any) -> bool:
-    # least_recent=True is a mistake, although a bool counts as an integer.
-    return not isinstance(x, bool) and isinstance(x, Integral)
-
-
-# An option has the same rule in every sampler.
-RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "eta": (
-        lambda x: x == "auto" or (_is_number(x) and x >= 0),
-        "'auto' or a finite number from 0 on: the concentration of p, 0 being uniform",
-    ),
-    "perplexity": (
-        lambda x: _is_number(x) and x > 0,
-        "a finite number above 0: the perplexity of p as a fraction of the candidates that fill the budget",
-    ),
-    "importance_beta": (
-        lambda x: _is_number(x) and 0 <= x < 1,
-        "in [0, 1): the decay of the importance estimate, 0 keeping the last round only",
-    ),
-    "importance_norm": (lambda x: x in ("sum", "norm"), "'sum' or 'norm'"),
-    "exponent_clip": (
-        lambda x: x is None or (_is_number(x) and x > 0),
-        "None or a finite number above 0: the largest exponent eta s, None for no bound",
-    ),
-    "least_recent": (
-        lambda x: _is_integer(x) and x >= 0,
-        "an integer from 0 on: how many of the longest waiting enter first, 0 for none",
-    ),
-    "least_recent_share": (
-        lambda x: _is_number(x) and 0 < x <= 1,
-        "in (0, 1]: the fraction of the budget for the longest waiting; least_recent=0 keeps them out",
-    ),
-    "depth_window": (
-        lambda x: x is None or (_is_integer(x) and x >= 1),
-        "None or an integer from 1 on: the number of layers that a round draws from, None for all",
-    ),
-    "max_per_layer": (
-        lambda x: x is None or (_is_integer(x) and x >= 1),
-        "None or an integer from 1 on: how many candidates of one layer may be active, None for no limit",
-    ),
-    "granularity": (lambda x: x in ("module", "layer"), "'module' or 'layer': what is drawn as one"),
-    "oversized": (lambda x: x in ("error", "split"), "'error' or 'split': for modules above the budget"),
-}
-
-
-# What the optimizer reads of any sampler.
-READ = ("importance_beta", "importance_norm", "depth_window", "max_per_layer", "granularity", "oversized")
-
-
-def check_sampler(sampler: Any) -> None:
-    """Refuse what does not draw, or lacks an option.
-
-    Raises:
-        TypeError: For an object that is no sampler.
-        ValueError: For an option out of range.
-    """
-    missing = [name for name in (*READ, "draw") if not hasattr(sampler, name)]
-    if missing or isinstance(sampler, type):
-        lacks = f"has no {missing[0]!r}" if missing else "is a class"
-        raise TypeError(
-            f"sampler={sampler!r} {lacks} and must be None or a sampler object: ImportanceSampler(), or one of a "
-            "subclass of misa_kernels.Sampler"
-        )
-    for name in READ:
-        _check_option(name, getattr(sampler, name))
-
-
-def _check_option(name: str, value: Any) -> None:
-    valid, rule = RULES[name]
-    if not valid(value):
-        raise ValueError(f"{name}={value!r} must be {rule}")
-
-
-def _check_options(sampler: ImportanceSampler | UniformSampler | CyclicSampler) -> None:
-    for field in fields(sampler):
-        _check_option(field.name, getattr(sampler, field.name))
-    if sampler.max_per_layer is not None and sampler.granularity == "layer":
-        raise ValueError(
-            f"max_per_layer={sampler.max_per_layer!r} must be None with granularity='layer', whose candidates are "
-            "whole layers: leave it out, or draw modules with granularity='module'"
-        )

@@ -9,7 +9,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from misa_kernels.draw.sampler import Candidates, costliest
+from misa_kernels.draw.rehearsal import costliest
+from misa_kernels.draw.scores import Candidates
 from misa_kernels.memory.arena import MOVE_ELEMENTS
 from misa_kernels.memory.storage import Storage
 from misa_kernels.release import HELD_BYTES, LAUNCHES
@@ -82,7 +83,7 @@ def state_bytes(options: Options, state_dtype: str = "fp32", param_precision: st
 def costliest_set(shape: LlamaShape, delta: float, depth_window: int | None) -> dict[int, set[str]]:
     """Return the matrices of each layer in the admissible draw that needs the most memory.
 
-    Source: `misa_kernels.draw.sampler.costliest`, with which `MISA.rehearse` makes the first round.
+    Source: `misa_kernels.draw.rehearsal.costliest`, with which `MISA.rehearse` makes the first round.
 
     Raises:
         ValueError: If the largest matrix does not fit into δ N.
@@ -94,13 +95,9 @@ def costliest_set(shape: LlamaShape, delta: float, depth_window: int | None) -> 
             f"delta={delta:g} must leave room for the largest matrix, {largest:,} of {shape.numel:,} parameters: "
             f"give {least:.4f} or more"
         )
-    modules = shape.layers * len(LINEARS)
-    candidates = Candidates(
+    candidates = Candidates.fresh(
         numel=np.array([*shape.matrix_numel.values()] * shape.layers),
         layer=np.repeat(np.arange(shape.layers), len(LINEARS)),
-        importance=np.zeros(modules),
-        count=np.zeros(modules, dtype=np.int64),
-        last_round=np.full(modules, -1),
     )
     width = np.array([columns for _, columns in shape.matrices.values()] * shape.layers)
     active: dict[int, set[str]] = {}
