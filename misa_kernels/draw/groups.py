@@ -1,4 +1,4 @@
-"""Which role each tensor of a model plays, which tensors make a module, and in which layer they lie.
+"""Which role does each tensor of a model play, which tensors make a module, and in which layer do they lie?
 
 The answer comes from the module tree: from types, shapes and identity, never from the spelling of a name.
 """
@@ -88,36 +88,39 @@ def param_groups(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is {type(model).__name__} and must be an nn.Module: pass the model itself")
-    _check_choice("mode", mode, {"finetune": "the rest is frozen", "pretrain": "the rest is dense"})
-    _check_choice("experts", experts, {"each": "an expert is a module", "whole": "a stack of them is"})
-    tensors = list(_tensors(model))
-    chosen = chosen_of([tensor.name for tensor in tensors], [tensor.param for tensor in tensors])
-    trained = {id(tensor.param) for tensor, is_chosen in zip(tensors, chosen, strict=True) if is_chosen}
+    if mode not in ("finetune", "pretrain"):
+        raise ValueError(f"mode={mode!r} must be 'finetune' (the rest is frozen) or 'pretrain' (the rest is dense)")
+    if experts not in ("each", "whole"):
+        raise ValueError(f"experts={experts!r} must be 'each' (an expert is a module) or 'whole' (a stack of them is)")
+    places = list(_places(model))
+    chosen = chosen_of([place.name for place in places], [place.param for place in places])
+    trained = {id(place.param) for place, is_chosen in zip(places, chosen, strict=True) if is_chosen}
     always_on = _always_on(dense, model, trained)
-    inside = _layers_inside(tensors, model)
-    adapted = any(map(_is_of_peft, model.modules()))
+    inside = _layers_inside(places, model)
+    is_adapted = any(map(_is_of_peft, model.modules()))
 
     roles = ("sampled", "dense", "frozen")
     groups: dict[str, dict[str, Any]] = {
         role: {"params": [], "role": role, "modules": [], "layers": []} for role in roles
     }
     thawed: list[str] = []
-    for tensor, layer, lowest in zip(tensors, inside, _next_layers(inside), strict=True):
-        module: str | list[str] = tensor.name
-        if not tensor.param.is_floating_point():
+    for place, layer, lowest in zip(places, inside, _next_layers(inside), strict=True):
+        module: str | list[str] = place.name
+        if not place.param.is_floating_point():
             role = "frozen"
-        elif id(tensor.param) in always_on:
+        elif id(place.param) in always_on:
             role = "dense"
-        elif tensor.is_matrix and layer is not None:
-            role, module = "sampled", tensor.module
-            if tensor.is_stacked and experts == "each":
-                module = [f"{tensor.path}.{expert}" for expert in range(len(tensor.param))]
+        elif place.is_matrix and layer is not None:
+            role, module = "sampled", place.module
+            if place.is_stacked and experts == "each":
+                stem = place.name.rpartition(".")[0] or place.name
+                module = [f"{stem}.{expert}" for expert in range(len(place.param))]
         else:
-            role = "dense" if mode == "pretrain" or adapted else "frozen"
-        group = groups[role if id(tensor.param) in trained else "frozen"]
+            role = "dense" if mode == "pretrain" or is_adapted else "frozen"
+        group = groups[role if id(place.param) in trained else "frozen"]
         if group["role"] == "frozen":
             thawed.append(role)
-        group["params"].append((tensor.name, tensor.param))
+        group["params"].append((place.name, place.param))
         group["modules"].append(module)
         group["layers"].append(lowest)
     if not {"sampled", "dense"}.isdisjoint(thawed):
@@ -126,15 +129,14 @@ def param_groups(
 
 
 @dataclass(frozen=True)
-class _Tensor:
-    """A parameter as it lies in the module tree.
+class _Place:
+    """Where a parameter lies in the module tree.
 
     Args:
         name: Its first name in the model.
         param: The parameter.
-        owner: The module it is an attribute of.
-        path: The owner's name; the parameter's own if the model itself is the owner.
-        module: The module it makes when sampled: its adapter's name, or the owner's if that holds no other
+        owner: The torch module it is an attribute of.
+        module: Name of the module it makes when sampled: its adapter's, or the owner's if that holds no other
             matrix, else its own.
         is_matrix: Whether it is sampled when it lies in a layer.
         is_stacked: Whether it is the matrices of several experts, along the first axis.
@@ -143,14 +145,13 @@ class _Tensor:
     name: str
     param: nn.Parameter
     owner: nn.Module
-    path: str
     module: str
     is_matrix: bool
     is_stacked: bool
 
 
-def _tensors(model: nn.Module) -> Iterator[_Tensor]:
-    """Yield every parameter once, in the order and under the names of `model.named_parameters()`."""
+def _places(model: nn.Module) -> Iterator[_Place]:
+    """Yield the place of every parameter once, in the order and under the names of `model.named_parameters()`."""
     seen: set[int] = set()
     adapters = _adapters(model)
     for path, owner in model.named_modules():
@@ -169,17 +170,17 @@ def _tensors(model: nn.Module) -> Iterator[_Tensor]:
                 adapter = adapters[id(param)]
                 module, is_matrix = adapter or module, adapter is not None
             is_stacked = id(param) not in adapters and _is_stacked(param, owner)
-            yield _Tensor(name, param, owner, path or name, module, is_matrix, is_stacked)
+            yield _Place(name, param, owner, module, is_matrix, is_stacked)
 
 
 def _adapters(model: nn.Module) -> dict[int, str | None]:
-    """Return the module that each tensor of an adapter makes, by its identity; None where several places share it."""
+    """Return the module that each tensor of an adapter makes, by its identity; None where several wrappers share it."""
     names: dict[int, set[str]] = {}
-    for path, place in _adapted_places(model):
+    for path, wrapper in _wrappers(model):
         tensors = [
             (adapter, param)
-            for name in place.adapter_layer_names  # type: ignore[union-attr]
-            for adapter, part in getattr(place, name, {}).items()
+            for name in wrapper.adapter_layer_names  # type: ignore[union-attr]
+            for adapter, part in getattr(wrapper, name, {}).items()
             for param in (part.parameters() if isinstance(part, nn.Module) else [part])
         ]
         several = len({adapter for adapter, _ in tensors}) > 1
@@ -189,7 +190,7 @@ def _adapters(model: nn.Module) -> dict[int, str | None]:
     return {param: own.pop() if len(own) == 1 else None for param, own in names.items()}
 
 
-def _adapted_places(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+def _wrappers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Yield name and module of each of peft's layers, which hold the module that they adapt, from the outside in."""
     for path, module in model.named_modules():
         if _is_of_peft(module) and "base_layer" in module._modules:
@@ -215,26 +216,24 @@ def _is_stacked(param: nn.Parameter, owner: nn.Module) -> bool:
     return param.ndim == 3 and len(param) > 1 and not isinstance(owner, _NOT_EXPERTS)
 
 
-def _layers_inside(tensors: Sequence[_Tensor], model: nn.Module) -> list[str | None]:
-    """Return the layer that each tensor lies in, None outside of them."""
+def _layers_inside(places: Sequence[_Place], model: nn.Module) -> list[str | None]:
+    """Return the layer that each parameter lies in, None outside of them."""
     layers: dict[int, str] = {}
     for path, layer in _stacked_layers(model):
         for part in layer.modules():
             layers.setdefault(id(part), path)
     if layers:
-        return [layers.get(id(tensor.owner)) for tensor in tensors]
-    places: dict[int, str] = {}
-    for path, place in _adapted_places(model):
-        for part in place.modules():
-            places.setdefault(id(part), path)
+        return [layers.get(id(place.owner)) for place in places]
+    wrapped: dict[int, str] = {}
+    for path, wrapper in _wrappers(model):
+        for part in wrapper.modules():
+            wrapped.setdefault(id(part), path)
     # Without a stack, what lies beside a matrix, such as its bias and its adapters, lies in the same layer as it.
-    own = [places.get(id(tensor.owner), tensor.module) for tensor in tensors]
-    for tensor, name in zip(tensors, own, strict=True):
-        if tensor.is_matrix:
-            layers.setdefault(id(tensor.owner), name)
-    return [
-        name if tensor.is_matrix else layers.get(id(tensor.owner)) for tensor, name in zip(tensors, own, strict=True)
-    ]
+    own = [wrapped.get(id(place.owner), place.module) for place in places]
+    for place, name in zip(places, own, strict=True):
+        if place.is_matrix:
+            layers.setdefault(id(place.owner), name)
+    return [name if place.is_matrix else layers.get(id(place.owner)) for place, name in zip(places, own, strict=True)]
 
 
 def _next_layers(inside: Sequence[str | None]) -> list[str | None]:
@@ -294,7 +293,7 @@ def _always_on(dense: Iterable[nn.Module | nn.Parameter], model: nn.Module, trai
     if isinstance(dense, (nn.Module, torch.Tensor, str)):
         raise TypeError(f"dense is a single {type(dense).__name__} and must be a list: write dense=[...]")
     own = {id(param) for param in model.parameters()}
-    chosen: set[int] = set()
+    named: set[int] = set()
     for i, entry in enumerate(dense):
         if not isinstance(entry, (nn.Module, nn.Parameter)):
             raise TypeError(
@@ -309,11 +308,5 @@ def _always_on(dense: Iterable[nn.Module | nn.Parameter], model: nn.Module, trai
             raise ValueError(
                 f"{what} must hold a parameter with requires_grad=True to train: set that, or leave it out"
             )
-        chosen.update(map(id, params))
-    return chosen
-
-
-def _check_choice(name: str, value: object, meanings: dict[str, str]) -> None:
-    if value not in meanings:
-        choices = " or ".join(f"{choice!r} ({meaning})" for choice, meaning in meanings.items())
-        raise ValueError(f"{name}={value!r} must be {choices}")
+        named.update(map(id, params))
+    return named

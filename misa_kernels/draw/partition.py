@@ -1,4 +1,4 @@
-"""What one draw chooses from: the param groups of an optimizer cut into modules that fit the budget."""
+"""What does one draw choose from? Param groups of an optimizer, cut into modules that fit the budget."""
 
 from __future__ import annotations
 
@@ -123,17 +123,17 @@ def partition(
     """
     params = [param for group in groups for param in group["params"]]
     chosen = [param.requires_grad for param in params] if chosen is None else chosen
-    tensors = list(_tensors(groups, delta, chosen))
-    layers = _layer_order(tensors)
+    members = list(_members(groups, delta, chosen))
+    layers = _layer_order(members, groups)
     position = {layer: number for number, layer in enumerate(layers)}
     counts = chosen if counted is None else counted
-    total_numel = sum(tensor.block.stop for tensor in tensors if counts[tensor.block.index])
+    total_numel = sum(member.block.stop for member in members if counts[member.block.index])
     budget = math.floor(delta * total_numel)
 
     modules: list[Module] = []
     split: list[Module] = []
     too_large: list[Module] = []
-    for module in _modules(tensors, position, granularity):
+    for module in _modules(members, position, granularity):
         pieces = [module]
         if module.numel > budget:
             pieces = _split(module, budget) if oversized == "split" else []
@@ -143,15 +143,17 @@ def partition(
         raise ValueError(_too_large(too_large, delta, total_numel, granularity, oversized))
     if not modules:
         raise ValueError(
-            f"none of the {len(tensors)} parameters can be sampled, and one must be: pass weight matrices "
+            f"none of the {len(members)} parameters can be sampled, and one must be: pass weight matrices "
             "with requires_grad=True, without a role or with the role 'sampled'"
         )
-    dense = [tensor for tensor in tensors if tensor.role == "dense"]
-    reached = [-1 if tensor.layer is None else position[tensor.layer] for tensor in dense if not tensor.is_behind]
+    dense = [member for member in members if member.role == "dense"]
+    # Without a layer in a group that names them, it lies behind the last.
+    before_end = (member for member in dense if member.layer is not None or "layers" not in groups[member.group])
+    reached = [-1 if member.layer is None else position[member.layer] for member in before_end]
     return Partition(
         modules=modules,
-        dense=[tensor.block for tensor in dense],
-        frozen=[tensor.block.param for tensor in tensors if tensor.role == "frozen"],
+        dense=[member.block for member in dense],
+        frozen=[member.block.param for member in members if member.role == "frozen"],
         names=names_of(groups),
         total_numel=total_numel,
         budget=budget,
@@ -162,29 +164,25 @@ def partition(
 
 
 @dataclass(frozen=True, slots=True)
-class _Tensor:
-    """A parameter, all of it in one block, and what its group says of it.
+class _Member:
+    """A parameter of a group, all of it in one block, and what the group says of it.
 
     Args:
         block: The parameter.
         group: Number of the group.
         role: "sampled", "dense" or "frozen".
-        modules: Names of the modules that its equal row blocks belong to.
+        names: Those of the modules that its equal row blocks belong to.
         layer: Name of its layer, None if it is unknown or there is none.
-        is_behind: Whether it lies behind the last layer, so that there is none.
-        is_thawed: Whether its group is of frozen ones.
     """
 
     block: Block
     group: int
     role: str
-    modules: tuple[str, ...]
+    names: tuple[str, ...]
     layer: str | None
-    is_behind: bool
-    is_thawed: bool
 
 
-def _tensors(groups: Sequence[Mapping[str, Any]], delta: float, chosen: Sequence[bool]) -> Iterator[_Tensor]:
+def _members(groups: Sequence[Mapping[str, Any]], delta: float, chosen: Sequence[bool]) -> Iterator[_Member]:
     """Yield every parameter once, at its first place, after checking what its group says."""
     names = names_of(groups)
     seen: set[int] = set()
@@ -221,11 +219,10 @@ def _tensors(groups: Sequence[Mapping[str, Any]], delta: float, chosen: Sequence
                     "the groups with param_groups(model, experts='whole')"
                 )
             layer = group["layers"][i] if "layers" in group else None
-            is_behind = "layers" in group and layer is None
-            if is_behind and own_role == "sampled":
+            if layer is None and "layers" in group and own_role == "sampled":
                 layer = modules[0]
             whole = Block(param, index, 0, 0, param.numel())
-            yield _Tensor(whole, g, own_role, modules, layer, is_behind, role == "frozen")
+            yield _Member(whole, g, own_role, modules, layer)
 
 
 def _role(param: nn.Parameter, name: str, role: str | None, delta: float, is_chosen: bool) -> str:
@@ -253,26 +250,29 @@ def _role(param: nn.Parameter, name: str, role: str | None, delta: float, is_cho
     return role
 
 
-def _layer_order(tensors: Sequence[_Tensor]) -> list[str]:
-    """Return the layers as they first appear among sampled tensors, the others between them.
+def _layer_order(members: Sequence[_Member], groups: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return the layers as they first appear among sampled parameters, the others between them.
 
-    A layer without a sampled tensor follows the one that precedes it in its own group: among the norms a
+    A layer without a sampled one follows the one that precedes it in its own group: among the norms a
     layer keeps its place even if the user froze its matrices, and thaws them later.
     """
-    first = (t for t in tensors if t.role == "sampled" and not t.is_thawed)
-    sampled = dict.fromkeys(tensor.layer for tensor in first if tensor.layer is not None)
+    sampled = dict.fromkeys(
+        member.layer
+        for member in members
+        if member.layer is not None and member.role == "sampled" and groups[member.group].get("role") != "frozen"
+    )
     # A linked list, from each layer to the next one; None stands before the first and behind the last.
     following: dict[str | None, str | None] = dict(zip([None, *sampled], [*sampled, None], strict=True))
     group = -1
     last: str | None = None
-    for tensor in tensors:
-        if tensor.group != group:
-            group, last = tensor.group, None
-        if tensor.layer is not None:
-            if tensor.layer not in following:
-                following[tensor.layer] = following[last]
-                following[last] = tensor.layer
-            last = tensor.layer
+    for member in members:
+        if member.group != group:
+            group, last = member.group, None
+        if member.layer is not None:
+            if member.layer not in following:
+                following[member.layer] = following[last]
+                following[last] = member.layer
+            last = member.layer
     layers: list[str] = []
     layer = following[None]
     while layer is not None:
@@ -281,22 +281,22 @@ def _layer_order(tensors: Sequence[_Tensor]) -> list[str]:
     return layers
 
 
-def _modules(tensors: Sequence[_Tensor], position: Mapping[str, int], granularity: str) -> list[Module]:
-    """Join the row blocks of sampled tensors by name, in order of first appearance."""
+def _modules(members: Sequence[_Member], position: Mapping[str, int], granularity: str) -> list[Module]:
+    """Join the row blocks of sampled parameters by name, in order of first appearance."""
     blocks: dict[str, list[Block]] = {}
     lowest: dict[str, int] = {}
-    for tensor in (tensor for tensor in tensors if tensor.role == "sampled"):
-        names = tensor.modules
+    for member in (member for member in members if member.role == "sampled"):
+        names = member.names
         if granularity == "layer":
-            if tensor.layer is None:
+            if member.layer is None:
                 raise ValueError(
-                    f"granularity='layer' needs the layer of every sampled parameter, and group {tensor.group} has "
+                    f"granularity='layer' needs the layer of every sampled parameter, and group {member.group} has "
                     "no 'layers': make the groups with param_groups(model)"
                 )
-            names = (tensor.layer,)
-        whole = tensor.block
+            names = (member.layer,)
+        whole = member.block
         size = whole.stop // len(names)
-        layer = -1 if tensor.layer is None else position[tensor.layer]
+        layer = -1 if member.layer is None else position[member.layer]
         for number, name in enumerate(names):
             block = Block(whole.param, whole.index, number, number * size, (number + 1) * size)
             blocks.setdefault(name, []).append(block)

@@ -85,8 +85,7 @@ class ImportanceSampler(Sampler):
     """MISA's draw: without replacement, p_b = exp(eta s_b) / sum_j exp(eta s_j), until nothing more fits.
 
     This p maximises sum_b p_b s_b - KL(p || uniform) / eta, s being the `scores`. Some candidates may come
-    first whatever their score (`least_recent`); the weighted draw fills what they leave of
-    the budget.
+    first whatever their score (`least_recent`); the weighted draw fills what they leave of the budget.
 
     Args:
         eta: concentration of p on large scores, 0 being uniform. "auto" solves for it at each draw, such that
