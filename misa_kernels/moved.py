@@ -1,4 +1,4 @@
-"""Modules under the names that they had in 0.1: for the length of 0.2, each with a DeprecationWarning."""
+"""Public modules under the names that they had in 0.1: for the length of 0.2, each with a DeprecationWarning."""
 
 from __future__ import annotations
 
@@ -11,26 +11,13 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 
 MOVED = {
-    "active": "trained",
-    "arena": "memory.arena",
-    "arguments": "options",
     "backward": "tools.backward",
-    "codec": "memory.codec",
-    "commands": "tools.commands",
-    "copies": "outside.copies",
     "coverage": "draw.coverage",
-    "flags": "outside.flags",
-    "live": "outside.state",
     "modules": "draw.groups",
-    "notices": "outside.notices",
     "partition": "draw.partition",
     "planner": "tools.planner",
     "plots": "tools.plots",
-    "recompiles": "outside.recompiles",
     "sampler": "draw.sampler",
-    "shards": "ranks.shards",
-    "slots": "layout",
-    "storage": "memory.storage",
 }
 # Where else to look for what an old module held.
 APART = {"sampler": ("draw.scores", "draw.rehearsal", "draw.rules")}
@@ -47,7 +34,7 @@ class Moved(MetaPathFinder, Loader):
             return None
         new = f"{package}.{MOVED[old]}" + (f".{inner}" if inner else "")
         warnings.warn(f"{name} is {new} from 0.2 on, and the old name goes in 0.3", DeprecationWarning, stacklevel=2)
-        return ModuleSpec(name, self, loader_state=new, is_package=old in ("commands", "planner") and not inner)
+        return ModuleSpec(name, self, loader_state=new, is_package=old == "planner" and not inner)
 
     def exec_module(self, module: ModuleType) -> None:
         """Make a module show what the new one holds."""

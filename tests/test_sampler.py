@@ -741,3 +741,13 @@ def test_options_go_by_name_and_stay(sampler):
         sampler().granularity = "layer"
     assert sampler() == sampler()
     assert (sampler().importance_beta, sampler().importance_norm) == (0.8, "sum")
+
+
+def test_a_subclass_may_have_options_of_its_own():
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class Cooled(ImportanceSampler):
+        temperature: float = 2.0
+
+    assert Cooled(perplexity=0.25).temperature == 2.0
+    with pytest.raises(ValueError, match="perplexity=-1 must be"):
+        Cooled(perplexity=-1)

@@ -237,7 +237,8 @@ def check_sampler(sampler: Any) -> None:
 
 
 def _check_own(sampler: ImportanceSampler | UniformSampler | CyclicSampler) -> None:
-    rules.check(sampler, [field.name for field in fields(sampler)])
+    # A subclass may have options of its own.
+    rules.check(sampler, [field.name for field in fields(sampler) if field.name in rules.RULES])
     if sampler.max_per_layer is not None and sampler.granularity == "layer":
         raise ValueError(
             f"max_per_layer={sampler.max_per_layer!r} must be None with granularity='layer', whose candidates are "
