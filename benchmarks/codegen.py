@@ -144,7 +144,7 @@ def compile_variant(variant: Variant, capability: int) -> Code:
     body, elements = loop(assembly), launch.BLOCK
     if variant.launch == "norm":
         opcodes = Counter(opcode for _, opcode in instruction_lines(assembly))
-        body, elements = list((opcodes - Counter(body)).elements()), launch.Launch.chunk
+        body, elements = list((opcodes - Counter(body)).elements()), launch.TritonTable.chunk
     code = read(variant, capability, usage, assembly, body, 32 * launch.OPTIONS["num_warps"] / elements)
     return dataclasses.replace(code, shared=compiled.metadata.shared)
 

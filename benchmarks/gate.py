@@ -210,17 +210,17 @@ def launches() -> Figures:
 
 def interpreted_launches() -> Figures:
     """Count launches by kind of step; within the interpreter."""
-    from misa_kernels.kernels.launch import Launch
+    from misa_kernels.kernels.launch import TritonTable
 
     number = 0
-    original = Launch._launch
+    original = TritonTable._launch
 
-    def counting(self: Launch, *arguments: Any, **flags: bool) -> None:
+    def counting(self: TritonTable, *arguments: Any, **flags: bool) -> None:
         nonlocal number
         number += 1
         original(self, *arguments, **flags)
 
-    Launch._launch = counting  # type: ignore[method-assign]
+    TritonTable._launch = counting  # type: ignore[method-assign]
     found: Figures = {}
     fp32, bf16 = torch.float32, torch.bfloat16
     for name, dtypes, options in (

@@ -153,7 +153,7 @@ class Subject:
         for _ in range(3):
             self.optimizer.step()
         step = self.optimizer._run.trained._step
-        self.launch: launch.Launch = step._launch
+        self.launch: launch.TritonTable = step._table
         self.arguments = step._weights, [grad.data_ptr() for grad in self.grads[1]], list(self.launch._hyper.copy())
 
     def exchange(self) -> None:

@@ -127,11 +127,11 @@ def overrun() -> None:
     import torch
 
     from misa_kernels.kernels import native
-    from misa_kernels.kernels.launch import Launch
+    from misa_kernels.kernels.launch import TritonTable
     from misa_kernels.memory.storage import Storage
 
     device, zero, dtypes = torch.device("cuda"), np.zeros(1, dtype=np.int64), [torch.float32]
-    for table in (Launch, native.CudaTable) if native.path("cuda") else (Launch,):
+    for table in (TritonTable, native.CudaTable) if native.path("cuda") else (TritonTable,):
         state = {name: torch.zeros(512, device=device) for name in ("exp_avg", "exp_avg_sq")}
         weight, grad = torch.zeros(512, device=device), torch.zeros(500, device=device)
         rows = table(zero + 512, zero, zero, zero, dtypes, dtypes, {torch.float32: state}, Storage(), device)

@@ -36,7 +36,7 @@ class Hyper(NamedTuple):
 
 
 @dataclass(slots=True)
-class Row:
+class Operands:
     """One tensor of a step: flat views of n elements each, and 0-dim views on the device.
 
     Attributes:
@@ -98,7 +98,7 @@ def adamw(
 
 
 def adamw_step(
-    rows: Sequence[Row],
+    rows: Sequence[Operands],
     *,
     max_grad_norm: float | None = None,
     skip_nonfinite: bool = False,
@@ -141,7 +141,7 @@ def adamw_step(
     return finite
 
 
-def _update(row: Row, coefficient: Tensor | None, finite: Tensor | None) -> None:
+def _update(row: Operands, coefficient: Tensor | None, finite: Tensor | None) -> None:
     compute_dtype = row.exp_avg.dtype
     g = row.grad.to(compute_dtype)
     if coefficient is not None:

@@ -64,7 +64,7 @@ def triton_kernel(device: str, monkeypatch: pytest.MonkeyPatch) -> Kernel:
     triton = pytest.importorskip("triton")
     if device == "cuda":
         launch = importlib.import_module("misa_kernels.kernels.launch")
-        return Kernel(launch.Launch, torch.device("cuda", 0))
+        return Kernel(launch.TritonTable, torch.device("cuda", 0))
     quicken()
     # The interpreter puts its own into these, and leaves them there: what is compiled after it would break.
     language = triton.language
@@ -78,7 +78,7 @@ def triton_kernel(device: str, monkeypatch: pytest.MonkeyPatch) -> Kernel:
         function = getattr(triton.language, name)
         if isinstance(function, triton.JITFunction):
             monkeypatch.setattr(triton.language, name, interpreter.InterpretedFunction(function.fn))
-    return Kernel(interpreted().Launch, torch.device("cpu"))
+    return Kernel(interpreted().TritonTable, torch.device("cpu"))
 
 
 @cache

@@ -66,9 +66,9 @@ class Rows:
 
 def triton_table(*arguments):
     """Triton's table, on tensors without anything around them: for `benchmarks.nvidia`, too."""
-    from misa_kernels.kernels.launch import Launch
+    from misa_kernels.kernels.launch import TritonTable
 
-    return Launch(*arguments)
+    return TritonTable(*arguments)
 
 
 def gradients(rows, seed, missing=()):

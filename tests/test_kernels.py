@@ -10,7 +10,7 @@ import triton
 from torch import nn
 
 from misa_kernels import MISA, kernels
-from misa_kernels.kernels.native import CpuStep, CudaStep
+from misa_kernels.kernels.native import CpuTable, CudaTable
 from misa_kernels.kernels.plain import PlainStep
 from misa_kernels.memory.codec import FORMATS
 from misa_kernels.memory.storage import PRECISIONS, Storage
@@ -28,9 +28,9 @@ def gpu_machine(monkeypatch):
 
 def test_auto_takes_the_fused_step_where_it_can_run(gpu_machine):
     fused = kernels.select("auto", CUDA, {torch.float32, torch.bfloat16}, PLAIN)
-    assert fused.__name__ == "TritonStep"
+    assert fused.__name__ == "TritonTable"
     assert kernels.select("triton", CUDA, {torch.float16}, PLAIN) is fused
-    assert kernels.select("auto", CPU, {torch.float32}, PLAIN) is CpuStep
+    assert kernels.select("auto", CPU, {torch.float32}, PLAIN) is CpuTable
     assert kernels.select("auto", CUDA, {torch.float32, torch.float64}, PLAIN) is PlainStep
     assert kernels.select("reference", CUDA, {torch.float32}, PLAIN) is PlainStep
 
@@ -40,10 +40,10 @@ def test_auto_takes_the_fused_step_where_it_can_run(gpu_machine):
 def test_the_cpu_library_has_all_formats_but_those_of_triton(state_dtype, precision):
     storage, dtypes = Storage(state_dtype, precision), {torch.float32, torch.bfloat16}
     has = state_dtype in ("fp32", "bf16", "int8")
-    assert kernels.select("auto", CPU, dtypes, storage) is (CpuStep if has else PlainStep)
+    assert kernels.select("auto", CPU, dtypes, storage) is (CpuTable if has else PlainStep)
     assert kernels.select("reference", CPU, dtypes, storage) is PlainStep
     if has:
-        assert kernels.select("cpu", CPU, dtypes, storage) is CpuStep
+        assert kernels.select("cpu", CPU, dtypes, storage) is CpuTable
         return
     optimizer = MISA(
         [nn.Parameter(torch.ones(2, 2))], delta=1.0, backend="cpu", state_dtype=state_dtype, param_precision=precision
@@ -112,7 +112,7 @@ def test_the_cuda_library_has_float32_without_residuals(gpu_machine):
             RuntimeError, match=f"'cuda' has no state_dtype={storage.state_dtype!r}.*use backend='auto'"
         ):
             kernels.select("cuda", CUDA, {torch.bfloat16}, storage)
-    assert kernels.select("cuda", CUDA, {torch.bfloat16}, Storage(param_precision="stochastic")) is CudaStep
+    assert kernels.select("cuda", CUDA, {torch.bfloat16}, Storage(param_precision="stochastic")) is CudaTable
 
 
 def test_old_triton_is_named_with_what_brings_a_new_one(gpu_machine, monkeypatch):

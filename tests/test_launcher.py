@@ -44,7 +44,7 @@ class Comparison:
 
     def __init__(self, stub):
         self.stub, self.direct, self.seen = stub, 0, []
-        self.original = launch.Launch._launch
+        self.original = launch.TritonTable._launch
         self.run = launch.kernels.step_kernel.run
 
     def launch_both(self, table, *args, **options):
@@ -81,7 +81,7 @@ def stub():
 def comparison(stub):
     made = Comparison(stub)
     with patch.object(
-        launch.Launch, "_launch", lambda table, *args, **options: made.launch_both(table, *args, **options)
+        launch.TritonTable, "_launch", lambda table, *args, **options: made.launch_both(table, *args, **options)
     ):
         yield made
 
@@ -188,7 +188,7 @@ def test_the_arguments_are_those_that_the_kernel_names(stub):
     optimizer.grad_scale, optimizer.found_inf = torch.ones(()), torch.zeros(())
     walk(optimizer, params, (0, 0))
     norm, update = (dict(zip(launch.kernels.step_kernel.arg_names, c.arguments, strict=True)) for c in stub.calls[-2:])
-    arena, table = optimizer._run.trained.arena, optimizer._run.trained._step._launch
+    arena, table = optimizer._run.trained.arena, optimizer._run.trained._step._table
     for key in KEYS:
         buffer, given = arena.pools[BF16].buffers.get(key), update[f"{key}_ptr"]
         assert given is buffer or given.data_ptr() == buffer.data_ptr(), key

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from misa_kernels import reference
-from misa_kernels.reference import Hyper, Row
+from misa_kernels.reference import Hyper, Operands
 
 # Five roundings of relative size 2^-24 lie between a float32 result and the float64 one: 3 ulps in theta, and
 # cancellation in g adds to m.
@@ -26,7 +26,7 @@ def adamw64(theta, grads, lr, beta1, beta2, eps, weight_decay):
 def row(theta, *, dtype=torch.float32, master=None, key=None, start=0, **hyper):
     n = theta.numel()
     hyper = {"lr": 1e-2, "beta1": 0.9, "beta2": 0.99, "eps": 1e-8, "weight_decay": 0.1} | hyper
-    return Row(
+    return Operands(
         exp_avg=torch.zeros(n, dtype=dtype),
         exp_avg_sq=torch.zeros(n, dtype=dtype),
         master=master,

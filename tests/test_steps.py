@@ -251,7 +251,7 @@ def test_grad_scaler(kernel, max_grad_norm):
 
 def reference_rows(step, hyper):
     return [
-        reference.Row(
+        reference.Operands(
             exp_avg=torch.zeros(row.numel),
             exp_avg_sq=torch.zeros(row.numel),
             master=None if row.dtype == torch.float32 else weight.cpu().float(),

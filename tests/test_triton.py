@@ -83,7 +83,7 @@ def test_offsets_beyond_32_bits(kernel):
 
 
 def test_wrong_uses_are_named():
-    table = interpreted().Launch
+    table = interpreted().TritonTable
     one = np.ones(1, dtype=np.int64)
     state = {dtype: {} for dtype in (torch.float16, torch.float64)}
     cases = [

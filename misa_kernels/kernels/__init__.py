@@ -1,9 +1,9 @@
 """Which code runs the steps: the one place that chooses a backend.
 
-A backend is a class built at every switch from the rows, the arena and the settings of the run. Its
-`run(StepInput)` takes a step: weights, moments and masters in place, without waiting for the device; its
-`collect()` brings the arena's ages, scores and skips up to date, before they are read; `measure` and `close` do what is
-left when a round ends, without memory of their own.
+A backend is the table of a kernel, or plain PyTorch; `prepare` makes the steps of a round of it, at every switch. Their
+`run` takes a step, of weights, moments and masters in place, without waiting for the device; `collect` brings the
+arena's ages, scores and skips up to date, before they are read; `measure` and `close` do what is left when a round
+ends, without memory of their own.
 """
 
 from __future__ import annotations
@@ -11,59 +11,28 @@ from __future__ import annotations
 import importlib.util
 import os
 from collections.abc import Collection, Sequence
-from typing import Protocol
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
 from misa_kernels.kernels import native, table
+from misa_kernels.kernels.fused import FusedStep
 from misa_kernels.kernels.plain import PlainStep
-from misa_kernels.kernels.rows import Row, Settings, StepInput
-from misa_kernels.kernels.table import ALL
+from misa_kernels.kernels.rows import Row, Settings
+from misa_kernels.kernels.table import RowTable
 from misa_kernels.memory.arena import Arena
 from misa_kernels.memory.codec import FORMATS
 from misa_kernels.memory.storage import PRECISIONS, Storage
 
-__all__ = ["BACKENDS", "Backend", "Row", "Settings", "Step", "StepInput", "check", "select", "unusable", "why_plain"]
+__all__ = ["BACKENDS", "Backend", "Row", "Settings", "Step", "check", "prepare", "select", "unusable", "why_plain"]
 
 BACKENDS = ("auto", "triton", "cuda", "cpu", "reference")
 # What "auto" takes, best first. The CUDA library comes after Triton because nobody has measured them side by side
 # yet: `make gpu STAGE=bench` does.
 PREFERRED = {"cuda": ("triton", "cuda"), "cpu": ("cpu",)}
-
-
-class Step(Protocol):
-    """The steps of one round."""
-
-    def run(self, step: StepInput, rows: slice = ALL) -> None:
-        """Take one step of all rows; or of a stretch of them, and in the end of `NONE`."""
-
-    def collect(self) -> None:
-        """Bring the arena's counters up to date."""
-
-    def measure(self, step: StepInput) -> Tensor:
-        """Return Σ of the squares of the last update of each slot, and of its weight: float64[2, slots]."""
-
-    def close(self, step: StepInput, actions: Sequence[int]) -> None:
-        """Do with each row what its action says; see `RowTable.close`."""
-
-    def rehearse(self, step: StepInput) -> None:
-        """Take the memory that `close` takes, and change nothing."""
-
-
-class Backend(Protocol):
-    """A class whose objects are steps.
-
-    Attributes:
-        name: What `backend=` calls it.
-        reads_fresh_state: Whether it reads moments and masters before their first update.
-    """
-
-    name: str
-    reads_fresh_state: bool
-
-    def __call__(self, rows: Sequence[Row], arena: Arena, settings: Settings) -> Step:
-        """Prepare the steps of a round."""
+Backend: TypeAlias = type[RowTable] | type[PlainStep]
+Step: TypeAlias = FusedStep | PlainStep
 
 
 def check(backend: str) -> None:
@@ -84,7 +53,7 @@ def check(backend: str) -> None:
 
 
 def select(backend: str, device: torch.device, dtypes: Collection[torch.dtype], storage: Storage) -> Backend:
-    """Return the class that runs the steps.
+    """Return what runs the steps, for `prepare`.
 
     Args:
         backend: A name that `check` has passed.
@@ -99,7 +68,7 @@ def select(backend: str, device: torch.device, dtypes: Collection[torch.dtype], 
         return PlainStep
     if backend == "auto":
         usable = [name for name in PREFERRED.get(device.type, ()) if _unfit(name, dtypes, storage) is None]
-        return _class(usable[0]) if usable else PlainStep
+        return _table(usable[0]) if usable else PlainStep
     device_type = "cpu" if backend == "cpu" or _interpreted() else "cuda"
     if device.type != device_type or not all(dtype in _dtypes(backend) for dtype in dtypes):
         raise RuntimeError(
@@ -111,7 +80,14 @@ def select(backend: str, device: torch.device, dtypes: Collection[torch.dtype], 
             f"backend={backend!r} has no state_dtype={storage.state_dtype!r} with "
             f"param_precision={storage.param_precision!r}: use backend='auto'"
         )
-    return _class(backend)
+    return _table(backend)
+
+
+def prepare(backend: Backend, rows: Sequence[Row], arena: Arena, settings: Settings) -> Step:
+    """Return the steps of a round; the arguments are those of `FusedStep`."""
+    if issubclass(backend, PlainStep):
+        return backend(rows, arena, settings)
+    return FusedStep(backend, rows, arena, settings)
 
 
 def why_plain(params: Sequence[Tensor], storage: Storage) -> str | None:
@@ -154,20 +130,18 @@ def _dtypes(backend: str) -> tuple[torch.dtype, ...]:
 
 
 def _storages(backend: str) -> set[Storage]:
-    formats = {"triton": tuple(FORMATS), "cpu": ("fp32", "bf16", "int8"), "cuda": ("fp32",)}[backend]
+    formats = {"triton": tuple(FORMATS), "cpu": native.FORMATS, "cuda": ("fp32",)}[backend]
     precisions = ("master", "stochastic") if backend == "cuda" else PRECISIONS
     return {Storage(name, precision) for name in formats for precision in precisions}
 
 
-def _class(backend: str) -> Backend:
-    if backend == "cpu":
-        return native.CpuStep
-    if backend == "cuda":
-        return native.CudaStep
+def _table(backend: str) -> type[RowTable]:
+    if backend != "triton":
+        return native.CpuTable if backend == "cpu" else native.CudaTable
     # Imported here: a user without a GPU need not wait for Triton.
-    from misa_kernels.kernels.launch import TritonStep
+    from misa_kernels.kernels.launch import TritonTable
 
-    return TritonStep
+    return TritonTable
 
 
 def _interpreted() -> bool:

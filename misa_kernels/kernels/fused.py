@@ -1,8 +1,8 @@
-"""How a round runs on a fused kernel: rows into its tables, its ages and sums back into the arena."""
+"""How a round runs on a fused kernel: rows into its table, its ages and sums back into the arena."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from operator import attrgetter
 from typing import Any
 
@@ -11,7 +11,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from misa_kernels.kernels.rows import Row, Settings, StepInput, check_size
+from misa_kernels.kernels.rows import Row, Settings, check_size
 from misa_kernels.kernels.table import ALL, NONE, SKIP, WRITE_BACK, RowTable
 from misa_kernels.memory.arena import Arena, host, sent
 from misa_kernels.ranks.shards import local
@@ -21,124 +21,132 @@ DTYPE = attrgetter("dtype")
 
 
 class FusedStep:
-    """The steps of one round; with the `table` of a subclass a backend as `misa_kernels.kernels` describes it.
+    """The steps of one round on the kernel of a table.
 
-    Within the round, ages and sums live with the launch, per chunk; `collect` brings them to the arena.
+    Within the round, ages and sums live in the table, per chunk; `collect` brings them to the arena.
 
     Args:
+        table: Which kernel.
         rows: The tensors that are trained.
         arena: Their state, lent.
         settings: What holds for all steps.
     """
 
-    # At age 0 the kernels read neither moments nor master.
-    reads_fresh_state = False
-    name: str
-    table: type[RowTable]
-
-    def __init__(self, rows: Sequence[Row], arena: Arena, settings: Settings) -> None:
+    def __init__(self, table: type[RowTable], rows: Sequence[Row], arena: Arena, settings: Settings) -> None:
         self._rows = rows
         self._arena = arena
         self._settings = settings
-        self._noisy = settings.storage.noisy
         self._params = [local(row.param) for row in rows]
-        self._groups = max((row.group for row in rows), default=-1) + 1
-        self._index = np.array([row.index for row in rows], dtype=np.int64)
-        start = np.array([row.start for row in rows], dtype=np.int64)
-        itemsize = np.array([param.element_size() for param in self._params], dtype=np.int64)
-        offset = np.array([row.offset for row in rows], dtype=np.int64)
-        self._weight_offset = offset * itemsize
-        self._weight_offsets = self._weight_offset.tolist()
-        self._weight_pointers: Sequence[int] | None = None
-        self._hyper: Sequence[Hyper] | None = None
-        self._keys: tuple[Any, npt.NDArray[np.int64]] = None, self._index
         self._grad_dtypes = [getattr(row.param, "grad_dtype", None) or row.param.dtype for row in rows]
         # An empty part has a gradient with an address, see `ActiveSet`.
         self._numels = [param.numel() or 4 for param in self._params]
+        self._index = np.array([row.index for row in rows], dtype=np.int64)
+        group = np.array([row.group for row in rows], dtype=np.int64)
+        self._groups = int(group.max(initial=-1)) + 1
+        offset = np.array([row.offset for row in rows], dtype=np.int64)
+        self._weight_offset = offset * np.array([param.element_size() for param in self._params], dtype=np.int64)
         self._grad_offset = offset * np.array([dtype.itemsize for dtype in self._grad_dtypes], dtype=np.int64)
-        self._grad_offsets = self._grad_offset.tolist()
-        # Rows of a module are neighbours, the first of them has its score where that is of its norm.
-        self._is_first = np.array([row.slot == row.fellows[0] for row in rows], dtype=np.bool_)
-        self._launch = self.table(
+        self._pointers: Sequence[int] | None = None
+        self._hyper: Sequence[Hyper] | None = None
+        self._noise: tuple[int, int] | None = None
+        self._table = table(
             numel=np.array([row.stop - row.start for row in rows], dtype=np.int64),
             offset=np.array([arena.offset(row.slot) for row in rows], dtype=np.int64),
-            group=np.array([row.group for row in rows], dtype=np.int64),
-            start=start,
+            group=group,
+            start=np.array([row.start for row in rows], dtype=np.int64),
             weight_dtypes=[param.dtype for param in self._params],
             grad_dtypes=self._grad_dtypes,
             state={dtype: pool.buffers for dtype, pool in arena.pools.items()},
             storage=settings.storage,
             device=arena.device,
         )
-        self._counted: Tensor | None = None
-        self._slots = sent(host([row.slot for row in rows]), arena.device)
+        self._slots = scored = sent(host([row.slot for row in rows]), arena.device)
         age = arena.age[self._slots]
-        self._launch.set_ages(age)
-        # After a resume in mid-round this is not 0.
-        self._score_before = arena.score_sum[self._slots]
-        if settings.root:
-            firsts, chunks = np.flatnonzero(self._is_first), self._launch.chunks.numpy()
-            self._first_chunks = (np.cumsum(chunks) - chunks)[firsts]
-            self._chunks_of_module = sent(
-                torch.from_numpy(np.diff(self._first_chunks, append=chunks.sum())), arena.device
-            )
-            self._slots_of_modules = self._slots[sent(torch.from_numpy(firsts), arena.device)]
-            self._norms = arena.score_sum[self._slots_of_modules]
+        self._table.set_ages(age)
         # A row's updates in this round less its age: what they were before, and steps in which it had no gradient but
         # another tensor of its module had.
         self._beyond_age = arena.updates[self._slots] - age
+        if settings.root:
+            # Rows of a module are neighbours, the first of them has its score where that is of its norm.
+            firsts = np.flatnonzero([row.slot == row.fellows[0] for row in rows])
+            scored = self._slots[sent(torch.from_numpy(firsts), arena.device)]
+            chunks = np.add.reduceat(self._table.chunks.numpy(), firsts)
+            self._first_chunks = np.cumsum(chunks) - chunks
+            self._chunks_of_module = sent(torch.from_numpy(chunks), arena.device)
+        # After a resume in mid-round this is not 0.
+        self._scores = arena.score_sum[scored]
+        self._total: Callable[[Tensor], Tensor] | None = None
+        if (ranks := settings.ranks) is not None:
+            # 0 for the chunks that another rank has, too.
+            counted = host([row.is_counted for row in rows], torch.float64)
+            self._counted = torch.repeat_interleave(counted, self._table.chunks).to(arena.device)
+            self._total = lambda partials: ranks.sum((partials * self._counted).sum())
+        # NumPy indexes 300 numbers in a fifth of torch's time, and on a CPU that is done in every step. What `collect`
+        # does with these is written so that tensors and arrays, which share their memory, take it alike.
+        counters = (self._slots, scored, arena.age, arena.updates, arena.score_sum)
+        held: Any = (*counters, self._table.collected, age, self._beyond_age, self._scores, self._table.sq_sums)
+        self._held = [x.numpy() for x in held] if table.eager else held
 
-    def run(self, step: StepInput, rows: slice = ALL) -> None:
-        """Launch the step of some rows, or of all."""
-        if rows is not ALL:
-            self._run_some(step, rows)
-            return
-        copies: list[Tensor] = []
-        pointers = addresses(step.grads, self._grad_dtypes, self._numels, copies)
-        present = 0 not in pointers
-        grads = np.array(pointers, dtype=np.int64)
+    def run(
+        self,
+        grads: Sequence[Tensor | None],
+        weights: Sequence[int],
+        hyper: Sequence[Hyper],
+        noise: tuple[int, int],
+        rows: slice = ALL,
+        grad_scale: Tensor | None = None,
+        found_inf: Tensor | None = None,
+    ) -> None:
+        """Launch the step of all rows; or of a stretch of them, as their gradients come, and in the end of `NONE`.
+
+        Args:
+            grads: The gradient of what this rank holds of each row's parameter, or None.
+            weights: Address of what it holds of the parameter, for all rows; the same list as long as these stay.
+            hyper: Hyperparameters of each param group; the same list in all calls of a step.
+            noise: Seed and step of the noise, see `noise_key`.
+            rows: Those that the gradients are of.
+            grad_scale: What a GradScaler multiplied the gradients by, 0-dim, or None.
+            found_inf: 0-dim, nonzero where a GradScaler found a nonfinite gradient, or None.
+        """
         settings = self._settings
-        self._launch.step(
-            self._weights_of(step),
-            grads + self._grad_offset if present else np.where(grads == 0, 0, grads + self._grad_offset),
-            self._new(step.hyper),
-            self._noise(step) if self._noisy else None,
+        copies: list[Tensor] = []
+        pointers = addresses(grads, self._grad_dtypes[rows], self._numels[rows], copies)
+        present = 0 not in pointers
+        given = np.array(pointers, dtype=np.int64)
+        np.add(given, self._grad_offset[rows], out=given, where=present or given != 0)
+        self._table.step(
+            self._weights_of(weights)[rows],
+            given,
+            self._new(hyper),
+            self._keys_of(noise)[rows] if settings.storage.noisy else None,
+            rows=rows,
             max_grad_norm=settings.max_grad_norm,
             skip_nonfinite=settings.skip_nonfinite,
-            grad_scale=step.grad_scale,
-            found_inf=step.found_inf,
-            total=None if settings.ranks is None else self._total,
+            grad_scale=grad_scale,
+            found_inf=found_inf,
+            total=self._total,
         )
+        written = self._params[rows]
+        if not present:
+            written = [param for param, pointer in zip(written, pointers, strict=True) if pointer]
         # Autograd must notice that saved weights are no longer what they were.
-        written = self._params if present else [p for p, pointer in zip(self._params, pointers, strict=True) if pointer]
         torch.autograd.graph.increment_version(written)
-        skipped = self._skipped(step.found_inf)
+        if rows is not ALL and rows is not NONE:
+            return
+        skipped = self._skipped(found_inf)
         if skipped is not None:
             self._arena.skipped.add_(skipped)
         if not present:
-            self._count_fellows(step.grads, skipped)
-        self._end_step()
+            self._count_fellows(grads, skipped)
+        if settings.root:
+            self._add_norms()
+        if self._table.eager:
+            self.collect()
 
-    def _run_some(self, step: StepInput, rows: slice) -> None:
-        """Launch the step of rows whose gradients have come; mostly of one, where NumPy would be slower."""
-        copies: list[Tensor] = []
-        pointers = addresses(step.grads, self._grad_dtypes[rows], self._numels[rows], copies)
-        self._launch.step(
-            [x + at for x, at in zip(step.weight_pointers, self._weight_offsets[rows], strict=True)],
-            [x + at for x, at in zip(pointers, self._grad_offsets[rows], strict=True)],
-            self._new(step.hyper),
-            self._noise(step)[rows] if self._noisy else None,
-            rows=rows,
-        )
-        torch.autograd.graph.increment_version(self._params[rows])
-        if rows is NONE:
-            self._end_step()
-
-    def _weights_of(self, step: StepInput) -> npt.NDArray[np.int64]:
+    def _weights_of(self, pointers: Sequence[int]) -> npt.NDArray[np.int64]:
         """Return where the weights of all rows are."""
-        if step.weight_pointers is not self._weight_pointers:
-            self._weight_pointers = step.weight_pointers
-            self._weights = np.array(step.weight_pointers, dtype=np.int64) + self._weight_offset
+        if pointers is not self._pointers:
+            self._pointers, self._weights = pointers, np.array(pointers, dtype=np.int64) + self._weight_offset
         return self._weights
 
     def _new(self, hyper: Sequence[Hyper]) -> npt.NDArray[np.float64] | None:
@@ -148,65 +156,43 @@ class FusedStep:
         self._hyper = hyper
         return np.array(hyper[: self._groups], dtype=np.float64)
 
-    def _noise(self, step: StepInput) -> npt.NDArray[np.int64]:
-        """Return the key of each row's noise in this step."""
-        if self._keys[0] != (step.seed, step.number):
-            self._keys = (step.seed, step.number), noise_keys(step.seed, 2 * step.number, self._index)
-        return self._keys[1]
+    def _keys_of(self, noise: tuple[int, int]) -> npt.NDArray[np.int64]:
+        """Return the key of each row's noise."""
+        if noise != self._noise:
+            self._noise, self._keys = noise, noise_keys(*noise, self._index)
+        return self._keys
 
-    def _end_step(self) -> None:
-        """Take what is added up of whole steps."""
-        if self._settings.root:
-            self._add_norms()
-
-    def measure(self, step: StepInput) -> Tensor:
+    def measure(self, weights: Sequence[int], hyper: Sequence[Hyper]) -> Tensor:
         """Return Σ of the squares of the last update of each slot, and of its weight; see `RowTable.measure`."""
-        sums = self._launch.measure(self._weights_of(step), self._new(step.hyper))
+        sums = self._table.measure(self._weights_of(weights), self._new(hyper))
         found = sums.new_zeros(2, len(self._arena.age))
         return found.index_copy_(1, self._slots, sums)
 
-    def rehearse(self, step: StepInput) -> None:
+    def rehearse(self, hyper: Sequence[Hyper]) -> None:
         """Do nothing: `close` takes no memory."""
 
-    def close(self, step: StepInput, actions: Sequence[int]) -> None:
+    def close(
+        self, actions: Sequence[int], weights: Sequence[int], hyper: Sequence[Hyper], noise: tuple[int, int]
+    ) -> None:
         """Do with each row what is left to do when a round ends; see `RowTable.close`."""
-        self._launch.close(
-            self._weights_of(step),
-            self._new(step.hyper),
-            np.array(actions, dtype=np.int64),
-            noise_keys(step.seed, 2 * step.number + 1, self._index),
-        )
+        self._table.close(self._weights_of(weights), self._new(hyper), actions, self._keys_of(noise))
         written = [param for param, action in zip(self._params, actions, strict=True) if action & WRITE_BACK]
         torch.autograd.graph.increment_version(written)
 
     def collect(self) -> None:
         """Bring ages, updates and scores of the arena up to date."""
-        collected = self._launch.collect()
-        age = collected[:, 0].int()
-        self._arena.age.index_copy_(0, self._slots, age)
-        self._arena.updates.index_copy_(0, self._slots, age + self._beyond_age)
-        if self._settings.root:
-            self._arena.score_sum.index_copy_(0, self._slots_of_modules, self._norms)
-        else:
-            self._arena.score_sum.index_copy_(0, self._slots, self._score_before + collected[:, 1])
-
-    def _total(self, partials: Tensor) -> Tensor:
-        """Return ‖g‖² over all ranks, from the sums of squares of the chunks on this one."""
-        ranks = self._settings.ranks
-        assert ranks is not None
-        return ranks.sum(self._counted_once(partials).sum())
-
-    def _counted_once(self, sums: Tensor) -> Tensor:
-        """Return sums of chunks without those that another rank has, too."""
-        if self._counted is None:
-            counted = host([row.is_counted for row in self._rows], torch.float64)
-            self._counted = torch.repeat_interleave(counted, self._launch.chunks).to(self._arena.device)
-        return sums * self._counted
+        self._table.collect()
+        at, scored, ages, updates, score_sum, collected, age, beyond_age, scores, _ = self._held
+        # Into int32.
+        age[:] = collected[:, 0]
+        ages[at] = age
+        updates[at] = age + beyond_age
+        score_sum[scored] = scores if self._settings.root else scores + collected[:, 1]
 
     def _skipped(self, found_inf: Tensor | None) -> Tensor | None:
         """Return 1 or 0 on the device, whether the step was skipped; None if it cannot have been."""
         if self._settings.skip_nonfinite:
-            return self._launch.control[SKIP].int()
+            return self._table.control[SKIP].int()
         return None if found_inf is None else (found_inf != 0).int().view(())
 
     def _count_fellows(self, grads: Sequence[Tensor | None], skipped: Tensor | None) -> None:
@@ -217,11 +203,14 @@ class FusedStep:
 
     def _add_norms(self) -> None:
         """Add ‖g‖ of the step, of the whole module where it has several tensors, to the scores."""
-        sums, ranks = self._launch.sq_sums, self._settings.ranks
-        counted = sums if ranks is None else self._counted_once(sums)
-        sq_norms = torch.segment_reduce(counted, "sum", lengths=self._chunks_of_module, unsafe=True)
-        self._norms.add_((sq_norms if ranks is None else ranks.sum(sq_norms)).sqrt_())
-        sums.zero_()
+        ranks, (*_, scores, sums) = self._settings.ranks, self._held
+        if self._table.eager and ranks is None:
+            scores += np.sqrt(np.add.reduceat(sums, self._first_chunks))
+        else:
+            sums = self._table.sq_sums if ranks is None else self._table.sq_sums * self._counted
+            sq_norms = torch.segment_reduce(sums, "sum", lengths=self._chunks_of_module, unsafe=True)
+            self._scores.add_((sq_norms if ranks is None else ranks.sum(sq_norms)).sqrt_())
+        self._held[-1][:] = 0.0
 
 
 def addresses(

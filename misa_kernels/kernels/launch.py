@@ -15,7 +15,6 @@ from torch import Tensor
 from triton.compiler import CompiledKernel
 
 from misa_kernels.kernels import triton as kernels
-from misa_kernels.kernels.fused import FusedStep
 from misa_kernels.kernels.table import (
     ALL,
     DTYPES,
@@ -119,7 +118,7 @@ class Upload:
             self._is_free = False
 
 
-class Launch(RowTable):
+class TritonTable(RowTable):
     """The steps of one round on the Triton kernel; see `RowTable`.
 
     Raises:
@@ -127,6 +126,7 @@ class Launch(RowTable):
         ValueError: For dtypes that the kernel does not know, or float16 weights without master.
     """
 
+    name = "triton"
     chunk = BLOCK * BLOCKS
 
     def __init__(
@@ -319,10 +319,3 @@ class Launch(RowTable):
 def specialization(scalar: Tensor | None) -> tuple[torch.dtype, bool] | None:
     """Return what Triton looks at in a pointer to choose the variant."""
     return None if scalar is None else (scalar.dtype, scalar.data_ptr() % 16 == 0)
-
-
-class TritonStep(FusedStep):
-    """The steps of one round on the Triton kernel."""
-
-    name = "triton"
-    table = Launch

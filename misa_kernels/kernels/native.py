@@ -10,14 +10,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from misa_kernels.kernels.fused import FusedStep
-from misa_kernels.kernels.rows import Row, Settings
 from misa_kernels.kernels.table import ALL, NONE, Integers, RowTable
-from misa_kernels.memory.arena import Arena
 from misa_kernels.memory.storage import KEYS, Storage
 
 FOLDER = Path(__file__).parents[1]
@@ -254,6 +250,7 @@ class CpuTable(NativeTable):
     """The tables of a round on the CPU."""
 
     name = "cpu"
+    eager = True
 
     def _call(self, function: str, *pointers: int | None) -> int:
         threads = () if function == "collect" else (torch.get_num_threads(),)
@@ -273,56 +270,3 @@ class CudaTable(NativeTable):
             stream = torch.cuda.current_stream(device).cuda_stream
             status: int = self._function(function)(self._reference, *pointers, device.index, stream)
         return status
-
-
-class CpuStep(FusedStep):
-    """The steps of one round on the C++ library for CPUs."""
-
-    name = "cpu"
-    # The library does not, but whoever looks at `optimizer.state` before the first step of a round does.
-    reads_fresh_state = True
-    table = CpuTable
-
-    def __init__(self, rows: Sequence[Row], arena: Arena, settings: Settings) -> None:
-        super().__init__(rows, arena, settings)
-        # NumPy indexes 300 numbers in a fifth of torch's time, and this is done in every step. All share memory with
-        # the tensors.
-        self._at = self._slots.numpy()
-        self._counters = [vector.numpy() for vector in (arena.age, arena.updates, arena.score_sum)]
-        self._before = self._beyond_age.numpy(), self._score_before.numpy()
-        self._age, self._sq_sum = self._launch.collected.numpy().T
-        if settings.root:
-            self._by_module = self._launch.sq_sums.numpy(), self._first_chunks, self._norms.numpy()
-            self._at_first = self._at[self._is_first]
-
-    def collect(self) -> None:
-        """Bring ages, updates and scores of the arena up to date."""
-        self._launch.collect()
-        ages, updates, scores = self._counters
-        beyond_age, score_before = self._before
-        ages[self._at] = self._age
-        updates[self._at] = self._age + beyond_age
-        if self._settings.root:
-            scores[self._at_first] = self._by_module[2]
-        else:
-            scores[self._at] = score_before + self._sq_sum
-
-    def _end_step(self) -> None:
-        """Bring the arena's counters up to date, since nothing has to be waited for."""
-        super()._end_step()
-        self.collect()
-
-    def _add_norms(self) -> None:
-        if self._settings.ranks is not None:
-            super()._add_norms()
-        elif len(self._rows):
-            sums, first_chunks, norms = self._by_module
-            norms += np.sqrt(np.add.reduceat(sums, first_chunks))
-            sums[:] = 0.0
-
-
-class CudaStep(FusedStep):
-    """The steps of one round on the CUDA library."""
-
-    name = "cuda"
-    table = CudaTable

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from misa_kernels import reference
-from misa_kernels.kernels.rows import Row, Settings, StepInput, check_size
+from misa_kernels.kernels.rows import Row, Settings, check_size
 from misa_kernels.kernels.table import ADOPT, ALL, FLUSH, NONE, WRITE_BACK
 from misa_kernels.memory.arena import Arena
 from misa_kernels.memory.storage import PIECE, split, state_noise
@@ -17,7 +17,7 @@ from misa_kernels.reference import Hyper, momentum_flush, noise_key, store_weigh
 
 
 class PlainStep:
-    """The steps of one round; a backend as `misa_kernels.kernels` describes it.
+    """The steps of one round, without a table; its methods are those of `FusedStep`.
 
     Args:
         rows: The tensors that are trained.
@@ -26,71 +26,80 @@ class PlainStep:
     """
 
     name = "reference"
-    # The reference reads moments and masters at age 0.
-    reads_fresh_state = True
+    # As in `RowTable`; the reference reads moments and masters of age 0, too.
+    eager = True
 
     def __init__(self, rows: Sequence[Row], arena: Arena, settings: Settings) -> None:
         self._rows = rows
         self._arena = arena
         self._settings = settings
-        self._views = [arena.views(row.slot) for row in rows]
 
-    def run(self, step: StepInput, rows: slice = ALL) -> None:
-        """Update some rows, as far as they have a gradient, and count it in the arena."""
+    def run(
+        self,
+        grads: Sequence[Tensor | None],
+        weights: Sequence[int],
+        hyper: Sequence[Hyper],
+        noise: tuple[int, int],
+        rows: slice = ALL,
+        grad_scale: Tensor | None = None,
+        found_inf: Tensor | None = None,
+    ) -> None:
+        """Update some rows, as far as they have a gradient, and count it in the arena; see `FusedStep.run`."""
         if rows is NONE:
             return
         arena, settings = self._arena, self._settings
         own = self._rows[rows]
-        every = zip(own, self._views[rows], step.grads, strict=True)
-        given = [(row, views, grad) for row, views, grad in every if grad is not None]
-        for row, _, grad in given:
+        given = [(row, grad) for row, grad in zip(own, grads, strict=True) if grad is not None]
+        for row, grad in given:
             check_size(grad, local(row.param).numel() or grad.numel())
         # One by one, so that what is decoded is there for one, unless all norms must be known before.
         at_once = settings.max_grad_norm is not None or settings.skip_nonfinite
         finite = None
         for some in [given] if at_once or not given else [[each] for each in given]:
-            finite = self._update(step, some)
+            finite = self._update(some, hyper, noise, grad_scale, found_inf)
         if settings.root:
             if settings.ranks is not None:
                 arena.sum_sq_norm(settings.ranks)
             arena.root_of_squares(row.fellows for row in own if row.slot == row.fellows[0])
-        updated = {row.slot for row, _, _ in given}
+        updated = {row.slot for row, _ in given}
         arena.advance(sorted(updated), [row.slot for row in own if not updated.isdisjoint(row.fellows)], finite)
 
-    def _update(self, step: StepInput, given: Sequence[tuple[Row, Mapping[str, Tensor], Tensor]]) -> Tensor | None:
-        """Update rows, given with their state and gradient; return whether it was applied, where it may not be."""
+    def _update(
+        self,
+        given: Sequence[tuple[Row, Tensor]],
+        hyper: Sequence[Hyper],
+        noise: tuple[int, int],
+        grad_scale: Tensor | None,
+        found_inf: Tensor | None,
+    ) -> Tensor | None:
+        """Update rows, given with their gradient; return whether it was applied, where it may not be."""
         arena, settings, storage = self._arena, self._settings, self._settings.storage
-        present, stores = [], []
-        for row, views, grad in given:
-            weight = row.weight()
-            moments = {name: storage.decode(name, views, len(weight)) for name in storage.codecs}
-            whole = storage.theta(views, weight) if "residual" in views else weight
-            present.append(
-                reference.Row(
-                    **moments,
-                    master=views.get("master"),
-                    age=arena.age[row.slot],
-                    sq_norm=arena.sq_norm[row.slot],
-                    start=row.start,
-                    theta=whole,
-                    grad=grad.reshape(-1)[row.offset : row.offset + len(weight)],
-                    hyper=step.hyper[row.group],
-                    noise_key=step.noise_key(row) if storage.param_precision == "stochastic" else None,
-                )
+        decoded = []
+        for row, grad in given:
+            views, weight, key = arena.views(row.slot), row.weight(), noise_key(*noise, row.index)
+            operands = reference.Operands(
+                **{name: storage.decode(name, views, len(weight)) for name in storage.codecs},
+                master=views.get("master"),
+                age=arena.age[row.slot],
+                sq_norm=arena.sq_norm[row.slot],
+                start=row.start,
+                theta=storage.theta(views, weight) if "residual" in views else weight,
+                grad=grad.reshape(-1)[row.offset : row.offset + len(weight)],
+                hyper=hyper[row.group],
+                noise_key=key if storage.param_precision == "stochastic" else None,
             )
-            stores.append((row, views, moments, whole))
+            decoded.append((operands, views, weight, key))
+        ranks = settings.ranks
         finite = reference.adamw_step(
-            present,
+            [operands for operands, *_ in decoded],
             max_grad_norm=settings.max_grad_norm,
             skip_nonfinite=settings.skip_nonfinite,
-            grad_scale=step.grad_scale,
-            found_inf=step.found_inf,
-            total=None
-            if settings.ranks is None
-            else self._total([row.is_counted for row, _, _ in given], settings.ranks),
+            grad_scale=grad_scale,
+            found_inf=found_inf,
+            total=None if ranks is None else self._total([row.is_counted for row, _ in given], ranks),
         )
-        for row, views, moments, whole in stores:
-            self._store(step, row, views, moments, whole, None if finite is None else ~finite)
+        for each in decoded:
+            self._store(*each, None if finite is None else ~finite)
         return finite
 
     def _total(self, counted: list[bool], ranks: Ranks) -> Callable[[Tensor], Tensor]:
@@ -100,33 +109,32 @@ class PlainStep:
 
     def _store(
         self,
-        step: StepInput,
-        row: Row,
+        operands: reference.Operands,
         views: Mapping[str, Tensor],
-        moments: Mapping[str, Tensor],
-        theta: Tensor,
+        weight: Tensor,
+        key: int,
         skipped: Tensor | None,
     ) -> None:
         """Write back what was decoded; what is stored as it is has been updated in place."""
         storage = self._settings.storage
-        noise = state_noise(row.start, len(theta), step.noise_key(row), theta.device) if storage.noisy else {}
-        for name, x in moments.items():
-            if x is not views[name]:
+        noise = state_noise(operands.start, len(weight), key, weight.device) if storage.noisy else {}
+        for name in storage.codecs:
+            if (x := getattr(operands, name)) is not views[name]:
                 storage.encode(name, views, x, noise.get(name), skipped)
         if "residual" in views:
-            weight, residual = split(theta)
-            row.weight().copy_(weight)
+            rounded, residual = split(operands.theta)
+            weight.copy_(rounded)
             views["residual"].copy_(residual)
 
     def collect(self) -> None:
         """Do nothing: the arena's counters are up to date after every step."""
 
-    def measure(self, step: StepInput) -> Tensor:
+    def measure(self, weights: Sequence[int], hyper: Sequence[Hyper]) -> Tensor:
         """Return Σ of the squares of the last update of each slot, and of its weight; see `RowTable.measure`."""
         sums = torch.zeros(2, len(self._arena.age), dtype=torch.float64, device=self._arena.device)
         for row in self._rows:
             for start in range(0, row.stop - row.start, PIECE):
-                update, weight = self._measured(row, start, step.hyper[row.group])
+                update, weight = self._measured(row, start, hyper[row.group])
                 sums[0, row.slot] += update
                 sums[1, row.slot] += weight
         return sums
@@ -139,21 +147,23 @@ class PlainStep:
         update = step_size.square() * update_ratio(m, v, hyper, age).double().square().sum()
         return torch.where(age > 0, update, 0.0), row.weight(start, numel).double().square().sum()
 
-    def close(self, step: StepInput, actions: Sequence[int]) -> None:
+    def close(
+        self, actions: Sequence[int], weights: Sequence[int], hyper: Sequence[Hyper], noise: tuple[int, int]
+    ) -> None:
         """Do with each row what is left to do when a round ends; see `RowTable.close`."""
         for row, action in zip(self._rows, actions, strict=True):
             if action:
-                key = noise_key(step.seed, 2 * step.number + 1, row.index)
+                key = noise_key(*noise, row.index)
                 for start in range(0, row.stop - row.start, PIECE):
                     weight = row.weight(start, min(PIECE, row.stop - row.start - start))
-                    self._close(row, action, start, weight, step.hyper[row.group], key)
+                    self._close(row, action, start, weight, hyper[row.group], key)
 
-    def rehearse(self, step: StepInput) -> None:
+    def rehearse(self, hyper: Sequence[Hyper]) -> None:
         """Take the memory that `close` takes, and change nothing."""
         if self._rows:
             row = max(self._rows, key=lambda row: row.stop - row.start)
             weight = row.weight(0, min(PIECE, row.stop - row.start)).clone()
-            self._close(row, FLUSH | WRITE_BACK, 0, weight, step.hyper[row.group], 0)
+            self._close(row, FLUSH | WRITE_BACK, 0, weight, hyper[row.group], 0)
 
     def _close(self, row: Row, action: int, start: int, weight: Tensor, hyper: Hyper, key: int) -> None:
         storage, numel = self._settings.storage, len(weight)

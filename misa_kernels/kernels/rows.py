@@ -1,4 +1,4 @@
-"""What the steps of a round are told: which tensors, under which settings, and what is new in each step."""
+"""What the steps of a round are told once: which tensors, and under which settings."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from torch import Tensor, nn
 
 from misa_kernels.memory.storage import Storage
 from misa_kernels.ranks.shards import Ranks, local
-from misa_kernels.reference import Hyper, noise_key
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,33 +64,6 @@ class Settings:
     storage: Storage
     root: bool
     ranks: Ranks | None = None
-
-
-@dataclass(slots=True)
-class StepInput:
-    """What is new in a step.
-
-    Attributes:
-        grads: The gradient of what this rank holds of each row's parameter, or None.
-        weight_pointers: Address of what it holds of the parameter.
-        hyper: Hyperparameters of each param group.
-        seed: Seed of the noise.
-        number: Number of the step; even and odd ones key different noise, see `noise_key`.
-        grad_scale: What a GradScaler multiplied the gradients by, 0-dim, or None.
-        found_inf: 0-dim, nonzero where a GradScaler found a nonfinite gradient, or None.
-    """
-
-    grads: Sequence[Tensor | None]
-    weight_pointers: Sequence[int]
-    hyper: Sequence[Hyper]
-    seed: int
-    number: int
-    grad_scale: Tensor | None
-    found_inf: Tensor | None
-
-    def noise_key(self, row: Row) -> int:
-        """Return the key of a row's rounding noise in this step."""
-        return noise_key(self.seed, 2 * self.number, row.index)
 
 
 def check_size(grad: Tensor, numel: int) -> None:

@@ -52,8 +52,12 @@ class RowTable:
         device: Where all of it is.
 
     Attributes:
+        name: What `backend=` calls the kernel.
         chunk: Elements of a chunk.
         dtypes: What the kernel can read and write.
+        eager: Whether everybody who looks at `optimizer.state` finds it as it is after the last step, since nothing has
+            to be waited for: counters are collected in every step, and moments of age 0 are there, though the kernels
+            do not read them.
         collected: float64[rows, 2] on the device, what `collect` returns.
         chunks: int64[rows], the chunks of each row, on the host.
         control: float32[3] on the device: clip coefficient, ‖g‖ and 1 if the step was skipped, of the last
@@ -63,7 +67,9 @@ class RowTable:
         ValueError: For dtypes that the kernel does not know, or float16 weights without master.
     """
 
+    name: str
     chunk: int
+    eager = False
     dtypes: tuple[torch.dtype, ...] = DTYPES
 
     def __init__(
