@@ -112,9 +112,6 @@ def compile_variant(variant: Variant, capability: int) -> Code:
     """Compile one variant for sm_`capability` and read its machine code."""
     kernel = launch.kernels.step_kernel
     buffers = variant.storage.buffers(variant.weight)
-    state = launch.State.of(
-        {key: torch.empty(buffer.numel(128), dtype=buffer.dtype) for key, buffer in buffers.items()}, variant.storage
-    )
     arguments = ARGUMENTS | {f"{key}_ptr": POINTERS[buffer.dtype] for key, buffer in buffers.items()}
     constants: dict[str, Any] = {
         "WEIGHT_DTYPE": launch.TRITON_DTYPES[variant.weight],
@@ -124,7 +121,7 @@ def compile_variant(variant: Variant, capability: int) -> Code:
         "CONTROLLED": variant.launch == "clipped",
         "BLOCK": launch.BLOCK,
         "BLOCKS": launch.BLOCKS,
-        **state.codecs,
+        **launch.codecs(variant.storage),
         **{f"{key}_ptr": None for key in KEYS if key not in buffers},
     }
     if not variant.scaler:
@@ -134,7 +131,7 @@ def compile_variant(variant: Variant, capability: int) -> Code:
     # Torch allocates on 512 bytes, and the launcher of Triton finds that out.
     aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if signature[name].startswith("*")}
     source = ASTSource(kernel, signature, {(names.index(name),): value for name, value in constants.items()}, aligned)
-    options = {**launch.OPTIONS, "maxnreg": state.max_registers[variant.aligned]}
+    options = {**launch.OPTIONS, "maxnreg": launch.max_registers(variant.storage, variant.aligned)}
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "step.cubin"

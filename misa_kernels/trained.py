@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from misa_kernels.clock import Clock
-from misa_kernels.kernels import Backend, Row, Settings, Step, StepInput, select
+from misa_kernels.kernels import Backend, Row, Settings, Step, prepare, select
 from misa_kernels.kernels.table import ADOPT, ALL, FLUSH, NONE, WRITE_BACK
 from misa_kernels.layout import SCORES, Layout
 from misa_kernels.memory.arena import Arena
@@ -148,25 +148,10 @@ class Trained:
             self._adopt(rows)
             self._run([param.grad for param in self._weights.params[rows]], rows)
 
-    def _input(
-        self,
-        grads: Sequence[Tensor | None] = (),
-        rows: slice = ALL,
-        grad_scale: Tensor | None = None,
-        found_inf: Tensor | None = None,
-    ) -> StepInput:
+    def _hyper_now(self) -> list[Hyper]:
         if self._hyper is None:
             self._hyper = [Hyper.of(group) for group in self._groups]
-        pointers = self._weights.pointers
-        return StepInput(
-            grads=grads,
-            weight_pointers=pointers if rows is ALL else pointers[rows],
-            hyper=self._hyper,
-            seed=self._clock.seed,
-            number=self._clock.steps,
-            grad_scale=grad_scale,
-            found_inf=found_inf,
-        )
+        return self._hyper
 
     def _run(
         self,
@@ -177,7 +162,8 @@ class Trained:
     ) -> None:
         assert self._step is not None
         try:
-            self._step.run(self._input(grads, rows, grad_scale, found_inf), rows)
+            noise = self._clock.seed, 2 * self._clock.steps
+            self._step.run(grads, self._weights.pointers, self._hyper_now(), noise, rows, grad_scale, found_inf)
         except (NotImplementedError, RuntimeError):
             # Asked only now: the layout of 300 gradients takes a quarter of the host's time in a step. A sparse
             # one has neither an address nor a flat view, so nothing has been launched.
@@ -202,7 +188,7 @@ class Trained:
         assert self.arena is not None and self._step is not None
         self.collect()
         arena, ranks = self.arena, self.layout.ranks
-        moved = self._step.measure(self._input())
+        moved = self._step.measure(self._weights.pointers, self._hyper_now())
         self._hyper = None
         moved = moved if ranks is None else arena.sum_over(ranks, moved)
         return arena.read_round(self.score_sum, arena.updates, arena.age, *moved)
@@ -211,11 +197,11 @@ class Trained:
         """Take the memory that the end of a round takes, and change nothing."""
         assert self.arena is not None and self._step is not None and self._backend is not None
         self.read_round()
-        self._step.rehearse(self._input())
+        self._step.rehearse(self._hyper_now())
         self._hyper = None
         self.arena.rehearse()
         # The tables of two rounds are there at once.
-        self._backend(list(self.rows.values()), self.arena, self._settings())
+        prepare(self._backend, list(self.rows.values()), self.arena, self._settings())
 
     def switch(self, leave: Iterable[int], enter: Sequence[int], frozen: Container[int] = ()) -> None:
         """Retire the slots that leave and train those that enter, at age 0, beside the ones that stay.
@@ -237,7 +223,7 @@ class Trained:
             own = self.state[self.rows.pop(slot).param]
             for name in self.arena.pools[self.arena.dtypes[slot]].kinds:
                 own.drop(self.layout.key(name, slot))
-        fill = self._backend.reads_fresh_state
+        fill = self._backend.eager
         self.arena.lend(list(self.rows), enter, clear=fill)
         entering = {slot: self.layout.row(slot) for slot in enter}
         self.rows |= entering
@@ -260,14 +246,15 @@ class Trained:
         ]
         if any(due):
             assert self._step is not None
-            self._step.close(self._input(), due)
+            noise = self._clock.seed, 2 * self._clock.steps + 1
+            self._step.close(due, self._weights.pointers, self._hyper_now(), noise)
             self._hyper = None
 
     def _prepare(self) -> None:
         """Make the steps of the rows that are trained now."""
         assert self.arena is not None and self._backend is not None
         self._weights.watch(list(self.rows), [n for n, slot in enumerate(self.rows) if self.arena.refines(slot)])
-        self._step = self._backend(list(self.rows.values()), self.arena, self._settings())
+        self._step = prepare(self._backend, list(self.rows.values()), self.arena, self._settings())
         self._arrivals = None
 
     def _settings(self) -> Settings:

@@ -45,5 +45,5 @@ class EmulatedTable(native.NativeTable):
         with patch.object(native, "library", lambda name: library()):
             super().__init__(*args, **options)
 
-    def _call(self, function, *pointers):
-        return self._function(function)(self._reference, *pointers, 0, None)
+    def _where(self, function):
+        return 0, None

@@ -271,7 +271,7 @@ class Step:
 
     def bits(self):
         """Everything a step may write but `control`, as bytes."""
-        return [*self.written(), *(x.view(torch.uint8).cpu().clone() for x in (self.table._ages, self.table._sq_sums))]
+        return [*self.written(), *(x.view(torch.uint8).cpu().clone() for x in (self.table._ages, self.table.sq_sums))]
 
 
 def untouched(x: torch.Tensor, where: torch.Tensor | slice = slice(None)) -> None:

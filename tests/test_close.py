@@ -99,7 +99,7 @@ def expected(step, i, action, key):
 def check(step, actions, keys, exact=True):
     wanted = [expected(step, i, action, key) for i, (action, key) in enumerate(zip(actions, keys, strict=True))]
     state = [step.part(name, i) for i in range(len(step.rows)) for name in step.views(i) if name != "master"]
-    ages, sums = step.table._ages.clone(), step.table._sq_sums.clone()
+    ages, sums = step.table._ages.clone(), step.table.sq_sums.clone()
     close(step, actions, keys)
     for i, (weight, master) in enumerate(wanted):
         if exact or not actions[i] & FLUSH:
@@ -113,7 +113,7 @@ def check(step, actions, keys, exact=True):
     # Moments, residuals, ages and sums are read only.
     after = [step.part(name, i) for i in range(len(step.rows)) for name in step.views(i) if name != "master"]
     assert same_bits([x.view(torch.uint8) for x in state], [x.view(torch.uint8) for x in after])
-    assert torch.equal(step.table._ages, ages) and torch.equal(step.table._sq_sums, sums)
+    assert torch.equal(step.table._ages, ages) and torch.equal(step.table.sq_sums, sums)
     step.check_surroundings()
 
 
@@ -230,10 +230,10 @@ def test_columns_and_flags_have_one_order_in_all_languages():
     from misa_kernels.kernels import native
     from misa_kernels.memory.storage import KEYS
 
-    assert fields("MisaState") == [*KEYS, "elements"] == [name for name, _ in native.State._fields_]
-    assert [name for name, _ in native.Step._fields_] == [name.split("[")[0] for name in fields("MisaStep")]
-    formats = {name: f"STATE_{name.upper()}" for name in native.FORMATS}
-    assert [values("MisaFormat")[formats[name]] for name in native.FORMATS] == list(range(len(native.FORMATS)))
+    assert fields("MisaState") == [*KEYS, "elements"] == [name for name, _ in native.MisaState._fields_]
+    assert [name for name, _ in native.MisaStep._fields_] == [name.split("[")[0] for name in fields("MisaStep")]
+    formats = [values("MisaFormat")[f"STATE_{name.upper()}"] for name in native.STATE_DTYPES]
+    assert formats == list(range(len(native.STATE_DTYPES)))
 
     kernels = pytest.importorskip("misa_kernels.kernels.triton")
     for name in (*columns, "ROW_COLUMNS", *map(str.upper, hyper.split(", ")), "HYPER_COLUMNS"):

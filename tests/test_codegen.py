@@ -168,10 +168,9 @@ CLOSED += [(torch.float32, Storage("bf16")), (torch.bfloat16, Storage("int8+int4
 @pytest.mark.parametrize("measured", [True, False])
 def test_the_end_of_a_round_needs_no_stack(tmp_path, capability, weight, storage, measured):
     kernel, buffers = launch.kernels.close_kernel, storage.buffers(weight)
-    state = launch.State.of({key: torch.empty(128, dtype=kind.dtype) for key, kind in buffers.items()}, storage)
     pointers = codegen.ARGUMENTS | {"moved_ptr": "*fp64", "chunks": "i32"}
     pointers |= {f"{key}_ptr": codegen.POINTERS[kind.dtype] for key, kind in buffers.items()}
-    constants = {"WEIGHT_DTYPE": launch.TRITON_DTYPES[weight], "ALIGNED": True, **state.codecs}
+    constants = {"WEIGHT_DTYPE": launch.TRITON_DTYPES[weight], "ALIGNED": True, **launch.codecs(storage)}
     constants |= {"BLOCK": launch.BLOCK, "BLOCKS": launch.BLOCKS}
     constants |= {f"{key}_ptr": None for key in KEYS if key not in buffers} | ({} if measured else {"moved_ptr": None})
     names = list(kernel.arg_names)
@@ -179,7 +178,7 @@ def test_the_end_of_a_round_needs_no_stack(tmp_path, capability, weight, storage
     aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if signature[name].startswith("*")}
     given = {(names.index(name),): value for name, value in constants.items()}
     source = ASTSource(kernel, signature, given, aligned)
-    options = {**launch.OPTIONS, "maxnreg": state.max_registers[False]}
+    options = {**launch.OPTIONS, "maxnreg": launch.max_registers(storage, aligned=False)}
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     path = tmp_path / "close.cubin"
     path.write_bytes(compiled.asm["cubin"])

@@ -154,7 +154,7 @@ def test_a_captured_step_replays():
 def test_collect_of_more_rows_than_a_launch_holds():
     rows = Rows(EmulatedTable, [0] * 1003 + [20_000], stochastic=False)
     rows.table.set_ages(torch.arange(1004))
-    rows.table._sq_sums.copy_(torch.arange(1006.0))
+    rows.table.sq_sums.copy_(torch.arange(1006.0))
     expected = torch.stack([torch.arange(1004.0), torch.arange(1004.0)], 1).double()
     expected[1003, 1] = 1003 + 1004 + 1005
     assert torch.equal(rows.table.collect(), expected)

@@ -194,7 +194,7 @@ def test_the_arguments_are_those_that_the_kernel_names(stub):
         assert given is buffer or given.data_ptr() == buffer.data_ptr(), key
     for name, tensor in {
         "age": table._ages,
-        "sq_sum": table._sq_sums,
+        "sq_sum": table.sq_sums,
         "partial": table._partials,
         "arrived": table._arrived,
         "control": table.control,

@@ -354,7 +354,7 @@ def test_wrong_fields_are_refused_and_change_nothing(library, sound, where, wron
 
 def test_wrong_arguments_are_refused_and_change_nothing(library, sound):
     reference, collected = ctypes.byref(sound.table._struct), sound.table.collected.data_ptr()
-    odd = ctypes.cast(ctypes.addressof(sound.table._struct) + 1, ctypes.POINTER(native.Step))
+    odd = ctypes.cast(ctypes.addressof(sound.table._struct) + 1, ctypes.POINTER(native.MisaStep))
     before = everything(sound)
     for threads in (0, -1, -(2**31)):
         assert library.misa_cpu_step(reference, threads) == STATUS["BAD_SIZE"]
@@ -363,7 +363,7 @@ def test_wrong_arguments_are_refused_and_change_nothing(library, sound):
         assert library.misa_cpu_collect(step, collected) == STATUS[status]
     assert library.misa_cpu_collect(reference, None) == STATUS["BAD_POINTER"]
     assert library.misa_cpu_collect(reference, collected + 4) == STATUS["BAD_ALIGNMENT"]
-    nothing = native.Step(bytes=ctypes.sizeof(native.Step), row_count=-1)
+    nothing = native.MisaStep(bytes=ctypes.sizeof(native.MisaStep), row_count=-1)
     assert library.misa_cpu_step(nothing, 1) == library.misa_cpu_collect(nothing, None) == STATUS["BAD_SIZE"]
     assert same_bits(before, everything(sound))
 

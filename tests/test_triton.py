@@ -79,7 +79,7 @@ def test_offsets_beyond_32_bits(kernel):
         np.testing.assert_allclose(state["master"][begin : begin + tail].cpu(), expected, rtol=1e-6)
         np.testing.assert_allclose(state["exp_avg"][begin : begin + tail].cpu(), 0.2, rtol=1e-6)
     assert round_._ages.sum() == 2
-    np.testing.assert_allclose(round_._sq_sums.sum().item(), 2 * tail * 4.0)
+    np.testing.assert_allclose(round_.sq_sums.sum().item(), 2 * tail * 4.0)
 
 
 def test_wrong_uses_are_named():

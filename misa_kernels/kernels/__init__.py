@@ -130,7 +130,7 @@ def _dtypes(backend: str) -> tuple[torch.dtype, ...]:
 
 
 def _storages(backend: str) -> set[Storage]:
-    formats = {"triton": tuple(FORMATS), "cpu": native.FORMATS, "cuda": ("fp32",)}[backend]
+    formats = {"triton": tuple(FORMATS), "cpu": native.STATE_DTYPES, "cuda": ("fp32",)}[backend]
     precisions = ("master", "stochastic") if backend == "cuda" else PRECISIONS
     return {Storage(name, precision) for name in formats for precision in precisions}
 

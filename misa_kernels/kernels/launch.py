@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
@@ -18,14 +18,15 @@ from misa_kernels.kernels import triton as kernels
 from misa_kernels.kernels.table import (
     ALL,
     DTYPES,
+    FIRST_CHUNK,
     GRAD,
     GRAD_DTYPE,
     NORMS,
+    NUMEL,
     ROW_COLUMNS,
     UPDATE,
     WEIGHT,
     WEIGHT_DTYPE,
-    Integers,
     RowTable,
 )
 from misa_kernels.kernels.triton_codec import CODECS, INTERPRETED
@@ -59,24 +60,22 @@ class Bucket(NamedTuple):
     programs: int
 
 
-class State(NamedTuple):
-    """What the kernel is told of the state of one weight dtype: its buffers, and how m and v are stored."""
+def codecs(storage: Storage) -> dict[str, int]:
+    """Return what tells the kernels how m and v are stored."""
+    m, v = map(CODECS.index, storage.codecs.values())
+    return {"M_CODEC": m, "V_CODEC": v}
 
-    pointers: tuple[Tensor | None, ...]
-    codecs: dict[str, int]
-    max_registers: dict[bool, int]
 
-    @classmethod
-    def of(cls, buffers: Mapping[str, Tensor], storage: Storage) -> State:
-        """Return it for the buffers of a pool."""
-        m, v = storage.codecs.values()
-        # As bytes, since Triton has no float8 on sm_80 and its interpreter truncates it.
-        words = {key: x.view(torch.uint8) if x.dtype == E4M3.dtype else x for key, x in buffers.items()}
-        return cls(
-            tuple(map(words.get, KEYS)),
-            {"M_CODEC": CODECS.index(m), "V_CODEC": CODECS.index(v)},
-            MAX_REGISTERS_E4M3 if E4M3 in (m, v) else MAX_REGISTERS,
-        )
+def max_registers(storage: Storage, aligned: bool) -> int:
+    """Return how many registers a thread may take."""
+    return (MAX_REGISTERS_E4M3 if E4M3 in storage.codecs.values() else MAX_REGISTERS)[aligned]
+
+
+def as_words(buffers: Mapping[str, Tensor]) -> list[Tensor | None]:
+    """Return the state of one weight dtype as the kernels read it."""
+    # As bytes, since Triton has no float8 on sm_80 and its interpreter truncates it.
+    found = {key: x.view(torch.uint8) if x.dtype == E4M3.dtype else x for key, x in buffers.items()}
+    return list(map(found.get, KEYS))
 
 
 class Upload:
@@ -129,42 +128,36 @@ class TritonTable(RowTable):
     name = "triton"
     chunk = BLOCK * BLOCKS
 
-    def __init__(
-        self,
-        numel: Integers,
-        offset: Integers,
-        group: Integers,
-        start: Integers,
-        weight_dtypes: Sequence[torch.dtype],
-        grad_dtypes: Sequence[torch.dtype],
-        state: Mapping[torch.dtype, Mapping[str, Tensor]],
-        storage: Storage,
-        device: torch.device,
-    ) -> None:
-        if (device.type == "cpu") != bool(INTERPRETED):
+    def _open(self) -> None:
+        if (self._device.type == "cpu") != bool(INTERPRETED):
             raise RuntimeError(
-                f"the Triton kernels cannot run on {device}: they need CUDA tensors, or CPU tensors and "
+                f"the Triton kernels cannot run on {self._device}: they need CUDA tensors, or CPU tensors and "
                 "TRITON_INTERPRET=1 in the environment before the import"
             )
-        super().__init__(numel, offset, group, start, weight_dtypes, grad_dtypes, state, storage, device)
+
+    def _bind(self) -> None:
+        device, rows = self._device, self._rows
         self._on_device: AbstractContextManager[Any] = (
             torch.cuda.device(device) if device.type == "cuda" else nullcontext()
         )
         self._compiled: dict[Any, Any] = {}
-        self._buffers = {dtype: State.of(state[dtype], storage) for dtype in dict.fromkeys(weight_dtypes)}
-        self._divisible = numel % 4 == 0
-        self._row_of_chunk = np.repeat(np.arange(len(numel)), self._chunks)
-        self._first_chunk = np.cumsum(self._chunks) - self._chunks
-        self._number = np.arange(len(self._row_of_chunk)) - self._first_chunk[self._row_of_chunk]
-        self._pair = len(DTYPES) * self._rows[:, WEIGHT_DTYPE] + self._rows[:, GRAD_DTYPE]
+        self._codecs = tuple(codecs(self._storage).values())
+        self._divisible = rows[:, NUMEL] % 4 == 0
+        self._row_of_chunk = np.repeat(np.arange(len(rows)), self._chunks)
+        self._number = np.arange(len(self._row_of_chunk)) - rows[self._row_of_chunk, FIRST_CHUNK]
         self._sent = self._tables.copy()
         self._table_upload = Upload(self._tables, device)
         self._device_rows = self._table_upload.tensor[: self._row_words]
-        self._device_hyper = self._table_upload.tensor[self._row_words :].view(torch.float64)
         self._programs = np.zeros((len(self._number), 2), dtype=np.int32)
         self._aligned = self._divisible.copy()
-        self._group()
+        self._fill_buckets()
         self._program_upload = Upload(self._programs, device)
+        device_hyper = self._table_upload.tensor[self._row_words :].view(torch.float64)
+        # The first arguments of the kernels, by weight dtype.
+        self._first = {
+            dtype: (self._program_upload.tensor, self._device_rows, device_hyper, *as_words(held), self._ages)
+            for dtype, held in self._state.items()
+        }
 
     def _run(
         self,
@@ -193,7 +186,7 @@ class TritonTable(RowTable):
         aligned = self._divisible[rows] & ((pointers[:, WEIGHT] | pointers[:, GRAD]) & 15 == 0)
         if not np.array_equal(aligned, self._aligned[rows]):
             self._aligned[rows] = aligned
-            self._group()
+            self._fill_buckets()
             self._program_upload.put(self._programs)
             # Once more within the step, where it comes in several calls, would be the same words again.
             self._program_upload.turn()
@@ -211,44 +204,41 @@ class TritonTable(RowTable):
         if rows is ALL or first == end:
             self._table_upload.turn()
 
-    def _collect(self, sums: Tensor, into: Tensor) -> None:
+    def _collect(self) -> None:
         with self._on_device:
             kernels.collect_kernel[(len(self._chunks),)](
-                self._device_rows, self._ages, sums, into, CHUNK=self.chunk, **OPTIONS
+                self._device_rows, self._ages, self.sq_sums, self.collected, CHUNK=self.chunk, **OPTIONS
             )
 
     def _close(self, moved: Tensor | None) -> None:
         with self._on_device:
             self._upload(ALL)
             for bucket in self._buckets:
-                weight_dtype, state = bucket.dtypes[0], self._buffers[bucket.dtypes[0]]
+                weight_dtype, _ = bucket.dtypes
                 kernels.close_kernel[(bucket.programs,)](
-                    self._program_upload.tensor,
-                    self._device_rows,
-                    self._device_hyper,
-                    *state.pointers,
-                    self._ages,
+                    *self._first[weight_dtype],
                     moved,
                     bucket.first_program,
                     len(self._programs),
                     TRITON_DTYPES[weight_dtype],
-                    *state.codecs.values(),
+                    *self._codecs,
                     bucket.aligned,
                     BLOCK,
                     BLOCKS,
                     # Once a round: spilling would cost more than programs that wait.
-                    maxnreg=state.max_registers[False],
+                    maxnreg=max_registers(self._storage, aligned=False),
                     **OPTIONS,
                 )
 
-    def _group(self) -> None:
+    def _fill_buckets(self) -> None:
         """Sort the programs by bucket. Ages and sums stay where they are, being numbered by chunk."""
-        self._kind = 2 * self._pair + ~self._aligned
+        pair = len(DTYPES) * self._rows[:, WEIGHT_DTYPE] + self._rows[:, GRAD_DTYPE]
+        self._kind = 2 * pair + ~self._aligned
         order = np.argsort(self._kind[self._row_of_chunk], kind="stable")
         self._programs[:, 0] = self._row_of_chunk[order]
         self._programs[:, 1] = self._number[order]
         # A row's first program, beside which all others of it lie.
-        self._first_program = np.argsort(order)[self._first_chunk]
+        self._first_program = np.argsort(order)[self._rows[:, FIRST_CHUNK]]
         self._buckets = self._buckets_of(ALL)
 
     def _buckets_of(self, rows: slice) -> list[Bucket]:
@@ -275,14 +265,9 @@ class TritonTable(RowTable):
         controlled: bool,
     ) -> None:
         weight_dtype, grad_dtype = bucket.dtypes
-        state = self._buffers[weight_dtype]
         arguments = (
-            self._program_upload.tensor,
-            self._device_rows,
-            self._device_hyper,
-            *state.pointers,
-            self._ages,
-            self._sq_sums,
+            *self._first[weight_dtype],
+            self.sq_sums,
             self._partials,
             self._arrived,
             self.control,
@@ -294,7 +279,7 @@ class TritonTable(RowTable):
             skip_nonfinite,
             TRITON_DTYPES[weight_dtype],
             TRITON_DTYPES[grad_dtype],
-            *state.codecs.values(),
+            *self._codecs,
             bucket.aligned,
             update,
             controlled,
@@ -309,7 +294,7 @@ class TritonTable(RowTable):
         if compiled is not None:
             compiled[bucket.programs, 1, 1](*arguments)
             return
-        registers = state.max_registers[bucket.aligned]
+        registers = max_registers(self._storage, bucket.aligned)
         compiled = kernels.step_kernel[(bucket.programs,)](*arguments, maxnreg=registers, **OPTIONS)
         # Something else within Triton's asynchronous compilation, and None in its interpreter.
         if kernels.LAUNCHES_COMPILED and isinstance(compiled, CompiledKernel):

@@ -1,38 +1,36 @@
-"""How the compiled libraries are found and called: csrc/misa.h in ctypes, and the steps of a round on them."""
+"""How the compiled libraries are found and called: csrc/misa.h in ctypes, and the tables of a round for them."""
 
 from __future__ import annotations
 
 import ctypes
 import sys
-from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from misa_kernels.kernels.table import ALL, NONE, Integers, RowTable
-from misa_kernels.memory.storage import KEYS, Storage
+from misa_kernels.kernels.table import ALL, NONE, RowTable
+from misa_kernels.memory.storage import KEYS
 
 FOLDER = Path(__file__).parents[1]
 SUFFIXES = {".so", ".dylib", ".dll"}
 COMPILER = {"cpu": "a C++ compiler", "cuda": "nvcc"}
 CLIP, SKIP_NONFINITE = 1, 2
 # MisaFormat: the number of a `state_dtype`.
-FORMATS = ("fp32", "bf16", "int8")
+STATE_DTYPES = ("fp32", "bf16", "int8")
 POINTER, INT64 = ctypes.c_void_p, ctypes.c_int64
 
 
-class State(ctypes.Structure):
-    """MisaState."""
+class MisaState(ctypes.Structure):
+    """Buffers of the state of one weight dtype."""
 
     _fields_ = [(name, POINTER) for name in KEYS] + [("elements", INT64)]
 
 
-class Step(ctypes.Structure):
-    """MisaStep."""
+class MisaStep(ctypes.Structure):
+    """All that a library is given."""
 
     _fields_ = [
         ("bytes", INT64),
@@ -40,7 +38,7 @@ class Step(ctypes.Structure):
         ("row_count", INT64),
         ("hyper", POINTER),
         ("group_count", INT64),
-        ("state", State * 2),
+        ("state", MisaState * 2),
         ("format", INT64),
         ("chunk_count", INT64),
         ("age", POINTER),
@@ -103,7 +101,7 @@ def load(name: str, file: Path) -> ctypes.CDLL:
         loaded = ctypes.CDLL(str(file))
     except OSError as error:
         raise RuntimeError(f"cannot be loaded: {error}") from error
-    step = ctypes.POINTER(Step)
+    step = ctypes.POINTER(MisaStep)
     stream = [] if name == "cpu" else [ctypes.c_int, POINTER]
     loaded.misa_message.restype = ctypes.c_char_p
     loaded.misa_message.argtypes = [ctypes.c_int]
@@ -157,43 +155,33 @@ class NativeTable(RowTable):
     """
 
     dtypes = (torch.float32, torch.bfloat16)
-    name: str
 
-    def __init__(
-        self,
-        numel: Integers,
-        offset: Integers,
-        group: Integers,
-        start: Integers,
-        weight_dtypes: Sequence[torch.dtype],
-        grad_dtypes: Sequence[torch.dtype],
-        state: Mapping[torch.dtype, Mapping[str, Tensor]],
-        storage: Storage,
-        device: torch.device,
-    ) -> None:
+    def _open(self) -> None:
         self._library = library(self.name)
         self.chunk = getattr(self._library, f"misa_{self.name}_chunk")()
-        super().__init__(numel, offset, group, start, weight_dtypes, grad_dtypes, state, storage, device)
-        self._first_row, self._collected_at = self._rows.ctypes.data, self.collected.data_ptr()
-        self._struct = struct = Step(
-            bytes=ctypes.sizeof(Step),
-            rows=self._first_row,
+
+    def _bind(self) -> None:
+        self._struct = struct = MisaStep(
+            bytes=ctypes.sizeof(MisaStep),
+            rows=self._rows.ctypes.data,
             row_count=len(self._rows),
             hyper=self._hyper.ctypes.data,
             group_count=len(self._hyper),
+            format=STATE_DTYPES.index(self._storage.state_dtype),
             chunk_count=len(self._ages),
             age=self._ages.data_ptr(),
-            sq_sum=self._sq_sums.data_ptr(),
+            sq_sum=self.sq_sums.data_ptr(),
             partial=self._partials.data_ptr(),
             arrived=self._arrived.data_ptr(),
             control=self.control.data_ptr(),
         )
         for number, dtype in enumerate(self.dtypes):
-            for name, buffer in state.get(dtype, {}).items():
+            buffers = self._state.get(dtype, {})
+            for name, buffer in buffers.items():
                 setattr(struct.state[number], name, buffer.data_ptr())
-            struct.state[number].elements = len(state[dtype]["exp_avg"]) if dtype in state else 0
-        struct.format = FORMATS.index(storage.state_dtype)
+            struct.state[number].elements = len(buffers["exp_avg"]) if buffers else 0
         self._reference = ctypes.byref(struct)
+        self._first_row, self._collected_at = struct.rows, self.collected.data_ptr()
 
     def _run(
         self,
@@ -212,38 +200,30 @@ class NativeTable(RowTable):
         struct.grad_scale = None if grad_scale is None else grad_scale.data_ptr()
         struct.found_inf = None if found_inf is None else found_inf.data_ptr()
         if rows is ALL:
-            self._check(self._call("step"))
+            self._call("step")
             return
-        struct.rows = self._first_row + rows.start * self._rows.strides[0]
-        struct.row_count = rows.stop - rows.start
+        whole = struct.row_count
+        struct.rows, struct.row_count = self._first_row + rows.start * self._rows.strides[0], rows.stop - rows.start
         try:
-            self._check(self._call("step"))
+            self._call("step")
         finally:
-            struct.rows, struct.row_count = self._first_row, len(self._rows)
+            struct.rows, struct.row_count = self._first_row, whole
 
-    def _collect(self, sums: Tensor, into: Tensor) -> None:
-        if sums is self._sq_sums and into is self.collected:
-            self._check(self._call("collect", self._collected_at))
-            return
-        self._struct.sq_sum = sums.data_ptr()
-        try:
-            self._check(self._call("collect", into.data_ptr()))
-        finally:
-            self._struct.sq_sum = self._sq_sums.data_ptr()
+    def _collect(self) -> None:
+        self._call("collect", self._collected_at)
 
     def _close(self, moved: Tensor | None) -> None:
-        self._check(self._call("close", None if moved is None else moved.data_ptr()))
+        self._call("close", None if moved is None else moved.data_ptr())
 
-    def _function(self, name: str) -> Any:
-        return getattr(self._library, f"misa_{self.name}_{name}")
-
-    def _call(self, function: str, *pointers: int | None) -> int:
-        raise NotImplementedError
-
-    def _check(self, status: int) -> None:
-        if status:
+    def _call(self, function: str, *pointers: int | None) -> None:
+        entry = getattr(self._library, f"misa_{self.name}_{function}")
+        if status := entry(self._reference, *pointers, *self._where(function)):
             message = self._library.misa_message(status).decode()
             raise RuntimeError(f"the {self.name} library: {message} (status {status})")
+
+    def _where(self, function: str) -> tuple[int | None, ...]:
+        """Return the last arguments of a function: on what it runs."""
+        raise NotImplementedError
 
 
 class CpuTable(NativeTable):
@@ -252,10 +232,8 @@ class CpuTable(NativeTable):
     name = "cpu"
     eager = True
 
-    def _call(self, function: str, *pointers: int | None) -> int:
-        threads = () if function == "collect" else (torch.get_num_threads(),)
-        status: int = self._function(function)(self._reference, *pointers, *threads)
-        return status
+    def _where(self, function: str) -> tuple[int | None, ...]:
+        return () if function == "collect" else (torch.get_num_threads(),)
 
 
 class CudaTable(NativeTable):
@@ -263,10 +241,7 @@ class CudaTable(NativeTable):
 
     name = "cuda"
 
-    def _call(self, function: str, *pointers: int | None) -> int:
+    def _where(self, function: str) -> tuple[int | None, ...]:
         # Not the device asked for, which may have no index.
         device = self._ages.device
-        with torch.cuda.device(device):
-            stream = torch.cuda.current_stream(device).cuda_stream
-            status: int = self._function(function)(self._reference, *pointers, device.index, stream)
-        return status
+        return device.index, torch.cuda.current_stream(device).cuda_stream

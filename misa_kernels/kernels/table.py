@@ -60,6 +60,7 @@ class RowTable:
             do not read them.
         collected: float64[rows, 2] on the device, what `collect` returns.
         chunks: int64[rows], the chunks of each row, on the host.
+        sq_sums: float64[chunks] on the device, Σ‖g‖² of each since the beginning; for who adds up something else.
         control: float32[3] on the device: clip coefficient, ‖g‖ and 1 if the step was skipped, of the last
             step with `max_grad_norm` or `skip_nonfinite`.
 
@@ -84,17 +85,16 @@ class RowTable:
         storage: Storage,
         device: torch.device,
     ) -> None:
+        self._device, self._state, self._storage = device, state, storage
+        self._open()
         for dtype in {*weight_dtypes, *grad_dtypes}:
             if dtype not in self.dtypes:
                 raise ValueError(f"{dtype} must be one of {', '.join(map(str, self.dtypes))}: use backend='reference'")
         if torch.float16 in weight_dtypes and "master" not in state[torch.float16]:
             raise ValueError("float16 weights must have a master: stochastic rounding is for bfloat16")
-        self._device = device
-        self._state = state
         # An empty row has a chunk too, which holds its age.
         self._chunks = np.maximum(-(-numel // self.chunk), 1)
         self.chunks = torch.from_numpy(self._chunks)
-        first_chunk = np.cumsum(self._chunks) - self._chunks
 
         # One array for rows and hyperparameters, so that one copy uploads both; the latter are float64.
         groups = int(group.max(initial=-1)) + 1
@@ -105,18 +105,19 @@ class RowTable:
         self._rows[:, OFFSET] = offset
         self._rows[:, GROUP] = group
         self._rows[:, START] = start
-        self._rows[:, FIRST_CHUNK] = first_chunk
+        self._rows[:, FIRST_CHUNK] = np.cumsum(self._chunks) - self._chunks
         self._rows[:, WEIGHT_DTYPE] = [DTYPES.index(dtype) for dtype in weight_dtypes]
         self._rows[:, GRAD_DTYPE] = [DTYPES.index(dtype) for dtype in grad_dtypes]
         self._hyper = self._tables[self._row_words :].view(np.float64).reshape(groups, HYPER_COLUMNS)
 
         chunks = int(self._chunks.sum())
         self._ages = torch.zeros(chunks, dtype=torch.int32, device=device)
-        self._sq_sums = torch.zeros(chunks, dtype=torch.float64, device=device)
+        self.sq_sums = torch.zeros(chunks, dtype=torch.float64, device=device)
         self._partials = torch.zeros(chunks, dtype=torch.float64, device=device)
         self._arrived = torch.zeros(1, dtype=torch.int32, device=device)
         self.collected = torch.zeros(len(numel), 2, dtype=torch.float64, device=device)
         self.control = torch.zeros(CONTROL_COLUMNS, dtype=torch.float32, device=device)
+        self._bind()
 
     def step(
         self,
@@ -148,7 +149,7 @@ class RowTable:
             total: Makes ‖g‖² of the sums of squares of the chunks, float64[chunks], a 0-dim float64 on the device: that
                 of all processes which train together. None: their sum.
         """
-        if not len(self._rows):
+        if not self._row_words:
             return
         self._fill(weights, hyper, noise_keys, rows)
         self._rows[rows, GRAD] = grads
@@ -171,8 +172,8 @@ class RowTable:
 
         Every call returns the same tensor, with new values.
         """
-        if len(self._rows):
-            self._collect(self._sq_sums, self.collected)
+        if self._row_words:
+            self._collect()
         return self.collected
 
     def close(
@@ -192,7 +193,7 @@ class RowTable:
             actions: Of each row, a sum of `ADOPT`, `FLUSH` and `WRITE_BACK`, or 0.
             noise_keys: 32-bit key of each row for the stochastic rounding of `WRITE_BACK`.
         """
-        if not len(self._rows):
+        if not self._row_words:
             return
         self._fill(weights, hyper, noise_keys, ALL)
         self._rows[:, ACTION] = actions
@@ -205,15 +206,14 @@ class RowTable:
             weights: As in `step`.
             hyper: As in the last step.
         """
-        collected = self.collected.new_zeros(2, *self.collected.shape)
-        if len(self._rows):
-            self._fill(weights, hyper, None, ALL)
-            self._rows[:, ACTION] = MEASURE
-            moved = self._sq_sums.new_zeros(2, len(self._sq_sums))
-            self._close(moved)
-            for sums, into in zip(moved, collected, strict=True):
-                self._collect(sums, into)
-        return collected[:, :, 1]
+        moved = self.sq_sums.new_zeros(2, len(self.sq_sums))
+        if not self._row_words:
+            return moved
+        self._fill(weights, hyper, None, ALL)
+        self._rows[:, ACTION] = MEASURE
+        self._close(moved)
+        lengths = sent(self.chunks, self._device)
+        return torch.stack([torch.segment_reduce(sums, "sum", lengths=lengths, unsafe=True) for sums in moved])
 
     def _fill(
         self, weights: npt.ArrayLike, hyper: npt.ArrayLike | None, noise_keys: npt.ArrayLike | None, rows: slice
@@ -224,16 +224,18 @@ class RowTable:
         if noise_keys is not None:
             self._rows[rows, KEY] = noise_keys
 
-    @property
-    def sq_sums(self) -> Tensor:
-        """Σ‖g‖² since the beginning of each chunk, float64[chunks] on the device; for who adds up something else."""
-        return self._sq_sums
-
     def set_ages(self, ages: Tensor) -> None:
         """Set how many updates each row has had; integers of shape (rows,), on any device."""
         chunks = sent(self.chunks, self._device)
         ages = ages.to(self._device, torch.int32)
         self._ages.copy_(torch.repeat_interleave(ages, chunks, output_size=len(self._ages)))
+
+    def _open(self) -> None:
+        """Refuse a device that the kernel does not run on, and load what says how large its chunks are."""
+
+    def _bind(self) -> None:
+        """Tell the kernel where the tables and the state are."""
+        raise NotImplementedError
 
     def _run(
         self,
@@ -244,10 +246,11 @@ class RowTable:
         half: int,
         rows: slice = ALL,
     ) -> None:
+        """Take a step, or half of one, of some rows; of `NONE`, know that the step is complete."""
         raise NotImplementedError
 
-    def _collect(self, sums: Tensor, into: Tensor) -> None:
-        """Write age and the sum over the chunks of each row into float64[rows, 2]."""
+    def _collect(self) -> None:
+        """Write age and the sum over the chunks of each row into `collected`."""
         raise NotImplementedError
 
     def _close(self, moved: Tensor | None) -> None:
