@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
 
 import torch
 from torch import Tensor
@@ -12,7 +13,7 @@ from misa_kernels.kernels.rows import Row, Settings, check_size
 from misa_kernels.kernels.table import ADOPT, ALL, FLUSH, NONE, WRITE_BACK
 from misa_kernels.memory.arena import Arena
 from misa_kernels.memory.storage import PIECE, split, state_noise
-from misa_kernels.ranks.shards import Ranks, local
+from misa_kernels.ranks.shards import local
 from misa_kernels.reference import Hyper, momentum_flush, noise_key, store_weight, update_ratio
 
 
@@ -89,42 +90,27 @@ class PlainStep:
                 noise_key=key if storage.param_precision == "stochastic" else None,
             )
             decoded.append((operands, views, weight, key))
-        ranks = settings.ranks
+        ranks, counted = settings.ranks, [row.is_counted for row, _ in given]
         finite = reference.adamw_step(
             [operands for operands, *_ in decoded],
             max_grad_norm=settings.max_grad_norm,
             skip_nonfinite=settings.skip_nonfinite,
             grad_scale=grad_scale,
             found_inf=found_inf,
-            total=None if ranks is None else self._total([row.is_counted for row, _ in given], ranks),
+            total=None if ranks is None else lambda norms: ranks.sum((norms * norms.new_tensor(counted)).sum()),
         )
-        for each in decoded:
-            self._store(*each, None if finite is None else ~finite)
+        # What is stored as it is has been updated in place.
+        skipped = None if finite is None else ~finite
+        for operands, views, weight, key in decoded:
+            numbers = state_noise(operands.start, len(weight), key, weight.device) if storage.noisy else {}
+            for name in storage.codecs:
+                if (x := getattr(operands, name)) is not views[name]:
+                    storage.encode(name, views, x, numbers.get(name), skipped)
+            if "residual" in views:
+                rounded, residual = split(operands.theta)
+                weight.copy_(rounded)
+                views["residual"].copy_(residual)
         return finite
-
-    def _total(self, counted: list[bool], ranks: Ranks) -> Callable[[Tensor], Tensor]:
-        """Return what sums the squared norms of rows over all ranks."""
-        share = torch.tensor(counted, dtype=torch.float64, device=self._arena.device)
-        return lambda sq_norms: ranks.sum((sq_norms * share).sum())
-
-    def _store(
-        self,
-        operands: reference.Operands,
-        views: Mapping[str, Tensor],
-        weight: Tensor,
-        key: int,
-        skipped: Tensor | None,
-    ) -> None:
-        """Write back what was decoded; what is stored as it is has been updated in place."""
-        storage = self._settings.storage
-        noise = state_noise(operands.start, len(weight), key, weight.device) if storage.noisy else {}
-        for name in storage.codecs:
-            if (x := getattr(operands, name)) is not views[name]:
-                storage.encode(name, views, x, noise.get(name), skipped)
-        if "residual" in views:
-            rounded, residual = split(operands.theta)
-            weight.copy_(rounded)
-            views["residual"].copy_(residual)
 
     def collect(self) -> None:
         """Do nothing: the arena's counters are up to date after every step."""
@@ -133,37 +119,29 @@ class PlainStep:
         """Return Σ of the squares of the last update of each slot, and of its weight; see `RowTable.measure`."""
         sums = torch.zeros(2, len(self._arena.age), dtype=torch.float64, device=self._arena.device)
         for row in self._rows:
-            for start in range(0, row.stop - row.start, PIECE):
-                update, weight = self._measured(row, start, hyper[row.group])
-                sums[0, row.slot] += update
-                sums[1, row.slot] += weight
+            h, age = hyper[row.group], self._arena.age[row.slot]
+            step_size = h.lr / (1 - h.beta1 ** age.double().clamp(min=1))
+            for start, weight in pieces(row):
+                views = self._arena.views(row.slot, start, len(weight))
+                update = update_ratio(*self._moments(views, len(weight)), h, age).double().square().sum()
+                sums[0, row.slot] += torch.where(age > 0, step_size.square() * update, 0.0)
+                sums[1, row.slot] += weight.double().square().sum()
         return sums
-
-    def _measured(self, row: Row, start: int, hyper: Hyper) -> tuple[Tensor, Tensor]:
-        numel = min(PIECE, row.stop - row.start - start)
-        views, age = self._arena.views(row.slot, start, numel), self._arena.age[row.slot]
-        m, v = (self._settings.storage.decode(name, views, numel) for name in ("exp_avg", "exp_avg_sq"))
-        step_size = hyper.lr / (1 - hyper.beta1 ** age.double().clamp(min=1))
-        update = step_size.square() * update_ratio(m, v, hyper, age).double().square().sum()
-        return torch.where(age > 0, update, 0.0), row.weight(start, numel).double().square().sum()
 
     def close(
         self, actions: Sequence[int], weights: Sequence[int], hyper: Sequence[Hyper], noise: tuple[int, int]
     ) -> None:
         """Do with each row what is left to do when a round ends; see `RowTable.close`."""
         for row, action in zip(self._rows, actions, strict=True):
-            if action:
-                key = noise_key(*noise, row.index)
-                for start in range(0, row.stop - row.start, PIECE):
-                    weight = row.weight(start, min(PIECE, row.stop - row.start - start))
-                    self._close(row, action, start, weight, hyper[row.group], key)
+            for start, weight in pieces(row) if action else ():
+                self._close(row, action, start, weight, hyper[row.group], noise_key(*noise, row.index))
 
     def rehearse(self, hyper: Sequence[Hyper]) -> None:
         """Take the memory that `close` takes, and change nothing."""
         if self._rows:
             row = max(self._rows, key=lambda row: row.stop - row.start)
-            weight = row.weight(0, min(PIECE, row.stop - row.start)).clone()
-            self._close(row, FLUSH | WRITE_BACK, 0, weight, hyper[row.group], 0)
+            for start, weight in islice(pieces(row), 1):
+                self._close(row, FLUSH | WRITE_BACK, start, weight.clone(), hyper[row.group], 0)
 
     def _close(self, row: Row, action: int, start: int, weight: Tensor, hyper: Hyper, key: int) -> None:
         storage, numel = self._settings.storage, len(weight)
@@ -180,7 +158,17 @@ class PlainStep:
         # A state without an update may never have been filled.
         theta = torch.where(age > 0, theta, plain)
         if action & FLUSH:
-            m, v = (storage.decode(name, views, numel) for name in ("exp_avg", "exp_avg_sq"))
-            theta = momentum_flush(theta, m, v, hyper, age)
+            theta = momentum_flush(theta, *self._moments(views, numel), hyper, age)
         # Stochastic, or updates below half an ulp would be lost in every round.
         store_weight(weight, theta, row.start + start, key)
+
+    def _moments(self, views: Mapping[str, Tensor], numel: int) -> tuple[Tensor, Tensor]:
+        decode = self._settings.storage.decode
+        return decode("exp_avg", views, numel), decode("exp_avg_sq", views, numel)
+
+
+def pieces(row: Row) -> Iterator[tuple[int, Tensor]]:
+    """Give the weight of a row in pieces, each with the position of its first element."""
+    numel = row.stop - row.start
+    for start in range(0, numel, PIECE):
+        yield start, row.weight(start, min(PIECE, numel - start))
