@@ -16,7 +16,7 @@ from misa_kernels.kernels import Row
 from misa_kernels.memory.storage import Storage
 from misa_kernels.options import Options, check_sharded, check_trainable
 from misa_kernels.ranks.agreement import group_of
-from misa_kernels.ranks.shards import Part, is_sharded, part_of, ranks_of
+from misa_kernels.ranks.shards import is_sharded, part_of, ranks_of
 
 # One number a sampled block, on the host, from construction on: its module, what is known of it, whether it is active.
 SCORES = {
@@ -52,7 +52,7 @@ class Layout:
         slots: Those of each module.
         module: int64[slots], the module of each slot, -1 for dense ones.
         spans: The range of slots of each parameter.
-        parts: What of each slot lies on this rank.
+        rows: What the kernels need to know of each slot.
 
     Raises:
         TypeError: For a parameter to be trained that cannot be, by its dtype.
@@ -85,20 +85,14 @@ class Layout:
         for slot, number in enumerate(self.module.tolist()):
             if number >= 0:
                 self.slots[number].append(slot)
-        group_of_param = [number for number, group in enumerate(groups) for _ in group["params"]]
-        self._group = [group_of_param[block.index] for block in self.blocks]
         self.spans: dict[Tensor, slice] = {}
         for slot, block in enumerate(self.blocks):
             start = self.spans[block.param].start if block.param in self.spans else slot
             self.spans[block.param] = slice(start, slot + 1)
         alone = [self.spans[block.param].stop - self.spans[block.param].start == 1 for block in self.blocks]
         self._suffixes = ["" if a else f".{block.number}" for a, block in zip(alone, self.blocks, strict=True)]
-        # Whole tensors count once, on the first rank.
-        counts = self.ranks is None or self.ranks.is_first
-        self.parts = [
-            part_of(block.param) if is_sharded(block.param) else Part(block.start, block.stop - block.start, counts)
-            for block in self.blocks
-        ]
+        group_of_param = [number for number, group in enumerate(groups) for _ in group["params"]]
+        self.rows = [self._row(slot, group_of_param[block.index]) for slot, block in enumerate(self.blocks)]
 
     def is_like(self, other: Layout) -> bool:
         """Whether another layout has the same modules."""
@@ -145,20 +139,25 @@ class Layout:
             for param, span in self.spans.items()
         }
 
-    def row(self, slot: int) -> Row:
-        """Return what the kernels need to know of a slot."""
-        block, part = self.blocks[slot], self.parts[slot]
+    def _row(self, slot: int, group: int) -> Row:
+        block = self.blocks[slot]
         module = int(self.module[slot]) if slot >= self.dense else None
+        if is_sharded(block.param):
+            # It is one slot, so that its part is all that there is here.
+            offset, (start, numel, is_counted) = 0, part_of(block.param)
+        else:
+            offset, start, numel = block.start, block.start, block.stop - block.start
+            # Whole tensors count once, on the first rank.
+            is_counted = self.ranks is None or self.ranks.is_first
         return Row(
             slot=slot,
             param=block.param,
             index=block.index,
-            start=part.start,
-            stop=part.start + part.numel,
-            # A sharded tensor is one slot, so that its part is all that there is here.
-            offset=0 if is_sharded(block.param) else block.start,
-            is_counted=part.is_first,
-            group=self._group[slot],
+            start=start,
+            stop=start + numel,
+            offset=offset,
+            is_counted=is_counted,
+            group=group,
             fellows=[slot] if module is None else self.slots[module],
             module=module,
         )

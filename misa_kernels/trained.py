@@ -225,7 +225,7 @@ class Trained:
                 own.drop(self.layout.key(name, slot))
         fill = self._backend.eager
         self.arena.lend(list(self.rows), enter, clear=fill)
-        entering = {slot: self.layout.row(slot) for slot in enter}
+        entering = {slot: self.layout.rows[slot] for slot in enter}
         self.rows |= entering
         for slot, row in self.rows.items():
             self._show(row)
@@ -328,14 +328,14 @@ class Trained:
         grad_dtypes = {getattr(block.param, "grad_dtype", None) or block.param.dtype for block in blocks}
         self._backend = select(self._options.backend, device, {*dtypes, *grad_dtypes}, self._storage)
         self.arena = Arena(
-            [part.numel for part in layout.parts],
+            [row.stop - row.start for row in layout.rows],
             dtypes,
             range(layout.dense),
             layout.partition.budget,
             device,
             storage=self._storage,
             whole=None if ranks is None else [block.stop - block.start for block in blocks],
-            counted=None if ranks is None else [part.is_first for part in layout.parts],
+            counted=None if ranks is None else [row.is_counted for row in layout.rows],
         )
         loaded = {param: dict(own) for param, own in self.state.items()}
         names = [layout.name_of(slot) for slot in range(len(blocks))]

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, cast
 
 import torch.distributed as dist
@@ -59,24 +58,13 @@ def like(part: Tensor, param: Tensor) -> Tensor:
     return DTensor.from_local(shaped, mesh, placements, run_check=False, shape=param.shape, stride=param.stride())
 
 
-@dataclass(frozen=True, slots=True)
-class Part:
-    """The part of a parameter on this rank.
-
-    Args:
-        start: Index of its first element within the whole parameter, flattened. Where the part is no range of it, a
-            number that leaves the indices of different parts disjoint.
-        numel: Its elements.
-        is_first: Whether no rank before this one holds the same part.
-    """
-
-    start: int
-    numel: int
-    is_first: bool
-
-
-def part_of(param: Tensor) -> Part:
+def part_of(param: Tensor) -> tuple[int, int, bool]:
     """Return which part of a sharded parameter lies here.
+
+    Returns:
+        The index of its first element within the whole parameter, flattened (where the part is no range of it, a
+        number that leaves the indices of different parts disjoint), its elements, and whether no rank before this one
+        holds the same part.
 
     Raises:
         TypeError: If what the ranks hold is to be summed, or the mesh does not contain this rank.
@@ -98,11 +86,11 @@ def part_of(param: Tensor) -> Part:
     ):
         _, offset = compute_local_shape_and_global_offset(param.shape, mesh, placements)
         row = param.numel() // max(len(param), 1) if param.ndim else 1
-        return Part(offset[0] * row if param.ndim else 0, numel, is_first)
+        return (offset[0] * row if param.ndim else 0), numel, is_first
     number = 0
     for size, at, placement in zip(mesh.shape, where, placements, strict=True):
         number = number if isinstance(placement, Replicate) else number * size + at
-    return Part(number * param.numel(), numel, is_first)
+    return number * param.numel(), numel, is_first
 
 
 class Ranks:
