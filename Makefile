@@ -19,7 +19,7 @@ FAST := -m "not slow and not gpu"
 # Worker processes share two cores, and no benchmark plugin belongs in a test run.
 PYTEST := $(BIN)/python -m pytest -p no:benchmark
 # No figure is printed of what is wrong: the tests of what `make bench` times come first.
-TIMED := tests/test_optimizer.py tests/test_rounds.py tests/test_sampler.py tests/test_native.py tests/test_cpu_benchmark.py
+TIMED := tests/test_optimizer.py tests/test_rounds.py tests/test_sampler.py tests/test_native.py tests/benchmarks/test_cpu_benchmark.py
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 SOURCES := misa_kernels benchmarks docs examples tests setup.py
 
@@ -61,20 +61,20 @@ docs: $(VENV)/.dev  ## the documentation, into out/docs/html; a reference that l
 bench: $(VENV)/.dev  ## what a CPU measures in an hour or so: steps, iterations, growth beside peers; tests first
 	$(PYTEST) -q -n 2 $(FAST) $(TIMED)
 	-$(INSTALL) -e '.[bench]'
-	$(BIN)/python -m benchmarks.cpu --out out
-	$(BIN)/python -m benchmarks.e2e --device cpu --out out
-	$(BIN)/python -m benchmarks.e2e --device cpu --caps --out out
-	$(BIN)/python -m benchmarks.growth --device cpu --out out
-	$(BIN)/python -m benchmarks.round_end --device cpu --out out
+	$(BIN)/python -m benchmarks.step cpu --out out
+	$(BIN)/python -m benchmarks.train e2e --device cpu --out out
+	$(BIN)/python -m benchmarks.train e2e --device cpu --caps --out out
+	$(BIN)/python -m benchmarks.step growth --device cpu --out out
+	$(BIN)/python -m benchmarks.step round_end --device cpu --out out
 	$(BIN)/python -m benchmarks.gate
-	$(BIN)/python -m pytest -q benchmarks/step.py benchmarks/switch.py
+	$(BIN)/python -m pytest -q benchmarks/step/step.py benchmarks/step/switch.py
 
 quality: $(VENV)/.dev  ## share of AdamW's improvement in equal bytes, and at small delta: hours; goes on where it was stopped
 	-$(INSTALL) -e '.[bench]'
-	$(BIN)/python -W ignore -m benchmarks.regime run --workers 2
 	$(BIN)/python -W ignore -m benchmarks.quality run --workers 2
-	$(BIN)/python -m benchmarks.regime table
+	$(BIN)/python -W ignore -m benchmarks.quality.quality run --workers 2
 	$(BIN)/python -m benchmarks.quality table
+	$(BIN)/python -m benchmarks.quality.quality table
 	$(BIN)/python -m benchmarks.page
 
 native:  ## build the native libraries into misa_kernels/, without .venv, network or Python; CMAKE_ARGS goes to CMake
@@ -98,7 +98,7 @@ wheel: $(VENV)/.dev  ## what can be published, into dist: sdist and manylinux wh
 	@! $(BIN)/python -m zipfile -l dist/*.whl | grep '[.]libs/' || { echo "the wheel brings these libraries" >&2; exit 1; }
 
 wheels:  ## what STAGE=formats compares with, into out/peers, for a GPU machine without network
-	$(PYTHON) -m benchmarks.wheels
+	$(PYTHON) -m benchmarks.gpu.wheels
 
 clean:  ## remove the environment, builds and caches
 	rm -rf $(VENV) build dist out *.egg-info .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache

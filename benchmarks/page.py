@@ -13,9 +13,12 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import charts, cpu, e2e_table, growth, record, regime_table, round_end
-from benchmarks.e2e_table import ROUND
-from benchmarks.first import table as first_table
+from benchmarks import charts, record
+from benchmarks.gpu.first import table as first_table
+from benchmarks.quality import regime_table
+from benchmarks.step import cpu, growth, round_end
+from benchmarks.train import e2e_table
+from benchmarks.train.e2e_table import ROUND
 
 RESULTS = Path("benchmarks/results")
 PAGE = Path("benchmarks/README.md")
@@ -343,7 +346,7 @@ def launcher(content: Record) -> list[str]:
 def counts(content: Record) -> list[str]:
     """What the gate counts."""
     lines = [
-        "Counted, not timed; `tests/test_gate.py` fails where a figure grows. "
+        "Counted, not timed; `tests/benchmarks/test_gate.py` fails where a figure grows. "
         + "; ".join(f"{kind}: {tool}" for kind, tool in content["tools"].items() if tool)
         + ".",
         "",
@@ -385,12 +388,12 @@ SECTIONS: dict[str, tuple[str, Callable[[Record], list[str]]]] = {
 }
 # What makes those that only a machine without other work can give.
 ON_A_CPU = {
-    "e2e": "python -m benchmarks.e2e --device cpu --out benchmarks/results",
-    "caps": "python -m benchmarks.e2e --device cpu --caps --out benchmarks/results",
-    "cpu": "python -m benchmarks.cpu --out benchmarks/results",
-    "growth": "python -m benchmarks.growth --device cpu --out benchmarks/results",
-    "round_end": "python -m benchmarks.round_end --device cpu --out benchmarks/results",
-    "regime": "python -m benchmarks.regime run && python -m benchmarks.regime table",
+    "e2e": "python -m benchmarks.train e2e --device cpu --out benchmarks/results",
+    "caps": "python -m benchmarks.train e2e --device cpu --caps --out benchmarks/results",
+    "cpu": "python -m benchmarks.step cpu --out benchmarks/results",
+    "growth": "python -m benchmarks.step growth --device cpu --out benchmarks/results",
+    "round_end": "python -m benchmarks.step round_end --device cpu --out benchmarks/results",
+    "regime": "python -m benchmarks.quality run && python -m benchmarks.quality table",
 }
 # Of the charts that this module draws: the part of the record that they show, and what draws it.
 CHARTS: dict[str, tuple[str, Callable[[Any, Path], Path | None]]] = {

@@ -187,7 +187,7 @@ print(before, "torch._dynamo" in sys.modules)
 
 @pytest.mark.slow
 def test_benchmark_compares_three_variants_of_one_training(dynamo, tmp_path):
-    from benchmarks import compiled
+    from benchmarks.train import compiled
 
     compiled.main(["--quick", "--backend", "aot_eager", "--device", "cpu", "--out", str(tmp_path)])
     variants = json.loads((tmp_path / "compiled.json").read_text())["variants"]

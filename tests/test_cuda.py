@@ -13,7 +13,7 @@ import pytest
 import torch
 from emulated import EmulatedTable
 
-from benchmarks import nvcc
+from benchmarks.gpu import nvcc
 from misa_kernels.kernels import native, table
 from misa_kernels.memory.storage import Storage
 
@@ -65,7 +65,7 @@ class Rows:
 
 
 def triton_table(*arguments):
-    """Triton's table, on tensors without anything around them: for `benchmarks.nvidia`, too."""
+    """Triton's table, on tensors without anything around them: for `benchmarks.gpu.nvidia`, too."""
     from misa_kernels.kernels.launch import TritonTable
 
     return TritonTable(*arguments)

@@ -18,8 +18,8 @@ from pathlib import Path
 import pytest
 
 import misa_kernels
-from benchmarks import regime_table
-from benchmarks.regime_runs import TASKS
+from benchmarks.quality import regime_table
+from benchmarks.quality.regime_runs import TASKS
 from misa_kernels.__main__ import COMMANDS, main
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from benchmarks.llama import Llama, Shape
 from benchmarks.memory import PeakMemory
+from benchmarks.train.llama import Llama, Shape
 from misa_kernels import MISA, CyclicSampler, ImportanceSampler, kernels, paper, param_groups
 from misa_kernels.memory.codec import FORMATS
 

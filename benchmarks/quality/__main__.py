@@ -1,0 +1,7 @@
+"""Trains what is missing, or makes its table: `python -m benchmarks.quality run`."""
+
+import sys
+
+from benchmarks.quality.regime import main
+
+sys.exit(main())

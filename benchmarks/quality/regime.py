@@ -1,0 +1,266 @@
+"""What share of AdamW's improvement does MISA reach where δ is small and the model deep, per step and per second?
+
+From the repository's root: `python -m benchmarks.quality run [--workers N]` trains what is missing, as often as it is
+started; `python -m benchmarks.quality table` writes benchmarks/results/regime.{json,md,png}. Beside the `train` extra
+it needs `pip install bitsandbytes galore-torch badam`. `make gpu STAGE=regime` does both with a larger model on a GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import importlib.util
+import math
+import shutil
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from benchmarks import record
+from benchmarks.quality import equal_bytes, regime_table
+from benchmarks.quality.regime_runs import CPU_SEARCHES, GPU_SEARCHES, LR_RATIO, PACKAGES, SCALES, VARIANTS, Job, Scale
+from benchmarks.quality.searches import Search, outcome, read, run_all
+from benchmarks.train.trainers import block_optimizer
+from examples.data import (
+    finetuning_corpus,
+    halves,
+    header_files,
+    pretraining_corpus,
+    python_files,
+    random_batches,
+    validation_batches,
+)
+from examples.methods import matrices
+from examples.model import Llama
+from examples.train import mean_loss, train
+from misa_kernels import MISA, ImportanceSampler, UniformSampler, lisa, param_groups
+
+OUT = Path("out/regime")
+RESULTS = Path("benchmarks/results")
+# Of all finished runs, a line each: whoever has the repository goes on from there.
+RUNS = "regime-runs.jsonl"
+
+
+def lr_of(job: Job, scale: Scale) -> float:
+    """Return the learning rate of a run."""
+    return scale.lr * LR_RATIO**job.power
+
+
+def new_model(scale: Scale) -> Llama:
+    """Return the model with random weights, always the same."""
+    torch.manual_seed(0)
+    return Llama(scale.shape).to(scale.device)
+
+
+def always_trained(model: Llama) -> dict[str, nn.Parameter]:
+    """Return by name what pre-training trains at every step: embedding and norms."""
+    sampled = {id(matrix.weight) for matrix in matrices(model).values()}
+    return {name: parameter for name, parameter in model.named_parameters() if id(parameter) not in sampled}
+
+
+def layer_share(model: Llama) -> float:
+    """Return the fraction of the parameters that the matrices of one layer are."""
+    matrices = sum(module.weight.numel() for module in model.layers[0].modules() if isinstance(module, nn.Linear))
+    return matrices / equal_bytes.parameters(model)
+
+
+def size_of(job: Job, model: Llama) -> float:
+    """Return the rank of LoRA and GaLore, and the fraction of the parameters that are trained at a time of others."""
+    if job.method in ("LoRA", "GaLore"):
+        budget = equal_bytes.METHODS["MISA"].training_bytes(model, job.state, job.delta)
+        return equal_bytes.METHODS[job.method].size(model, job.state, budget)
+    return {"AdamW": 1.0, "BAdam": layer_share(model), "LISA": layer_share(model)}.get(job.method, job.delta)
+
+
+def training_bytes(job: Job, model: Llama) -> int:
+    """Return the bytes of states, gradients and extra weights; those trained all the time in pre-training apart."""
+    size = size_of(job, model)
+    if job.method == "BAdam":
+        # Its float32 copies of the layer, their gradients and two moments.
+        return math.ceil(size * equal_bytes.parameters(model) * 4 * equal_bytes.FP32_BYTES)
+    name = job.method if job.method in ("AdamW", "LoRA", "GaLore") else "MISA"
+    return equal_bytes.METHODS[name].training_bytes(model, job.state, size)
+
+
+def build(job: Job, model: Llama, scale: Scale) -> tuple[nn.Module, torch.optim.Optimizer]:
+    """Return what to train (LoRA wraps the model) and its optimizer."""
+    lr, size = lr_of(job, scale), size_of(job, model)
+    always = always_trained(model) if job.task == "pre-training" else {}
+    if job.method in ("AdamW", "LoRA", "GaLore"):
+        trained, optimizer = equal_bytes.METHODS[job.method].build(model, job.state, size, lr, scale.steps, job.seed)
+        if always and job.method != "AdamW":
+            for parameter in always.values():
+                parameter.requires_grad_(True)
+            optimizer.add_param_group({"params": list(always.values())})
+            if job.method == "GaLore":
+                equal_bytes.update_in_backward(optimizer, list(always.values()))
+        return trained, optimizer
+    if job.method == "BAdam":
+        base = torch.optim.AdamW(model.parameters(), lr=lr)
+        return model, block_optimizer(model, base, job.inner_steps, list(always))
+    presets: dict[str, dict[str, Any]] = {
+        "uniform": {"sampler": UniformSampler()},
+        "LISA": lisa(),
+        "MISA": {},
+    }
+    presets |= {method: {"sampler": ImportanceSampler(**options)} for method, options in VARIANTS.items()}
+    rounds = {"inner_steps": job.inner_steps} if job.inner_steps else {"total_steps": scale.steps}
+    # Room for a whole layer must not be lost to rounding.
+    delta = size * (1 + 1e-9)
+    groups = param_groups(model, "finetune" if job.task == "fine-tuning" else "pretrain")
+    return model, MISA(
+        groups, lr=lr, delta=delta, state_dtype=job.state, seed=job.seed, **presets[job.method], **rounds
+    )
+
+
+def base_weights(scale: Scale) -> dict[str, torch.Tensor]:
+    """Return the weights that fine-tuning begins with, trained on Python source if they are not there yet."""
+    path = OUT / f"base-{scale.name}.pt"
+    if not path.exists():
+        model = new_model(scale)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=scale.lr)
+        batches = random_batches(pretraining_corpus().train, scale.base_batch, scale.shape.context, 0)
+        for _ in train(model, optimizer, batches, scale.base_steps):
+            pass
+        path.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = path.with_suffix(".part")
+        torch.save(model.state_dict(), unfinished)
+        shutil.move(unfinished, path)
+    return torch.load(path)
+
+
+def held_out_losses(job: Job, model: nn.Module, scale: Scale) -> list[float]:
+    """Return a model's loss on the tuning text and on the reporting text, in nats a byte."""
+    texts = halves(header_files() if job.task == "fine-tuning" else python_files())
+    return [
+        mean_loss(model, validation_batches(text, 32, scale.shape.context, batches))
+        for text, batches in zip(texts, scale.held_out, strict=True)
+    ]
+
+
+def clock_s(device: str) -> float:
+    """Return the reading of what times a training: the process's CPU time, or on a GPU the time when all is done."""
+    if device == "cpu":
+        return time.process_time()
+    torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def execute(scale: Scale, job: Job) -> dict[str, Any]:
+    """Train once and return key and result of the run as plain types."""
+    torch.set_num_threads(1)
+    if scale.device == "cuda":
+        # TF32, with which the weights to begin with are trained, too.
+        torch.set_float32_matmul_precision("high")
+    # Updates in backward hold a model in cycles, and its memory until they are found.
+    gc.collect()
+    base = new_model(scale)
+    if job.task == "fine-tuning":
+        base.load_state_dict(base_weights(scale))
+    before = held_out_losses(job, base, scale)
+    size, held = size_of(job, base), training_bytes(job, base)
+    model, optimizer = build(job, base, scale)
+    corpus = finetuning_corpus() if job.task == "fine-tuning" else pretraining_corpus()
+    batches = random_batches(corpus.train, scale.batch, scale.shape.context, job.seed)
+    curve: list[tuple[int, float, float]] = []
+    losses: list[torch.Tensor] = []
+    began, clock_began = time.perf_counter(), clock_s(scale.device)
+    for step, loss in train(model, optimizer, batches, scale.steps):
+        losses.append(loss)
+        if step % scale.window == 0:
+            mean = torch.stack(losses).mean().item()
+            curve.append((step, round(clock_s(scale.device) - clock_began, 2), round(mean, 4)))
+            losses.clear()
+    training_s, seconds = clock_s(scale.device) - clock_began, time.perf_counter() - began
+    if isinstance(optimizer, MISA):
+        optimizer.release()
+    tuning_loss, loss_after = held_out_losses(job, model, scale)
+    return asdict(job) | {
+        "lr": lr_of(job, scale),
+        "size": size,
+        "training_bytes": held,
+        "seconds": round(seconds, 1),
+        "training_s": round(training_s, 1),
+        "machine": record.describe_device(torch.device(scale.device))["name"],
+        "rounds_of": getattr(optimizer, "inner_steps", job.inner_steps) if job.method != "AdamW" else 0,
+        "curve": curve,
+        "tuning_loss_before": before[0],
+        "loss_before": before[1],
+        "tuning_loss": tuning_loss,
+        "loss": loss_after,
+    }
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run or tabulate with the command-line arguments given, those of the process if None."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.quality", description=__doc__.splitlines()[0])
+    parser.add_argument("command", choices=["run", "table"])
+    parser.add_argument("--workers", type=int, default=1, help="processes of one thread each (%(default)s)")
+    options = parser.parse_args(arguments)
+    scale = SCALES["5m"]
+    if options.command == "run":
+        base_weights(scale)
+        if failed := run_all(CPU_SEARCHES, partial(execute, scale), RESULTS / RUNS, Job, options.workers):
+            sys.exit(f"{len(failed)} runs failed")
+    else:
+        write_table(RESULTS, scale, CPU_SEARCHES)
+
+
+def on_the_gpu(scale: Scale, deadline: float, folder: Path) -> dict[str, Any]:
+    """Train what is missing until the deadline, one run at a time, and write the table; return its content.
+
+    Args:
+        scale: Of the models.
+        deadline: Reading of `time.monotonic` after which no run begins.
+        folder: Of the table and of the finished runs. Where it has none, they are those that the repository has.
+
+    Returns:
+        What regime.json contains: also "absent", the methods whose packages are not installed, and "failed", the errors
+        of runs by method.
+    """
+    runs, known = folder / RUNS, RESULTS / "gpu" / RUNS
+    if not runs.exists() and known.exists() and scale.device == "cuda":
+        folder.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(known, runs)
+    needs = {search.first.method: PACKAGES.get(search.first.method, ()) for search in GPU_SEARCHES}
+    absent = {
+        method: f"{package} is not installed"
+        for method, packages in needs.items()
+        for package in packages
+        if importlib.util.find_spec(package) is None
+    }
+    searches = [search for search in GPU_SEARCHES if search.first.method not in absent]
+    failed = run_all(searches, partial(execute, scale), runs, Job, 1, deadline)
+    errors = {job.method: error for job, error in failed.items()}
+    return write_table(folder, scale, searches, absent=absent, failed=errors)
+
+
+def write_table(folder: Path, scale: Scale, searches: Sequence[Search], **more: Any) -> dict[str, Any]:
+    """Write regime.json, regime.md and regime.png from the finished runs in a folder; return what the first contains.
+
+    Args:
+        folder: Where to read from and to write to.
+        scale: Of the models.
+        searches: What the table needs.
+        more: Goes into regime.json.
+    """
+    tuning, reporting, missing = outcome(searches, results := read(folder / RUNS, Job))
+    trained = {"scale": asdict(scale) | {"parameters": equal_bytes.parameters(new_model(scale))}}
+    content = trained | regime_table.summary(tuning, reporting) | {"missing": missing} | more
+    content = record.environment(torch.device(scale.device)) | content
+    record.write(folder, "regime", content)
+    (folder / "regime.md").write_text(regime_table.markdown(content), encoding="utf-8")
+    print(regime_table.markdown(content), regime_table.draw(content["curves"], folder / "regime.png"))
+    print(f"{len(results)} runs, {missing} more wanted; written: {folder}/regime.json, .md, .png")
+    return content
+
+
+if __name__ == "__main__":
+    main()

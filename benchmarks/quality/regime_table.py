@@ -1,0 +1,240 @@
+"""What do the runs of the benchmark of small δ say? Shares of AdamW's improvement, times, learning rates, curves."""
+
+from __future__ import annotations
+
+import statistics
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks import charts
+
+Runs = Sequence[dict[str, Any]]
+KEY = ("task", "method", "state", "delta", "inner_steps")
+# Of AdamW's improvement, at a δ, in fine-tuning with int8 states.
+GOALS = {0.03: 0.75, 0.05: 0.85, 0.25: 0.95}
+# The best learning rate over AdamW's, at most.
+LR_GOAL = 2.0
+
+
+def notes(content: Mapping[str, Any]) -> list[str]:
+    """Return what was trained and what the columns mean."""
+    scale, on_a_gpu = content["scale"], content["device"]["type"] == "cuda"
+    shape, millions = scale["shape"], scale["parameters"] / 1e6
+    command = "python -m benchmarks.quality run && python -m benchmarks.quality table"
+    where = "in TF32 on a GPU" if on_a_gpu else "on a CPU"
+    return [
+        "# Quality where δ is small and the model deep",
+        "",
+        "```",
+        "make gpu STAGE=regime" if on_a_gpu else command,
+        "```",
+        "",
+        f"A byte-level LLaMA of {shape['layers']} layers with 7 matrices each, {millions:.1f} million float32 "
+        f"parameters, {where}, {scale['steps']} steps of {scale['batch'] * shape['context']:,} bytes. "
+        f"*Fine-tuning*: from Python source, {scale['base_steps']} steps of AdamW, to C++ headers. "
+        "*Pre-training*: on Python source from random weights; embedding and norms are trained at every step by all "
+        "methods, their bytes left out here. LoRA (peft, bitsandbytes' AdamW) and GaLore (`galore-torch`, 8 bits) have "
+        "the rank that needs as many bytes as MISA at this δ with int8 states: states, gradients held at once, extra "
+        "weights. BAdam is its package and, like LISA, trains a whole layer in rounds of 16 steps: it cannot do with "
+        "less. T is what MISA takes by itself unless it is given.",
+        "",
+        "The share is of AdamW's improvement on text that is neither trained nor tuned on, AdamW having had the same "
+        f"batches. Time is {'that of the training' if on_a_gpu else 'CPU time of the training, one thread'}, over the "
+        "mean of AdamW's on the same machine. Learning rates: steps of a factor 2, three and one more while the best "
+        "lies at an end, on a seed of its own and other validation text; arms without a search take the rate of the "
+        "nearest δ. Mean ± standard deviation over seeds, which move batches, draws and adapters. The chart leaves out "
+        "MISA's variants.",
+        "",
+        f"Runs by machine: {'; '.join(f'{name}: {runs}' for name, runs in content['machines'].items())}.",
+        "",
+        *(f"{method}: {why}." for method, why in (content.get("absent", {}) | content.get("failed", {})).items()),
+    ]
+
+
+def summary(tuning: Runs, reporting: Runs) -> dict[str, Any]:
+    """Return rows, goals, searches, curves and the number of runs by machine, as plain types.
+
+    Args:
+        tuning: Runs of the searches for learning rates.
+        reporting: Runs at the rates found; those of a seed without AdamW are left out.
+    """
+    adamw = {(run["task"], run["seed"]): run for run in reporting if run["method"] == "AdamW"}
+    # Of either task, whose steps are the same: finished runs may come from several machines.
+    adamw_s: dict[str, list[float]] = {}
+    for run in (*tuning, *reporting):
+        if run["method"] == "AdamW":
+            adamw_s.setdefault(run["machine"], []).append(run["training_s"])
+    arms: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for run in reporting:
+        reference = adamw.get((run["task"], run["seed"]))
+        if reference is None:
+            continue
+        gain = reference["loss_before"] - reference["loss"]
+        whole_s = statistics.mean(adamw_s[run["machine"]]) if run["machine"] in adamw_s else None
+        more = {
+            "share": (run["loss_before"] - run["loss"]) / gain,
+            "time": None if whole_s is None else run["training_s"] / whole_s,
+            "curve": [] if whole_s is None else [(step, at_s / whole_s, loss) for step, at_s, loss in run["curve"]],
+        }
+        arms.setdefault(tuple(run[name] for name in KEY), []).append(run | more)
+    rows = [row_of(key, runs) for key, runs in arms.items()]
+    rows.sort(key=lambda row: (row["task"], -row["share"]))
+    machines = dict(Counter(run["machine"] for run in (*tuning, *reporting)))
+    return {
+        "rows": rows,
+        "goals": goals(rows),
+        "tuning": searches(tuning),
+        "curves": curves(arms),
+        "machines": machines,
+    }
+
+
+def row_of(key: tuple[Any, ...], runs: Runs) -> dict[str, Any]:
+    """Return the row of an arm, with means and standard deviations over its seeds."""
+    row = dict(zip(KEY, key, strict=True))
+    row |= {name: runs[0][name] for name in ("size", "training_bytes", "lr", "rounds_of")}
+    row["seeds"] = sorted(run["seed"] for run in runs)
+    for name in ("loss", "share", "time"):
+        values = [run[name] for run in runs if run[name] is not None]
+        row[name] = statistics.mean(values) if values else None
+        row[name + "_sd"] = statistics.stdev(values) if len(values) > 1 else None
+    return row
+
+
+def goals(rows: Runs) -> list[dict[str, Any]]:
+    """Return what was asked for, where, the limit, the figure measured and whether it is met."""
+    found = []
+    for row in rows:
+        if row["task"] != "fine-tuning" or row["method"] != "MISA" or row["state"] != "int8" or row["inner_steps"]:
+            continue
+        where = f"MISA int8, δ = {row['delta']:g}"
+        if row["delta"] in GOALS:
+            limit = GOALS[row["delta"]]
+            met = row["share"] >= limit
+            found.append(
+                {"goal": "share of AdamW's improvement", "where": where, "limit": limit, "value": row["share"]}
+                | {"met": met}
+            )
+        reference = [other["lr"] for other in rows if (other["task"], other["method"]) == (row["task"], "AdamW")]
+        ratio = row["lr"] / reference[0]
+        met = 1 / LR_GOAL <= ratio <= LR_GOAL
+        found.append(
+            {"goal": "learning rate over AdamW's, from 1/2", "where": where, "limit": LR_GOAL, "value": ratio}
+            | {"met": met}
+        )
+    return sorted(found, key=lambda line: (line["goal"], line["where"]))
+
+
+def searches(tuning: Runs) -> list[dict[str, Any]]:
+    """Return for each search the loss on the tuning text by learning rate."""
+    by_key: dict[tuple[Any, ...], dict[str, float]] = {}
+    for run in sorted(tuning, key=lambda run: run["lr"]):
+        by_key.setdefault(tuple(run[name] for name in KEY), {})[f"{run['lr']:g}"] = run["tuning_loss"]
+    return [dict(zip(KEY, key, strict=True)) | {"losses": losses} for key, losses in by_key.items()]
+
+
+def curves(arms: Mapping[tuple[Any, ...], Runs]) -> dict[str, dict[str, list[list[float]]]]:
+    """Return by task and arm the points (steps, time over AdamW's whole time, training loss), means over seeds.
+
+    MISA has a curve for each δ alone: a chart of all that is in the table could not be read.
+    """
+    found: dict[str, dict[str, list[list[float]]]] = {}
+    for key, runs in arms.items():
+        arm = dict(zip(KEY, key, strict=True))
+        default = (arm["state"], arm["inner_steps"]) == ("int8", 0)
+        if arm["method"].startswith("MISA, ") or (arm["method"] == "MISA" and not default):
+            continue
+        points = zip(*(run["curve"] for run in runs if run["curve"]), strict=True)
+        means = [[statistics.mean(values) for values in zip(*point, strict=True)] for point in points]
+        found.setdefault(key[0], {})[name_of(arm)] = means
+    return found
+
+
+def name_of(row: Mapping[str, Any]) -> str:
+    """Return what an arm is called in a chart."""
+    if row["method"] in ("AdamW", "BAdam", "LISA"):
+        return f"{row['method']}"
+    rounds = f", T = {row['inner_steps']}" if row["inner_steps"] else ""
+    return f"{row['method']} {row['state']}, δ = {row['delta']:g}{rounds}"
+
+
+def table(rows: Runs) -> list[str]:
+    """Return the rows of a task as a Markdown table."""
+    header = "method | states | δ, or δ of equal bytes | trained at a time, or rank | T | training kB | lr"
+    header += " | share of AdamW's gain, % | time / AdamW's | loss, nats a byte | seeds"
+    lines = [f"| {header} |", "|---" * 11 + "|"]
+    for row in rows:
+        own = row["method"] in ("AdamW", "BAdam", "LISA")
+        cells = (
+            row["method"],
+            row["state"],
+            "" if own else f"{row['delta']:g}",
+            f"{row['size']:.3g}",
+            str(row["rounds_of"] or ""),
+            f"{row['training_bytes'] / 1e3:,.0f}",
+            f"{row['lr']:g}",
+            spread(row, "share", 100, 1),
+            "" if row["time"] is None else f"{row['time']:.2f}",
+            spread(row, "loss", 1, 3),
+            str(len(row["seeds"])),
+        )
+        lines.append(f"| {' | '.join(cells)} |")
+    return [*lines, ""]
+
+
+def spread(row: Mapping[str, Any], name: str, factor: float, digits: int) -> str:
+    """Return mean and standard deviation, the latter where there is one."""
+    deviation = row[name + "_sd"]
+    mean = f"{factor * row[name]:.{digits}f}"
+    return mean if deviation is None else f"{mean} ± {factor * deviation:.{digits}f}"
+
+
+def markdown(content: Mapping[str, Any]) -> str:
+    """Return the summary as Markdown tables."""
+    lines = [*notes(content), ""]
+    for task in dict.fromkeys(row["task"] for row in content["rows"]):
+        lines += [f"### {task.capitalize()}", "", *table([row for row in content["rows"] if row["task"] == task])]
+    lines += ["### Goals", "", "| goal | where | limit | measured | |", "|---|---|---|---|---|"]
+    lines += [
+        f"| {line['goal']} | {line['where']} | {line['limit']:g} | {line['value']:.3g} "
+        f"| {'met' if line['met'] else '**not met**'} |"
+        for line in content["goals"]
+    ]
+    lines += ["", "### Losses by learning rate, on the tuning text", "", "| task | of | lr: nats |", "|---|---|---|"]
+    for search in content["tuning"]:
+        tried = ", ".join(f"{lr}: {loss:.4f}" for lr, loss in search["losses"].items())
+        lines.append(f"| {search['task']} | {name_of(search)} | {tried} |")
+    return "\n".join(lines) + "\n"
+
+
+def draw(content: Mapping[str, Mapping[str, Sequence[Sequence[float]]]], path: Path) -> Path | None:
+    """Draw the training loss against steps and against time, a row for each task; None without matplotlib."""
+    plt = charts.pyplot()
+    if plt is None or not content:
+        return None
+    figure, axes = plt.subplots(len(content), 2, figsize=(12, 4.6 * len(content)), squeeze=False)
+    names = list(dict.fromkeys(name for arms in content.values() for name in arms))
+    for row, (task, arms) in zip(axes, content.items(), strict=True):
+        for axis, (column, label) in zip(row, enumerate(("steps", "time, of AdamW's whole training")), strict=True):
+            for name, points in arms.items():
+                number = names.index(name)
+                style = ("-", "--", ":")[number // len(charts.COLORS) % 3]
+                axis.plot(
+                    [point[column] for point in points],
+                    [point[2] for point in points],
+                    style,
+                    color=charts.COLORS[number % len(charts.COLORS)],
+                    linewidth=1.6,
+                    label=name,
+                )
+            axis.set_xlabel(label)
+            axis.set_title(task, fontsize=10, loc="left")
+            axis.grid(alpha=0.3)
+            # The beginning, which is the same for all, would leave the rest no room.
+            ends = [point[2] for points in arms.values() for point in points[len(points) // 10 :]]
+            axis.set_ylim(min(ends) * 0.98, max(ends) * 1.01)
+        row[0].set_ylabel("training loss, nats a byte")
+        row[1].legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.01, 1))
+    return charts.saved(plt, figure, path, charts.digest(content))

@@ -1,0 +1,403 @@
+"""How much memory does a training step take with MISA and with its peers, beside what the formula says?
+
+python -m benchmarks.train memory --out benchmarks/results    training_memory.json and .md, ten minutes on a CPU
+python -m benchmarks.train memory peer NAME --plan 8b --device cuda    one peer under the cap, a line of JSON
+
+On the CPU the model is Llama 3 8B at a 32nd of its widths, all 32 layers, on a 32nd of 2048 tokens, so that weights,
+activations and logits keep their proportions; bytes are counted allocation by allocation. Only LoRA's rank cannot
+shrink so far: 1 is twice its share.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from benchmarks import record
+from benchmarks.memory import PeakMemory
+from benchmarks.train.llama import LINEARS, SHAPES, Llama
+from misa_kernels import MISA, ImportanceSampler, badam, lisa, param_groups
+from misa_kernels.release import HELD_BYTES, LAUNCHES
+from misa_kernels.tools.planner.step import Run, count
+
+LR = 1e-5
+MIB, GIB = 2**20, 2**30
+# Larger differences of the formula are named under the table.
+TOLERANCE = 0.05
+# A peer that takes longer hangs.
+PEER_LIMIT_S = 90.0
+# Two moments of a byte and a scale of four for every 128.
+INT8 = 2 + 2 * 4 / 128
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is trained, and where the peers of the GPU stage stand.
+
+    Attributes:
+        shape: A key of `SHAPES`.
+        tokens: In a batch.
+        chunk: Tokens whose logits are held at once.
+        rank: Of LoRA.
+        delta: MISA's budget; room for one whole layer, which BAdam and LISA need.
+        dtype: Name of the weights' dtype.
+        checkpointing: Whether layers keep their inputs alone.
+        cap_bytes: What a GPU may give.
+        sequences: In a batch.
+    """
+
+    shape: str
+    tokens: int
+    chunk: int
+    rank: int
+    delta: float = 0.03
+    dtype: str = "bfloat16"
+    checkpointing: bool = True
+    cap_bytes: int = 24 * GIB
+    sequences: int = 1
+
+
+PLANS = {
+    "8b": Plan("8b", tokens=4096, chunk=256, rank=16),
+    "8b x 2": Plan("8b", tokens=4096, chunk=256, rank=16, sequences=2),
+    "8b/1024": Plan("8b/1024", tokens=64, chunk=8, rank=1),
+    "tiny": Plan("tiny", tokens=32, chunk=8, rank=1, delta=0.2),
+}
+
+
+@dataclass(frozen=True)
+class Peer:
+    """A way to train.
+
+    Attributes:
+        title: What it is, for people.
+        options: Arguments of MISA beyond lr and delta, given the number of layers; None for what is not MISA.
+        state_bytes: Bytes of moments, masters or residuals a parameter with state, for bfloat16 and float32 weights.
+    """
+
+    title: str
+    options: Callable[[int], dict[str, Any]] | None
+    state_bytes: tuple[float, float] = (12.0, 8.0)
+
+
+PEERS: dict[str, Peer] = {
+    # Both keep moments in the weights' dtype, the smallest and fastest that torch's AdamW offers.
+    "adamw": Peer("AdamW", None, (4.0, 8.0)),
+    "lora": Peer("LoRA", None, (4.0, 8.0)),
+    "badam": Peer("BAdam", lambda layers: badam()),
+    "lisa": Peer("LISA", lambda layers: lisa()),
+    "misa": Peer("MISA", lambda layers: {}),
+    "misa_int8": Peer("MISA int8", lambda layers: {"state_dtype": "int8"}, (INT8 + 4, INT8)),
+    "misa_lean": Peer(
+        "MISA int8, split, released",
+        lambda layers: {"state_dtype": "int8", "param_precision": "split", "release_gradients": True},
+        (INT8 + 2, INT8),
+    ),
+    "misa_window": Peer("MISA window", lambda layers: {"sampler": ImportanceSampler(depth_window=layers // 2)}),
+}
+
+
+def build(plan: Plan, device: torch.device) -> Llama:
+    """Return the model with random weights, made where and in what it shall be."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(getattr(torch, plan.dtype))
+    try:
+        with device:
+            model = Llama(SHAPES[plan.shape], plan.checkpointing)
+    finally:
+        torch.set_default_dtype(before)
+    model.loss_chunk = plan.chunk
+    return model
+
+
+def trained_with(model: Llama, name: str, plan: Plan, inner_steps: int) -> torch.optim.Optimizer:
+    """Return the optimizer of a peer, LoRA's adapters attached to the model, MISA's first round the costliest."""
+    options = PEERS[name].options
+    if options is not None:
+        # With full precision there are no bits to split off.
+        chosen = {
+            k: v for k, v in options(len(model.layers)).items() if k != "param_precision" or plan.dtype == "bfloat16"
+        }
+        made = MISA(param_groups(model), lr=LR, delta=plan.delta, inner_steps=inner_steps, **chosen)
+        made.rehearse()
+        return made
+    if name == "lora":
+        from peft import LoraConfig, get_peft_model
+
+        config = LoraConfig(r=plan.rank, lora_alpha=plan.rank, target_modules=list(LINEARS))
+        get_peft_model(model, config, autocast_adapter_dtype=False)
+    return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=LR, fused=True)
+
+
+def planned(name: str, plan: Plan, fused_norms: bool) -> dict[str, float]:
+    """Return what the formula says of a peer in the costliest round it may draw, from a model without data."""
+    peer, shape = PEERS[name], SHAPES[plan.shape]
+    active: dict[int, set[str]] = {}
+    if name == "lora":
+        elements = shape.lora_numel(plan.rank)
+    else:
+        model = build(plan, torch.device("meta"))
+        elements = total = sum(p.numel() for p in model.parameters())
+        optimizer = None
+        if peer.options is not None:
+            elements = int(plan.delta * total)
+            optimizer = trained_with(model, name, plan, inner_steps=100)
+        for number, layer in enumerate(model.layers):
+            linears = ((path, part) for path, part in layer.named_modules() if isinstance(part, nn.Linear))
+            active[number] = {path.rpartition(".")[2] for path, part in linears if part.weight.requires_grad}
+        # Not before: of an optimizer that is gone the flags show nothing.
+        del optimizer
+    narrow = plan.dtype == "bfloat16"
+    element = 2 if narrow else 4
+    found = count(
+        Run(
+            shape=shape,
+            tokens=plan.tokens,
+            element=element,
+            chunk=plan.chunk,
+            checkpointing=plan.checkpointing,
+            active=active,
+            dense=name == "adamw",
+            outside=name == "adamw",
+            rank=plan.rank if name == "lora" else 0,
+            adapter_element=element,
+            state_elements=elements,
+            state_bytes=peer.state_bytes[0 if narrow else 1],
+            released=name == "misa_lean",
+            waiting=HELD_BYTES,
+            alone=LAUNCHES,
+            norms="fused" if fused_norms else "torch",
+        )
+    )
+    return {
+        "weights": found.weights,
+        "states": found.states,
+        "activations": found.kept,
+        "gradients": found.gradients,
+        "during the step": found.peak - found.weights - found.states,
+        "peak": found.peak,
+    }
+
+
+def measured(name: str, plan: Plan) -> dict[str, int]:
+    """Count the bytes of a peer's training step on the CPU, in the costliest round it may draw.
+
+    Returns:
+        "weights", those of the model and LoRA's; "states"; "activations", what a forward pass leaves; "gradients", held
+        after the backward pass; "during the step", the most that a whole step takes beyond weights and states; "peak".
+    """
+    torch.manual_seed(0)
+    tokens = torch.randint(SHAPES[plan.shape].vocab, (1, plan.tokens))
+    with PeakMemory() as weights:
+        model = build(plan, tokens.device)
+        optimizer = trained_with(model, name, plan, inner_steps=100)
+    with PeakMemory() as first:
+        train_step(model, tokens, optimizer)
+    with PeakMemory() as passes:
+        model(tokens).backward()
+    with PeakMemory() as update:
+        optimizer.step()
+        optimizer.zero_grad()
+    left = passes.held_bytes + update.held_bytes
+    if left:
+        raise RuntimeError(f"a step of {name} left {left} bytes behind: it must leave none")
+    with PeakMemory() as forward:
+        loss = model(tokens)
+    parts = {"weights": weights.held_bytes, "states": first.held_bytes, "activations": forward.held_bytes}
+    parts["gradients"] = passes.held_bytes
+    parts["during the step"] = max(passes.peak_bytes, passes.held_bytes + update.peak_bytes)
+    del loss
+    return parts | {"peak": weights.held_bytes + first.held_bytes + parts["during the step"]}
+
+
+def train_step(model: Llama, tokens: torch.Tensor, optimizer: torch.optim.Optimizer) -> None:
+    """Train once and drop the gradients."""
+    model(tokens).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def on_the_cpu(plan: Plan) -> Iterator[dict[str, Any]]:
+    """Yield, for every dtype, with and without checkpointing, and every peer, what is measured and what is counted."""
+    for dtype in ("bfloat16", "float32"):
+        for checkpointing in (True, False):
+            chosen = replace(plan, dtype=dtype, checkpointing=checkpointing)
+            for name in PEERS:
+                case = {"peer": name, "dtype": dtype, "checkpointing": checkpointing}
+                yield case | {"measured": measured(name, chosen), "formula": planned(name, chosen, fused_norms=False)}
+
+
+def markdown(content: dict[str, Any]) -> str:
+    """Return the record as tables of measured bytes beside the formula's, and a line on each larger difference."""
+    cases, plan = content["cases"], content["plan"]
+    lines = [
+        "# Memory of a training step: measured / formula, MiB",
+        "",
+        f"`{content['command']}`, commit {content['commit']}, torch {content['versions']['torch']}, CPU.",
+        f"Shape {plan['shape']}, {plan['tokens']} tokens, LoRA of rank {plan['rank']}, delta = {plan['delta']:.0%}, in "
+        "which a whole layer, for BAdam and LISA, fits. These and MISA in the costliest round they may draw.",
+    ]
+    parts = tuple(cases[0]["measured"])
+    differences = []
+    for dtype, checkpointing in dict.fromkeys((case["dtype"], case["checkpointing"]) for case in cases):
+        title = f"{dtype}, {'with' if checkpointing else 'without'} checkpointing"
+        lines += ["", f"## {title}", "", f"| | {' | '.join(parts)} |", "|---" * (len(parts) + 1) + "|"]
+        for case in cases:
+            if (case["dtype"], case["checkpointing"]) != (dtype, checkpointing):
+                continue
+            seen, said = case["measured"], case["formula"]
+            row = (f"{seen[part] / MIB:.2f} / {said[part] / MIB:.2f}" for part in parts)
+            lines.append(f"| {PEERS[case['peer']].title} | {' | '.join(row)} |")
+            for part in parts:
+                off = said[part] - seen[part]
+                if abs(off) > TOLERANCE * max(seen[part], 1):
+                    figures = f"{part} {seen[part]:,} bytes, formula {said[part]:,.0f} ({off:+,.0f})"
+                    differences.append(f"- {title}, {PEERS[case['peer']].title}: {figures}")
+    none = f"None is above {TOLERANCE:.0%}."
+    return "\n".join([*lines, "", f"## Differences above {TOLERANCE:.0%}", "", *(differences or [none])]) + "\n"
+
+
+def rounds_of(name: str, plan: Plan, device: torch.device, rounds: int = 12, inner_steps: int = 2) -> dict[str, Any]:
+    """Train a peer for `rounds` after the rehearsed round; return its peaks in bytes, weights included, and its speed.
+
+    On a GPU memory is capped, and reserved memory is what the allocator took from the device; nothing calls
+    `empty_cache`, so that it only grows. On a CPU the profiler that counts takes a part of the time.
+    """
+    cuda = device.type == "cuda"
+    if cuda:
+        torch.cuda.set_per_process_memory_fraction(plan.cap_bytes / torch.cuda.mem_get_info()[1])
+    torch.manual_seed(0)
+    shape = plan.sequences, plan.tokens // plan.sequences
+    tokens = torch.randint(SHAPES[plan.shape].vocab, shape, device=device)
+    with PeakMemory(device) as first:
+        model = build(plan, device)
+        optimizer = trained_with(model, name, plan, inner_steps)
+        for _ in range(inner_steps):
+            train_step(model, tokens, optimizer)
+    reserved = [torch.cuda.max_memory_reserved() if cuda else first.peak_bytes]
+    with PeakMemory(device) as later:
+        started = time.perf_counter()
+        for _ in range(rounds * inner_steps):
+            train_step(model, tokens, optimizer)
+        if cuda:
+            torch.cuda.synchronize()
+        seconds = time.perf_counter() - started
+    reserved.append(torch.cuda.max_memory_reserved() if cuda else first.held_bytes + later.peak_bytes)
+    return {
+        "rounds": rounds,
+        "tokens_per_second": plan.tokens * rounds * inner_steps / seconds,
+        "rehearsed_reserved_bytes": reserved[0],
+        "reserved_bytes": max(reserved),
+        "allocated_bytes": max(first.peak_bytes, first.held_bytes + later.peak_bytes),
+        "alloc_retries": torch.cuda.memory_stats()["num_alloc_retries"] if cuda else 0,
+        "loss": float(model(tokens).detach()),
+    }
+
+
+def under_the_cap(
+    plan_name: str, device: torch.device, deadline: float, names: Sequence[str] = tuple(PEERS), rounds: int = 12
+) -> Iterator[dict[str, Any]]:
+    """Yield the record after every peer, each in a process of its own.
+
+    Args:
+        plan_name: Key of `PLANS`.
+        device: Where.
+        deadline: Reading of `time.monotonic` at which a peer is stopped, and after which none starts.
+        names: Keys of `PEERS`, in the order in which they run.
+        rounds: How many each trains after the costliest.
+    """
+    plan = PLANS[plan_name]
+    content: dict[str, Any] = {"plan": asdict(plan), "peers": {}, "left_out": [], "goals": []}
+    for name in names:
+        peer: dict[str, Any] = {"planned": planned(name, plan, fused_norms=device.type == "cuda")}
+        left = min(deadline - time.monotonic(), PEER_LIMIT_S)
+        command = [sys.executable, "-m", "benchmarks.train.training_memory", "peer", name, "--plan", plan_name]
+        command += ["--device", device.type, "--rounds", str(rounds)]
+        if left <= 0:
+            content["left_out"].append(name)
+        else:
+            try:
+                done = subprocess.run(command, cwd=record.ROOT, capture_output=True, text=True, timeout=left)
+                lines = done.stdout.splitlines()
+                failed = {"error": f"exit code {done.returncode}: {done.stderr.strip()[-300:]}"}
+                peer |= json.loads(lines[-1]) if done.returncode == 0 and lines else failed
+            except subprocess.TimeoutExpired:
+                peer["error"] = f"TimeoutExpired: not done after {left:.0f} s"
+        content["peers"][name] = peer
+        content["goals"] = goals(content["peers"])
+        yield content
+
+
+def goals(peers: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the goals of each of our peers that has run, with figures and whether they are met."""
+    reserved = {name: peer["reserved_bytes"] for name, peer in peers.items() if "reserved_bytes" in peer}
+    limits = {"peak reserved <= 20 GiB": 20 * GIB}
+    if "badam" in reserved:
+        limits["not above BAdam"] = reserved["badam"]
+    if "lora" in reserved:
+        limits["<= LoRA + 1 GiB"] = reserved["lora"] + GIB
+    found = []
+    for name in [name for name in reserved if name.startswith("misa")]:
+        own = limits | {"<= 1.03 x the costliest round": 1.03 * peers[name]["rehearsed_reserved_bytes"]}
+        for goal, limit in own.items():
+            met = reserved[name] <= limit
+            found.append({"peer": name, "goal": goal, "bytes": reserved[name], "limit_bytes": limit, "met": met})
+    return found
+
+
+def summary(content: dict[str, Any]) -> str:
+    """Return the peers and the goals of `under_the_cap` as lines of text."""
+    lines = [f"{'peer':<12}{'reserved':>10}{'rehearsed':>10}{'allocated':>10}{'planned':>10} MiB"]
+    for name, peer in content["peers"].items():
+        keys = ("reserved_bytes", "rehearsed_reserved_bytes", "allocated_bytes")
+        figures = "".join(f"{peer[key] / MIB:>10,.1f}" for key in keys) if "reserved_bytes" in peer else f"{'':>30}"
+        lines.append(f"{name:<12}{figures}{peer['planned']['peak'] / MIB:>10,.1f} {peer.get('error', '')[:90]}")
+    for goal in content["goals"]:
+        verdict = "met" if goal["met"] else "MISSED"
+        figures = f"{goal['bytes'] / MIB:>10,.1f} {goal['limit_bytes'] / MIB:>10,.1f}"
+        lines.append(f"{goal['peer']:<12}{goal['goal']:<32}{figures} {verdict}")
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Write the CPU's record, or print one peer's peaks as JSON; return the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.train memory", description=__doc__.splitlines()[0])
+    parser.add_argument("peer", nargs="*", help="'peer NAME': one peer's peaks; without, the record of a CPU")
+    parser.add_argument("--plan", choices=PLANS, default="8b/1024")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--rounds", type=int, default=12, help="that a peer trains after the costliest")
+    parser.add_argument("--out", type=Path, default=Path("out"), help="folder of the record")
+    args = parser.parse_args(argv)
+    plan, device = PLANS[args.plan], torch.device(args.device)
+    if args.peer:
+        if len(args.peer) != 2 or args.peer[0] != "peer" or args.peer[1] not in PEERS:
+            parser.error(f"{' '.join(args.peer)!r} must be 'peer NAME', NAME one of {', '.join(PEERS)}")
+        try:
+            found = rounds_of(args.peer[1], plan, device, args.rounds)
+        except torch.OutOfMemoryError as error:
+            found = {"error": f"OutOfMemoryError: {error}".splitlines()[0][:300]}
+        print(json.dumps(found))
+        return 0
+    content = record.environment(device) | {"plan": asdict(plan), "cases": []}
+    started = time.monotonic()
+    for case in on_the_cpu(plan):
+        content["cases"].append(case)
+        content["seconds"] = round(time.monotonic() - started)
+        path = record.write(args.out, "training_memory", content)
+    path.with_suffix(".md").write_text(markdown(content))
+    print(f"{path} and .md after {content['seconds']} s")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
