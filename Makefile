@@ -67,14 +67,12 @@ bench: $(VENV)/.dev  ## what a CPU measures in an hour or so: steps, iterations,
 	$(BIN)/python -m benchmarks.step growth --device cpu --out out
 	$(BIN)/python -m benchmarks.step round_end --device cpu --out out
 	$(BIN)/python -m benchmarks.gate
-	$(BIN)/python -m pytest -q benchmarks/step/step.py benchmarks/step/switch.py
+	$(BIN)/python -m pytest -q benchmarks/step/entries.py
 
-quality: $(VENV)/.dev  ## share of AdamW's improvement in equal bytes, and at small delta: hours; goes on where it was stopped
+quality: $(VENV)/.dev  ## share of AdamW's improvement at small delta in a deep model: hours; goes on where it was stopped
 	-$(INSTALL) -e '.[bench]'
 	$(BIN)/python -W ignore -m benchmarks.quality run --workers 2
-	$(BIN)/python -W ignore -m benchmarks.quality.quality run --workers 2
 	$(BIN)/python -m benchmarks.quality table
-	$(BIN)/python -m benchmarks.quality.quality table
 	$(BIN)/python -m benchmarks.page
 
 native:  ## build the native libraries into misa_kernels/, without .venv, network or Python; CMAKE_ARGS goes to CMake

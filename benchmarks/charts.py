@@ -73,24 +73,31 @@ def bars(path: Path, panels: Mapping[str, Mapping[str, Mapping[str, float]]], la
 
 
 def lines(
-    path: Path, panels: Mapping[str, tuple[str, Mapping[str, Sequence[tuple[float, float]]]]], label: str, source: Any
+    path: Path,
+    panels: Mapping[str, tuple[str, Mapping[str, Sequence[tuple[float, float]]]]],
+    label: str,
+    source: Any,
+    powers: bool = True,
 ) -> Path | None:
-    """Draw a panel for each title, with both axes in powers of ten.
+    """Draw a panel for each title.
 
     Args:
         path: The PNG file.
         panels: By title, the label of the horizontal axis and by name the points of a line.
         label: Of the vertical axes.
         source: As for `bars`.
+        powers: Whether both axes are in powers of ten, with marks at the points.
     """
     plt = pyplot()
-    if plt is None:
+    if plt is None or not panels:
         return None
     figure, axes = plt.subplots(1, len(panels), figsize=(5 * len(panels), 4.2), squeeze=False)
     for axis, (title, (below, by_name)) in zip(axes[0], panels.items(), strict=True):
         for number, (name, points) in enumerate(by_name.items()):
-            x, y = zip(*points, strict=True)
-            axis.loglog(x, y, marker="o", markersize=4, color=COLORS[number % len(COLORS)], label=name)
+            x, y = zip(*points, strict=True) if points else ((), ())
+            style = "o-" if powers else ("-", "--", ":")[number // len(COLORS) % 3]
+            draw = axis.loglog if powers else axis.plot
+            draw(x, y, style, markersize=4, color=COLORS[number % len(COLORS)], label=name)
         axis.set_title(title, fontsize=10, loc="left")
         axis.set_xlabel(below)
         axis.grid(True, alpha=0.3)

@@ -9,20 +9,20 @@ import json
 import re
 import statistics
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from benchmarks import charts, record
+from benchmarks.gate import counts
 from benchmarks.gpu.first import table as first_table
 from benchmarks.quality import regime_table
-from benchmarks.step import cpu, growth, round_end
-from benchmarks.train import e2e_table
-from benchmarks.train.e2e_table import ROUND
+from benchmarks.step import cpu, growth, launcher, round_end
+from benchmarks.tables import cells
+from benchmarks.train import e2e_table, training_memory
 
 RESULTS = Path("benchmarks/results")
 PAGE = Path("benchmarks/README.md")
-MIB = 2**20
 Record = dict[str, Any]
 
 HEAD = """# What has been measured
@@ -49,200 +49,6 @@ STAGES = {
 STAGE_OF = {"round_end": "growth"}
 
 
-def cells(header: str, rows: Iterable[Sequence[str]]) -> list[str]:
-    """Return a table in Markdown; the header's columns are separated by bars."""
-    return [
-        f"| {header} |",
-        "|---" * (header.count("|") + 1) + "|",
-        *("| " + " | ".join(row) + " |" for row in rows),
-        "",
-    ]
-
-
-def spread(values: Record | None, digits: int = 1, scale: float = 1.0) -> str:
-    """Return mean or median, and p10 to p90."""
-    if values is None:
-        return ""
-    middle = values["mean"] if "mean" in values else values["median"]
-    low, high = values["p10"] * scale, values["p90"] * scale
-    return f"{middle * scale:,.{digits}f} ({low:,.{digits}f} to {high:,.{digits}f})"
-
-
-def goal_lines(found: list[Record]) -> list[str]:
-    """Return a table of goals, for those who want to know what was asked for."""
-    if not found:
-        return []
-    rows = [
-        (
-            line["goal"],
-            line["where"],
-            f"{line['limit']:g}",
-            "not measured" if line["value"] is None else f"{line['value']:.3g}",
-            "met" if line["met"] else "**not met**",
-        )
-        for line in found
-    ]
-    return cells("goal | where | limit | measured | ", rows)
-
-
-def iterations(content: Record) -> list[str]:
-    """Whole training iterations at equal batch."""
-    lines: list[str] = []
-    for shape in content["shapes"]:
-        plan = shape["plan"]
-        lines += [
-            f"LLaMA of {shape['parameters'] / 1e6:,.1f}M parameters ({plan['shape']}), {plan['dtype']}, "
-            f"{plan['batch']} sequences of {plan['sequence']} tokens, "
-            f"checkpointing {'on' if plan['checkpointing'] else 'off'}, "
-            f"δ = {plan['delta']:g}, LoRA of rank {plan['lora_rank']}, rounds of {plan['inner_steps']} steps; each "
-            f"peer had {plan['turns']} turns. Means, in parentheses p10 to p90. A switch is the step that ends a "
-            f'round; "in rounds of {ROUND}" counts it once in so many steps, as in an ordinary run. Utilization '
-            "is of a forward and a full backward pass (6 operations a weight and token, attention besides), whoever "
-            f"does less, over {shape['peak_flops'] / 1e9:,.0f} GFLOP/s: {shape['peak_flops_from']}.",
-            "",
-        ]
-        rows = []
-        for name, peer in shape["peers"].items():
-            if "error" in peer:
-                rows.append((name, peer["error"], *[""] * 8))
-                continue
-            ordinary = peer["in_rounds_of_50"]
-            rows.append(
-                (
-                    name,
-                    f"{ordinary['tokens_per_second']:,.0f}",
-                    f"{peer['tokens_per_second']:,.0f}",
-                    *(spread(peer[key], 1) for key in ("forward_ms", "backward_ms")),
-                    *(spread(peer[key], 2) for key in ("optimizer_ms", "switch_ms")),
-                    f"{ordinary['optimizer_share']:.1%}",
-                    f"{peer['mfu']:.0%}",
-                    f"{peer['backward_depth']['mean']:.1f}",
-                )
-            )
-        lines += cells(
-            f"peer | tokens/s in rounds of {ROUND} | tokens/s measured | forward ms | backward ms | step ms | "
-            "switch ms | optimizer's share | utilization | layers of backward",
-            rows,
-        )
-    return [*lines, *goal_lines(content.get("goals", []))]
-
-
-def capped(content: Record) -> list[str]:
-    """The largest batches under caps of memory."""
-    lines: list[str] = []
-    for shape in content["shapes"]:
-        plan = shape["plan"]
-        lines += [
-            f"LLaMA of {shape['parameters'] / 1e6:,.1f}M parameters, {plan['dtype']}, sequences of {plan['sequence']} "
-            f"tokens: the largest batch of 1, 2, 4, ... {plan['largest_batch']} sequences whose peak in the costliest "
-            "round stays under the cap, and tokens per second with it, over a few rounds of one step.",
-            "",
-        ]
-        rows = []
-        for name, peer in shape["peers"].items():
-            if "error" in peer:
-                rows.append((name, peer["error"], *[""] * (len(plan["caps_bytes"]) - 1)))
-                continue
-            rows.append(
-                (
-                    name,
-                    *(
-                        "does not fit" if cap["batch"] is None else f"{cap['batch']}: {cap['tokens_per_second']:,.0f}"
-                        for cap in peer["caps"]
-                    ),
-                )
-            )
-        header = " | ".join(f"{cap / MIB:,.0f} MiB" for cap in plan["caps_bytes"])
-        lines += cells(f"peer | {header}", rows)
-    return lines
-
-
-def steps(content: Record) -> list[str]:
-    """A step on a CPU beside other packages'."""
-    lines: list[str] = []
-    for case in content["cases"]:
-        model = f"LLaMA of {case['model']} at δ = 3 %: " if "model" in case else ""
-        rates = ", ".join(f"{name} {rate['median']:.1f} GB/s" for name, rate in case["gb_per_s"].items())
-        lines += [f"{model}{case['elements'] / MIB:.0f}M elements in {case['tensors']} tensors; memory: {rates}.", ""]
-        rows = []
-        for name, peer in case["peers"].items():
-            if "error" in peer:
-                rows.append((name, peer["error"], *[""] * 6))
-                continue
-            known = bool(peer["bytes"])
-            rows.append(
-                (
-                    name,
-                    spread(peer["ms"]),
-                    f"{peer['bytes']:g}" if known else "",
-                    f"{peer['gb_per_s']:.1f}" if known else "",
-                    f"{peer['of_copy']:.0%}" if known and "of_copy" in peer else "",
-                    f"{peer['of_memory']:.0%}" if known else "",
-                    spread(peer["times_ours"], 2),
-                    f"{peer['extra_bytes'] / 1e6:.1f}" if "extra_bytes" in peer else "",
-                )
-            )
-        lines += cells(
-            "peer | ms | bytes an element | GB/s | of copy | of sum | times MISA's | peak extra MB",
-            rows,
-        )
-    # Records of before had steady steps alone.
-    kinds = {title: content[kind]["peers"] for kind, title in cpu.HOST_KINDS.items() if kind in content}
-    host = content["host"]
-    lines += [f"Host time: {host['tensors']} tensors of {host['elements'] // host['tensors']} elements.", ""]
-    lines += cells(
-        " | ".join(["peer", *(f"µs, {title} | times MISA's" for title in kinds)]),
-        (
-            (name, peer["error"], *[""] * (2 * len(kinds) - 1))
-            if "error" in peer
-            else (
-                name,
-                *(
-                    spread(peers[name][key], digits)
-                    for peers in kinds.values()
-                    for key, digits in (("us", 0), ("times_ours", 2))
-                ),
-            )
-            for name, peer in host["peers"].items()
-        ),
-    )
-    return [*lines, *goal_lines(content.get("goals", []))]
-
-
-def grown(content: Record) -> list[str]:
-    """How cost grows."""
-    rows = []
-    for series in content["series"].values():
-        for name, points in series["lines"].items():
-            slope = series["slopes"][name]
-            first, last = points[0], points[-1]
-            rows.append(
-                (
-                    series["axis"],
-                    name,
-                    *(f"{point['n']:,}: {point['us']['median']:,.0f}" for point in (first, last)),
-                    "" if slope is None else f"{slope:.2f}",
-                )
-            )
-    note = (
-        "Slopes are those of the larger half of the points on logarithmic axes: 1 is twice the time for twice as many."
-    )
-    table = cells("against | what | µs of the fewest | µs of the most | slope", rows)
-    return [*table, note, "", *goal_lines(content.get("goals", []))]
-
-
-def ends(content: Record) -> list[str]:
-    """What ends of rounds cost."""
-    first = content["cases"][0]
-    text = (
-        f"{round_end.size(first)} elements leave and as many enter; medians. Operators of torch are those beyond a "
-        f"plain step's, a module that leaves; they and the most extra memory once more for {round_end.LARGER // MIB}M "
-        "elements a matrix."
-    )
-    table = cells(" | ".join(round_end.COLUMNS), round_end.rows(content["cases"]))
-    return [text, "", *table, *goal_lines(content["goals"])]
-
-
 def quality(content: Record) -> list[str]:
     """Share of AdamW's improvement in equal bytes."""
     rows = [
@@ -259,36 +65,6 @@ def quality(content: Record) -> list[str]:
     ]
     header = "model | method | states | δ or rank | training kB | share of AdamW's improvement | seeds"
     return [*cells(header, rows), "Learning rates, losses and what is missing: [quality.md](results/quality.md).", ""]
-
-
-def regime(content: Record) -> list[str]:
-    """Share of AdamW's improvement, and time, where δ is small and the model deep."""
-    lines: list[str] = []
-    for task in dict.fromkeys(row["task"] for row in content["rows"]):
-        chosen = [row for row in content["rows"] if row["task"] == task]
-        lines += [f"{task.capitalize()}:", "", *regime_table.table(chosen)]
-    lines += goal_lines(content["goals"])
-    path = "results/gpu/regime.md" if content["device"]["type"] == "cuda" else "results/regime.md"
-    return [*lines, f"What the columns mean, and losses by learning rate: [regime.md]({path}).", ""]
-
-
-def memory(content: Record) -> list[str]:
-    """Peaks of whole steps beside the formula."""
-    wanted = [case for case in content["cases"] if case["checkpointing"]]
-    rows = [
-        (
-            case["peer"],
-            case["dtype"],
-            *(
-                f"{case['measured'][part] / MIB:.2f} / {case['formula'][part] / MIB:.2f}"
-                for part in ("weights", "states", "gradients", "peak")
-            ),
-        )
-        for case in wanted
-    ]
-    header = "peer | dtype | weights | states | gradients | peak"
-    text = "MiB measured / by the formula, with checkpointing; the rest is in"
-    return [*cells(header, rows), f"{text} [training_memory.md](results/training_memory.md).", ""]
 
 
 def compiled(content: Record) -> list[str]:
@@ -332,59 +108,21 @@ def first(content: Record) -> list[str]:
     return ["```", *first_table.table(content).splitlines(), "```", ""]
 
 
-def launcher(content: Record) -> list[str]:
-    """What a step on a GPU takes of the host's time."""
-    parts = list(next(iter(content["host_us"].values())))
-    rows = [
-        (name, *(f"{us['median']:.0f} ({us['p20']:.0f} to {us['p80']:.0f})" for us in of.values()))
-        for name, of in content["host_us"].items()
-    ]
-    text = "Microseconds on a stub of Triton's driver, medians, in parentheses p20 to p80: without CUDA's own launch."
-    return [text, "", *cells(f"a step of | {' | '.join(parts)}", rows)]
-
-
-def counts(content: Record) -> list[str]:
-    """What the gate counts."""
-    lines = [
-        "Counted, not timed; `tests/benchmarks/test_gate.py` fails where a figure grows. "
-        + "; ".join(f"{kind}: {tool}" for kind, tool in content["tools"].items() if tool)
-        + ".",
-        "",
-    ]
-    code: dict[str, dict[str, float]] = {}
-    for name, value in content["figures"]["machine code"].items():
-        variant, _, figure = name.rpartition(", ")
-        code.setdefault(variant, {})[figure] = value
-    lines += cells(
-        "Triton kernel | registers | spills | instructions an element",
-        (
-            (name, f"{of['registers']:.0f}", f"{of['spills']:.0f}", f"{of['instructions']:.1f}")
-            for name, of in code.items()
-        ),
-    )
-    titles = {"instructions": "instructions an element (a tensor), CPU library", "host": "host, a step"}
-    titles |= {"released": "an iteration that releases gradients", "launches": "launches, a step"}
-    for kind, title in titles.items():
-        figures = content["figures"].get(kind, {})
-        lines += cells(f"{title} | ", ((name, f"{value:.4g}") for name, value in figures.items())) if figures else []
-    return lines
-
-
 # Of each record its title and what makes its text, in the order of the page.
 SECTIONS: dict[str, tuple[str, Callable[[Record], list[str]]]] = {
     "first": ("The first five minutes", first),
-    "e2e": ("Tokens per second", iterations),
-    "caps": ("Tokens per second at the largest batch under a cap of memory", capped),
-    "cpu": ("The step on a CPU", steps),
-    "growth": ("How cost grows", grown),
-    "round_end": ("The end of a round", ends),
-    "launcher": ("The host's time of a step on a GPU", launcher),
+    "e2e": ("Tokens per second", e2e_table.lines),
+    "caps": ("Tokens per second at the largest batch under a cap of memory", e2e_table.caps_lines),
+    "cpu": ("The step on a CPU", cpu.lines),
+    "growth": ("How cost grows", growth.lines),
+    "round_end": ("The end of a round", round_end.lines),
+    "launcher": ("The host's time of a step on a GPU", launcher.lines),
     "quality": ("Quality at equal training bytes", quality),
-    "regime": ("Quality where δ is small and the model deep", regime),
-    "training_memory": ("Memory of a training step", memory),
+    "regime": ("Quality where δ is small and the model deep", regime_table.lines),
+    "training_memory": ("Memory of a training step", training_memory.lines),
     "classify": ("A pretrained encoder", classified),
     "compiled": ("torch.compile", compiled),
-    "gate": ("Counts that noise cannot touch", counts),
+    "gate": ("Counts that noise cannot touch", counts.lines),
 }
 # What makes those that only a machine without other work can give.
 ON_A_CPU = {
@@ -404,17 +142,29 @@ CHARTS: dict[str, tuple[str, Callable[[Any, Path], Path | None]]] = {
 }
 
 
-def origin(content: Record) -> list[str]:
-    """Return the command of a record and where it ran."""
+# Whose questions are answered and whose code is gone: it is in the commit that the record names.
+CLOSED = ("quality", "compiled")
+# Commands of records that were made before there were folders, and what they are called now.
+RENAMED = {name: f"step {name}" for name in ("cpu", "growth", "round_end", "launcher")}
+RENAMED |= {"e2e": "train e2e", "training_memory": "train memory", "regime": "quality"}
+
+
+def origin(name: str, content: Record) -> list[str]:
+    """Return the command of a record, what to check out before where its code is gone, and where it ran."""
     where = content.get("environment", content)
     device = where["device"]
     driver = f", driver {device['driver']}" if device.get("driver") else f", {device['threads']} threads"
     commit = where["commit"].rstrip("+")[:12] + ("+" if where["commit"].endswith("+") else "")
     load = f", load before {content['load_before']:.1f}" if "load_before" in content else ""
     versions = ", ".join(f"{name} {version}" for name, version in where["versions"].items() if version)
+    command = re.sub(" (-W ignore|--out [^ ]*)", "", where["command"])
+    if name in CLOSED:
+        command = f"git checkout {commit.rstrip('+')} && {command}"
+    else:
+        command = re.sub(r"(?<=-m benchmarks\.)(\w+)", lambda found: RENAMED.get(found[1], found[1]), command)
     return [
         "```",
-        re.sub(" (-W ignore|--out [^ ]*)", "", where["command"]),
+        command,
         "```",
         "",
         f"{device['name']}{driver}{load}; commit {commit}, {where['date'][:10]}; {versions}.",
@@ -436,7 +186,7 @@ def page(results: Path) -> str:
         for folder, suffix in ((results, ""), (results / "gpu", ", on a GPU")):
             if (folder / f"{name}.json").exists():
                 content = json.loads((folder / f"{name}.json").read_text())
-                lines += [f"## {title}{suffix}", "", *origin(content)]
+                lines += [f"## {title}{suffix}", "", *origin(name, content)]
                 if (folder / f"{name}.png").exists():
                     lines += [f"![{title}]({(folder / name).relative_to(results.parent)}.png)", ""]
                 lines += text(content)

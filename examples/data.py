@@ -99,12 +99,6 @@ def finetuning_corpus() -> Corpus:
     return read("PyTorch C++ headers", header_files())
 
 
-@cache
-def tuning_and_reporting() -> tuple[Tensor, Tensor]:
-    """Return the C++ validation text in two parts, see `halves`."""
-    return halves(header_files())
-
-
 def halves(files: list[Path]) -> tuple[Tensor, Tensor]:
     """Return the validation text of files in two parts without a file in common, uint8, shape (bytes,).
 

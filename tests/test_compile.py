@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import subprocess
 import sys
@@ -183,17 +182,3 @@ print(before, "torch._dynamo" in sys.modules)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["False", "False"]
-
-
-@pytest.mark.slow
-def test_benchmark_compares_three_variants_of_one_training(dynamo, tmp_path):
-    from benchmarks.train import compiled
-
-    compiled.main(["--quick", "--backend", "aot_eager", "--device", "cpu", "--out", str(tmp_path)])
-    variants = json.loads((tmp_path / "compiled.json").read_text())["variants"]
-    assert set(variants) == {"eager", "by_layer", "whole"}
-    assert variants["eager"]["graphs"] == 0 and variants["eager"]["compile_s"] == 0
-    assert 0 < variants["by_layer"]["graphs"] <= TRAINING_GRAPHS
-    for row in variants.values():
-        assert row["last_loss"] == pytest.approx(variants["eager"]["last_loss"], rel=1e-3)
-        assert row["tokens_per_second_in_all"] <= row["tokens_per_second_without_compiling"]

@@ -8,8 +8,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-from benchmarks import scaling
 from benchmarks.train import llama
+from docs import scaling
 from misa_kernels import MISA, ImportanceSampler, param_groups
 from misa_kernels.distributed import replicate
 from misa_kernels.ranks.shards import local

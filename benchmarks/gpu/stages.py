@@ -1,17 +1,8 @@
 """What holds and how fast is it on this GPU: one command for each stage, no network, a JSON record each.
 
 python -m benchmarks.gpu --stage first --out DIR    what the first minutes on a GPU have to show; PARTS chooses of it
-python -m benchmarks.gpu --stage smoke --out DIR    the tests marked gpu
-python -m benchmarks.gpu --stage test --out DIR     those tests, then a few of them under compute-sanitizer
-python -m benchmarks.gpu --stage bench --out DIR    the time of the step beside torch's AdamW
-python -m benchmarks.gpu --stage formats --out DIR  the same of compressed moments, beside other packages' AdamWs
-python -m benchmarks.gpu --stage growth --out DIR   the step against elements and tensors, switches, ends of rounds
-python -m benchmarks.gpu --stage e2e --out DIR      tokens per second of training
-python -m benchmarks.gpu --stage caps --out DIR     the same at the largest batch under caps of 24, 48 and 80 GiB
-python -m benchmarks.gpu --stage memory --out DIR   peak memory of training under a cap of 24 GiB, beside its goals
-python -m benchmarks.gpu --stage regime --out DIR   share of AdamW's improvement at small δ; goes on where it stopped
-python -m benchmarks.gpu --stage all --out DIR      all but first and smoke, each within its own time limit
 
+The docstring of a stage's function says what it does, and CONTRIBUTING.md in which order they are worth running.
 bench, formats, e2e and caps print no figure of a step that is wrong here: `first/parity.py` looks at it before. Their
 records say which tests had passed at that commit, by those beside and in benchmarks/results/gpu.
 """

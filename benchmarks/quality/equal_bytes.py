@@ -16,22 +16,17 @@ from torch import Tensor, nn
 
 from examples.methods import matrices
 from examples.model import Llama
-from misa_kernels import MISA, UniformSampler, badam, param_groups
-from misa_kernels.release import LAUNCHES
+from misa_kernels import MISA, param_groups
 
 FP32_BYTES = 4
 # Elements that share a scale in MISA's formats, and in bitsandbytes.
 BLOCK, BNB_BLOCK = 128, 256
 # Two tables of 256 float32 decode the 8-bit states of a bitsandbytes optimizer.
 BNB_TABLES_BYTES = 2 * 256 * FP32_BYTES
+# Steps between two singular value decompositions of GaLore.
+GAP = 50
 # Both moments of a parameter and its part of the scales.
-MISA_STATE_BYTES = {
-    "fp32": 2 * 4.0,
-    "bf16": 2 * 2.0,
-    "int8": 2 * (1 + 4 / BLOCK),
-    "fp8": 2 * (1 + 8 / BLOCK),
-    "int8+int4": (1 + 4 / BLOCK) + (1 / 2 + 4 / BLOCK),
-}
+MISA_STATE_BYTES = {"fp32": 2 * 4.0, "int8": 2 * (1 + 4 / BLOCK)}
 Size = int | float
 
 
@@ -97,39 +92,27 @@ def adamw(
     return model, torch.optim.AdamW(model.parameters(), lr=lr)
 
 
-def adapted(released: bool) -> Method:
-    """Return LoRA on all matrices of all layers.
+def lora_bytes(model: Llama, state: str, rank: Size) -> int:
+    """Return the training bytes of LoRA: adapters, all their gradients, and states."""
+    sizes = [int(rank) * features for matrix in matrices(model).values() for features in matrix.weight.shape]
+    return 2 * FP32_BYTES * sum(sizes) + adamw_states_bytes(state, sizes)
 
-    Args:
-        released: Whether each adapter is updated in backward, as soon as it has its gradient.
-    """
 
-    def training_bytes(model: Llama, state: str, rank: Size) -> int:
-        sizes = [int(rank) * features for matrix in matrices(model).values() for features in matrix.weight.shape]
-        gradients = max(sizes) if released else sum(sizes)
-        return FP32_BYTES * (sum(sizes) + gradients) + adamw_states_bytes(state, sizes)
+def lora(
+    model: Llama, state: str, rank: Size, lr: float, steps: int, seed: int
+) -> tuple[nn.Module, torch.optim.Optimizer]:
+    """Train adapters of all matrices of all layers."""
+    from peft import LoraConfig, get_peft_model
 
-    def build(
-        model: Llama, state: str, rank: Size, lr: float, steps: int, seed: int
-    ) -> tuple[nn.Module, torch.optim.Optimizer]:
-        from peft import LoraConfig, get_peft_model
+    config = LoraConfig(r=int(rank), lora_alpha=2 * int(rank), target_modules=list(matrices(model)))
+    torch.manual_seed(seed)
+    wrapped = get_peft_model(model, config)
+    adapters = [parameter for parameter in wrapped.parameters() if parameter.requires_grad]
+    if state == "fp32":
+        return wrapped, torch.optim.AdamW(adapters, lr=lr)
+    from bitsandbytes.optim import AdamW8bit
 
-        config = LoraConfig(r=int(rank), lora_alpha=2 * int(rank), target_modules=list(matrices(model)))
-        torch.manual_seed(seed)
-        wrapped = get_peft_model(model, config)
-        adapters = [parameter for parameter in wrapped.parameters() if parameter.requires_grad]
-        optimizer: torch.optim.Optimizer
-        if state == "fp32":
-            optimizer = torch.optim.AdamW(adapters, lr=lr)
-        else:
-            from bitsandbytes.optim import AdamW8bit
-
-            optimizer = AdamW8bit(adapters, lr=lr, weight_decay=1e-2, min_8bit_size=1)
-        if released:
-            update_in_backward(optimizer, adapters)
-        return wrapped, optimizer
-
-    return Method(("fp32", "int8"), largest_rank(training_bytes), training_bytes, build)
+    return wrapped, AdamW8bit(adapters, lr=lr, weight_decay=1e-2, min_8bit_size=1)
 
 
 def update_in_backward(
@@ -162,22 +145,16 @@ def galore_bytes(model: Llama, state: str, rank: Size) -> int:
     return FP32_BYTES * (projectors + max(shape.numel() for shape in shapes)) + states
 
 
-def galore(gap: int, model: Llama, state: str, rank: Size, lr: float) -> tuple[nn.Module, torch.optim.Optimizer]:
-    """Train all matrices of all layers through projections, each in backward, as soon as it has its gradient.
-
-    Args:
-        gap: Steps between two singular value decompositions.
-        model: As for `Method.build`, and the others, too.
-        state: See there.
-        rank: See there.
-        lr: See there.
-    """
+def galore(
+    model: Llama, state: str, rank: Size, lr: float, steps: int, seed: int
+) -> tuple[nn.Module, torch.optim.Optimizer]:
+    """Train all matrices of all layers through projections, each in backward, as soon as it has its gradient."""
     from galore_torch import GaLoreAdamW, GaLoreAdamW8bit
 
     trained = [matrix.weight for matrix in matrices(model).values()]
     for parameter in model.parameters():
         parameter.requires_grad_(any(parameter is weight for weight in trained))
-    group = {"params": trained, "rank": int(rank), "update_proj_gap": gap, "scale": 1.0, "proj_type": "std"}
+    group = {"params": trained, "rank": int(rank), "update_proj_gap": GAP, "scale": 1.0, "proj_type": "std"}
     if state == "fp32":
         optimizer = GaLoreAdamW([group], lr=lr, eps=1e-8, weight_decay=1e-2, no_deprecation_warning=True)
     else:
@@ -193,55 +170,26 @@ def galore(gap: int, model: Llama, state: str, rank: Size, lr: float) -> tuple[n
     return model, optimizer
 
 
-def projected(gap: int) -> Method:
-    """Return GaLore with so many steps between two singular value decompositions."""
-
-    def build(
-        model: Llama, state: str, rank: Size, lr: float, steps: int, seed: int
-    ) -> tuple[nn.Module, torch.optim.Optimizer]:
-        return galore(gap, model, state, rank, lr)
-
-    return Method(("fp32", "int8"), largest_rank(galore_bytes), galore_bytes, build)
+def misa_bytes(model: Llama, state: str, delta: Size) -> int:
+    """Return the training bytes of MISA: states and gradients of the active set."""
+    return math.ceil(int(delta * parameters(model)) * (MISA_STATE_BYTES[state] + FP32_BYTES))
 
 
-def sampled(preset: Callable[[], dict], released: bool = False) -> Method:
-    """Return the method that trains an active set.
+def misa_delta(model: Llama, state: str, budget_bytes: int) -> float:
+    """Return the largest budget whose training bytes fit."""
+    return min(1.0, budget_bytes / (MISA_STATE_BYTES[state] + FP32_BYTES) / parameters(model))
 
-    Args:
-        preset: Returns further arguments of `MISA`.
-        released: Whether each matrix is updated in backward, as soon as it has its gradient.
-    """
 
-    def fixed_bytes(model: Llama) -> int:
-        sizes = [matrix.weight.numel() for matrix in matrices(model).values()]
-        # Of more than LAUNCHES, some wait for one another.
-        return FP32_BYTES * max(sizes) * math.ceil(len(sizes) / LAUNCHES) if released else 0
-
-    def parameter_bytes(state: str) -> float:
-        return MISA_STATE_BYTES[state] + (0 if released else FP32_BYTES)
-
-    def training_bytes(model: Llama, state: str, delta: Size) -> int:
-        return fixed_bytes(model) + math.ceil(int(delta * parameters(model)) * parameter_bytes(state))
-
-    def size(model: Llama, state: str, budget_bytes: int) -> float:
-        return min(1.0, (budget_bytes - fixed_bytes(model)) / parameter_bytes(state) / parameters(model))
-
-    def build(
-        model: Llama, state: str, delta: Size, lr: float, steps: int, seed: int
-    ) -> tuple[nn.Module, torch.optim.Optimizer]:
-        options = {"total_steps": steps, "state_dtype": state, "release_gradients": released, "seed": seed}
-        return model, MISA(param_groups(model), lr=lr, delta=delta, **options, **preset())
-
-    return Method(tuple(MISA_STATE_BYTES), size, training_bytes, build)
+def misa(
+    model: Llama, state: str, delta: Size, lr: float, steps: int, seed: int
+) -> tuple[nn.Module, torch.optim.Optimizer]:
+    """Train an active set."""
+    return model, MISA(param_groups(model), lr=lr, delta=delta, total_steps=steps, state_dtype=state, seed=seed)
 
 
 METHODS = {
     "AdamW": Method(("fp32",), lambda model, state, budget_bytes: 1.0, adamw_bytes, adamw),
-    "LoRA": adapted(released=False),
-    "LoRA, released": adapted(released=True),
-    "GaLore": projected(50),
-    "BAdam": sampled(badam),
-    "uniform": sampled(lambda: {"sampler": UniformSampler()}),
-    "MISA": sampled(dict),
-    "MISA, released": sampled(dict, released=True),
+    "LoRA": Method(("fp32", "int8"), largest_rank(lora_bytes), lora_bytes, lora),
+    "GaLore": Method(("fp32", "int8"), largest_rank(galore_bytes), galore_bytes, galore),
+    "MISA": Method(tuple(MISA_STATE_BYTES), misa_delta, misa_bytes, misa),
 }

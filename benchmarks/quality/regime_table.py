@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import charts
+from benchmarks.tables import cells, goal, goal_lines
 
 Runs = Sequence[dict[str, Any]]
 KEY = ("task", "method", "state", "delta", "inner_steps")
@@ -16,6 +17,8 @@ KEY = ("task", "method", "state", "delta", "inner_steps")
 GOALS = {0.03: 0.75, 0.05: 0.85, 0.25: 0.95}
 # The best learning rate over AdamW's, at most.
 LR_GOAL = 2.0
+# Methods that no δ applies to.
+WHOLE = ("AdamW", "BAdam", "LISA")
 
 
 def notes(content: Mapping[str, Any]) -> list[str]:
@@ -111,19 +114,11 @@ def goals(rows: Runs) -> list[dict[str, Any]]:
             continue
         where = f"MISA int8, δ = {row['delta']:g}"
         if row["delta"] in GOALS:
-            limit = GOALS[row["delta"]]
-            met = row["share"] >= limit
-            found.append(
-                {"goal": "share of AdamW's improvement", "where": where, "limit": limit, "value": row["share"]}
-                | {"met": met}
-            )
+            found.append(goal("share of AdamW's improvement", where, GOALS[row["delta"]], row["share"], least=True))
         reference = [other["lr"] for other in rows if (other["task"], other["method"]) == (row["task"], "AdamW")]
         ratio = row["lr"] / reference[0]
-        met = 1 / LR_GOAL <= ratio <= LR_GOAL
-        found.append(
-            {"goal": "learning rate over AdamW's, from 1/2", "where": where, "limit": LR_GOAL, "value": ratio}
-            | {"met": met}
-        )
+        line = goal("learning rate over AdamW's, from 1/2", where, LR_GOAL, ratio)
+        found.append(line | {"met": line["met"] and ratio >= 1 / LR_GOAL})
     return sorted(found, key=lambda line: (line["goal"], line["where"]))
 
 
@@ -154,7 +149,7 @@ def curves(arms: Mapping[tuple[Any, ...], Runs]) -> dict[str, dict[str, list[lis
 
 def name_of(row: Mapping[str, Any]) -> str:
     """Return what an arm is called in a chart."""
-    if row["method"] in ("AdamW", "BAdam", "LISA"):
+    if row["method"] in WHOLE:
         return f"{row['method']}"
     rounds = f", T = {row['inner_steps']}" if row["inner_steps"] else ""
     return f"{row['method']} {row['state']}, δ = {row['delta']:g}{rounds}"
@@ -164,24 +159,24 @@ def table(rows: Runs) -> list[str]:
     """Return the rows of a task as a Markdown table."""
     header = "method | states | δ, or δ of equal bytes | trained at a time, or rank | T | training kB | lr"
     header += " | share of AdamW's gain, % | time / AdamW's | loss, nats a byte | seeds"
-    lines = [f"| {header} |", "|---" * 11 + "|"]
-    for row in rows:
-        own = row["method"] in ("AdamW", "BAdam", "LISA")
-        cells = (
-            row["method"],
-            row["state"],
-            "" if own else f"{row['delta']:g}",
-            f"{row['size']:.3g}",
-            str(row["rounds_of"] or ""),
-            f"{row['training_bytes'] / 1e3:,.0f}",
-            f"{row['lr']:g}",
-            spread(row, "share", 100, 1),
-            "" if row["time"] is None else f"{row['time']:.2f}",
-            spread(row, "loss", 1, 3),
-            str(len(row["seeds"])),
-        )
-        lines.append(f"| {' | '.join(cells)} |")
-    return [*lines, ""]
+    return cells(header, map(cells_of, rows))
+
+
+def cells_of(row: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return what the table says of an arm."""
+    return (
+        row["method"],
+        row["state"],
+        "" if row["method"] in WHOLE else f"{row['delta']:g}",
+        f"{row['size']:.3g}",
+        str(row["rounds_of"] or ""),
+        f"{row['training_bytes'] / 1e3:,.0f}",
+        f"{row['lr']:g}",
+        spread(row, "share", 100, 1),
+        "" if row["time"] is None else f"{row['time']:.2f}",
+        spread(row, "loss", 1, 3),
+        str(len(row["seeds"])),
+    )
 
 
 def spread(row: Mapping[str, Any], name: str, factor: float, digits: int) -> str:
@@ -191,50 +186,40 @@ def spread(row: Mapping[str, Any], name: str, factor: float, digits: int) -> str
     return mean if deviation is None else f"{mean} ± {factor * deviation:.{digits}f}"
 
 
+def tasks(content: Mapping[str, Any]) -> dict[str, list[str]]:
+    """Return the table of each task, by its name."""
+    by_task: dict[str, list[dict[str, Any]]] = {}
+    for row in content["rows"]:
+        by_task.setdefault(row["task"].capitalize(), []).append(row)
+    return {name: table(rows) for name, rows in by_task.items()}
+
+
 def markdown(content: Mapping[str, Any]) -> str:
-    """Return the summary as Markdown tables."""
+    """Return the summary as Markdown tables, with notes and the losses by learning rate."""
     lines = [*notes(content), ""]
-    for task in dict.fromkeys(row["task"] for row in content["rows"]):
-        lines += [f"### {task.capitalize()}", "", *table([row for row in content["rows"] if row["task"] == task])]
-    lines += ["### Goals", "", "| goal | where | limit | measured | |", "|---|---|---|---|---|"]
-    lines += [
-        f"| {line['goal']} | {line['where']} | {line['limit']:g} | {line['value']:.3g} "
-        f"| {'met' if line['met'] else '**not met**'} |"
-        for line in content["goals"]
-    ]
-    lines += ["", "### Losses by learning rate, on the tuning text", "", "| task | of | lr: nats |", "|---|---|---|"]
-    for search in content["tuning"]:
-        tried = ", ".join(f"{lr}: {loss:.4f}" for lr, loss in search["losses"].items())
-        lines.append(f"| {search['task']} | {name_of(search)} | {tried} |")
-    return "\n".join(lines) + "\n"
+    for name, rows in tasks(content).items():
+        lines += [f"### {name}", "", *rows]
+    lines += ["### Goals", "", *goal_lines(content["goals"]), "### Losses by learning rate, on the tuning text", ""]
+    tried = (
+        (search["task"], name_of(search), ", ".join(f"{lr}: {loss:.4f}" for lr, loss in search["losses"].items()))
+        for search in content["tuning"]
+    )
+    return "\n".join([*lines, *cells("task | of | lr: nats", tried)])
+
+
+def lines(content: Mapping[str, Any]) -> list[str]:
+    """Return the tables of the summary in Markdown, for the page of all results."""
+    found = [line for name, rows in tasks(content).items() for line in (f"{name}:", "", *rows)]
+    path = "results/gpu/regime.md" if content["device"]["type"] == "cuda" else "results/regime.md"
+    more = f"What the columns mean, and losses by learning rate: [regime.md]({path})."
+    return [*found, *goal_lines(content["goals"]), more, ""]
 
 
 def draw(content: Mapping[str, Mapping[str, Sequence[Sequence[float]]]], path: Path) -> Path | None:
-    """Draw the training loss against steps and against time, a row for each task; None without matplotlib."""
-    plt = charts.pyplot()
-    if plt is None or not content:
-        return None
-    figure, axes = plt.subplots(len(content), 2, figsize=(12, 4.6 * len(content)), squeeze=False)
-    names = list(dict.fromkeys(name for arms in content.values() for name in arms))
-    for row, (task, arms) in zip(axes, content.items(), strict=True):
-        for axis, (column, label) in zip(row, enumerate(("steps", "time, of AdamW's whole training")), strict=True):
-            for name, points in arms.items():
-                number = names.index(name)
-                style = ("-", "--", ":")[number // len(charts.COLORS) % 3]
-                axis.plot(
-                    [point[column] for point in points],
-                    [point[2] for point in points],
-                    style,
-                    color=charts.COLORS[number % len(charts.COLORS)],
-                    linewidth=1.6,
-                    label=name,
-                )
-            axis.set_xlabel(label)
-            axis.set_title(task, fontsize=10, loc="left")
-            axis.grid(alpha=0.3)
-            # The beginning, which is the same for all, would leave the rest no room.
-            ends = [point[2] for points in arms.values() for point in points[len(points) // 10 :]]
-            axis.set_ylim(min(ends) * 0.98, max(ends) * 1.01)
-        row[0].set_ylabel("training loss, nats a byte")
-        row[1].legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.01, 1))
-    return charts.saved(plt, figure, path, charts.digest(content))
+    """Draw the training loss of every task against steps and against time; None without matplotlib."""
+    panels = {
+        f"{task}, by {by}": (label, {name: [(point[column], point[2]) for point in of] for name, of in arms.items()})
+        for task, arms in content.items()
+        for column, by, label in ((0, "step", "steps"), (1, "time", "time, of AdamW's whole training"))
+    }
+    return charts.lines(path, panels, "training loss, nats a byte", content, powers=False)

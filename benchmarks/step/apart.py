@@ -16,6 +16,7 @@ import torch
 
 from benchmarks import record
 from benchmarks.step.peers import BF16, FORMATS, PEERS
+from benchmarks.step.update import wait
 from misa_kernels import MISA
 
 # What ncu looks at: 64M elements in 60 tensors.
@@ -67,12 +68,6 @@ def profiled_run(device: torch.device, name: str) -> dict[str, Any]:
         optimizer.step()
     wait(device)
     return {"counted_bytes": int(peer.moved_bytes * sum(weight.numel() for weight in weights))}
-
-
-def wait(device: torch.device) -> None:
-    """Wait until the device is idle."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()
 
 
 def cold(device: torch.device, deadline: float) -> dict[str, Any]:

@@ -11,14 +11,12 @@ gradients at other addresses and another learning rate in every step, as trainin
 
 from __future__ import annotations
 
-import argparse
 import gc
 import itertools
-import os
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,9 +25,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks import charts, record
+from benchmarks import charts, commands
 from benchmarks.memory import PeakMemory
-from benchmarks.step.goals import goal, listed
 from benchmarks.step.peers import (
     BF16,
     FORMATS,
@@ -50,7 +47,8 @@ from benchmarks.step.peers import (
     optimi,
     torchao,
 )
-from benchmarks.step.update import WARM_UP, Case, M, failure, quantiles, random, renew, whole_step
+from benchmarks.step.update import WARM_UP, Case, M, Task, failure, quantiles, random, renew, take_turns, whole_step
+from benchmarks.tables import cells, goal, goal_lines, spread
 from misa_kernels.kernels import native
 
 # What is active of a LLaMA of 130M, 1B and 8B parameters at a delta of 3 %; of one shape, since torchao compiles for
@@ -61,8 +59,6 @@ REPEATS = 9
 BUFFER = 64 * M
 # What all peers at a time may take, and an element at most: weight, gradient, moments, and as much on the way.
 MEMORY_BYTES, ELEMENT_BYTES = 13 * 2**30, 26
-# A peer whose step takes longer is timed as often as there are turns in this time.
-SECONDS = 6.0
 # Whoever would need longer to be built and warmed up, by the elements, is left out.
 PATIENCE_S = 25.0
 # So small that a step is all overhead.
@@ -133,7 +129,6 @@ GOALS = {"fp32 fused+norm": 1.6, "fp32 fused+clip": 1.5, "fp32 fused": 1.0, "fp3
 HOST_GOAL = 5.0
 # By the name that the record has for a case of nothing but overhead.
 HOST_KINDS = {"host": "steady", "host_renewed": "new gradients and lr"}
-Task = Callable[[], object]
 
 
 def counterpart(name: str) -> str:
@@ -291,30 +286,6 @@ def check(found: list[list[Tensor]], expected: list[list[Tensor]], dtype: torch.
                 raise ArithmeticError(f"the {name} are not MISA's to {rtol:.0e} of their values")
 
 
-def take_turns(tasks: dict[str, Task], repeats: int, before: Mapping[str, Task] | None = None) -> dict[str, np.ndarray]:
-    """Return the seconds of every repetition of each task, one after another, in reverse order every other time.
-
-    Those of slow tasks end with NaN: they sit out the turns for which they have no time.
-
-    Args:
-        tasks: What is timed, by name.
-        repeats: How often.
-        before: What comes before each, untimed.
-    """
-    times: dict[str, list[float]] = {name: [] for name in tasks}
-    for number in range(repeats):
-        for name in list(tasks)[:: -1 if number % 2 else 1]:
-            if number > 2 and np.nansum(times[name]) > SECONDS:
-                times[name].append(float("nan"))
-                continue
-            if before is not None:
-                before[name]()
-            started = time.perf_counter()
-            tasks[name]()
-            times[name].append(time.perf_counter() - started)
-    return {name: np.array(seconds) for name, seconds in times.items()}
-
-
 def figures(name: str, case: Case, times: dict[str, np.ndarray], rates: dict[str, dict[str, float]]) -> dict[str, Any]:
     """Return "ms", "bytes" that must move for an element, "gb_per_s", "of_memory", "of_copy" and "times_ours".
 
@@ -380,84 +351,75 @@ def goals(content: dict[str, Any]) -> list[dict[str, Any]]:
     return found
 
 
-def table(case: dict[str, Any]) -> str:
-    """Return the measurements of a case as lines of text, a peer each."""
-    rates = case["gb_per_s"]
-    lines = [
-        f"{case['tensors']} tensors, {case['elements'] / M:.0f}M elements; memory: "
-        + ", ".join(f"{name} {rate['median']:.1f} GB/s" for name, rate in rates.items()),
-        f"{'peer':<21}{'ms':>9}{'p10':>9}{'p90':>9}{'bytes':>7}{'GB/s':>7}{'of copy':>8}{'of sum':>8}"
-        f"{'x MISA':>8}{'p10':>7}{'p90':>7}{'extra MB':>10}",
-    ]
-    for name, peer in case["peers"].items():
-        if "error" in peer:
-            lines.append(f"{name:<21} {peer['error'][:90]}")
-            continue
-        times = "".join(f"{peer['ms'][key]:>9.1f}" for key in ("median", "p10", "p90"))
-        shares = f"{peer['of_copy']:>8.0%}{peer['of_memory']:>8.0%}"
-        moved = f"{peer['bytes']:>7.1f}{peer['gb_per_s']:>7.1f}{shares}" if peer["bytes"] else " " * 30
-        ratio = peer["times_ours"] or dict.fromkeys(("median", "p10", "p90"), float("nan"))
-        lines.append(
-            f"{name:<21}{times}{moved}{ratio['median']:>8.2f}{ratio['p10']:>7.2f}{ratio['p90']:>7.2f}"
-            f"{peer['extra_bytes'] / 1e6:>10.1f}"
-        )
-    return "\n".join(lines)
+def lines(content: dict[str, Any]) -> list[str]:
+    """Return the record as tables in Markdown: a case after the other, the host's times, the goals."""
+    found: list[str] = []
+    for case in content["cases"]:
+        model = f"LLaMA of {case['model']} at δ = 3 %: " if "model" in case else ""
+        rates = ", ".join(f"{name} {rate['median']:.1f} GB/s" for name, rate in case["gb_per_s"].items())
+        found += [f"{model}{case['elements'] / M:.0f}M elements in {case['tensors']} tensors; memory: {rates}.", ""]
+        rows = ((name, *cells_of(peer)) for name, peer in case["peers"].items())
+        found += cells("peer | ms | bytes an element | GB/s | of copy | of sum | times MISA's | peak extra MB", rows)
+    # Records of before had steady steps alone.
+    kinds = {title: content[kind]["peers"] for kind, title in HOST_KINDS.items() if kind in content}
+    host = content["host"]
+    found += [f"Host time: {host['tensors']} tensors of {host['elements'] // host['tensors']} elements.", ""]
+    rows = (
+        (name, peer["error"])
+        if "error" in peer
+        else (name, *(text for of in kinds.values() for text in (spread(of[name]["us"], 0), ratio_of(of[name]))))
+        for name, peer in host["peers"].items()
+    )
+    found += cells(" | ".join(["peer", *(f"µs, {title} | times MISA's" for title in kinds)]), rows)
+    return [*found, *goal_lines(content.get("goals", []))]
 
 
-def host_table(content: dict[str, Any]) -> str:
-    """Return the host's times as lines of text, of a kind beside the other."""
-    hosts, host = [content[kind] for kind in HOST_KINDS], content["host"]
-    lines = [f"{host['tensors']} tensors of {host['elements'] // host['tensors']} elements"]
-    lines.append(" " * 21 + "".join(f"{title:>32}" for title in HOST_KINDS.values()))
-    lines.append(f"{'peer':<21}" + f"{'us':>8}{'p10':>8}{'p90':>8}{'x MISA':>8}" * len(hosts))
-    for name, peer in host["peers"].items():
-        if "error" in peer:
-            lines.append(f"{name:<21} {peer['error'][:90]}")
-            continue
-        figures = ""
-        for of in (host["peers"][name] for host in hosts):
-            figures += "".join(f"{of['us'][key]:>8.0f}" for key in ("median", "p10", "p90"))
-            figures += f"{of['times_ours']['median']:>8.2f}"
-        lines.append(f"{name:<21}{figures}")
-    return "\n".join(lines)
+def cells_of(peer: dict[str, Any]) -> list[str]:
+    """Return what the table of a case says of a peer."""
+    if "error" in peer:
+        return [peer["error"]]
+    moved = [""] * 4
+    if peer["bytes"]:
+        copy = f"{peer['of_copy']:.0%}" if "of_copy" in peer else ""
+        moved = [f"{peer['bytes']:g}", f"{peer['gb_per_s']:.1f}", copy, f"{peer['of_memory']:.0%}"]
+    extra = f"{peer['extra_bytes'] / 1e6:.1f}" if "extra_bytes" in peer else ""
+    return [spread(peer["ms"]), *moved, ratio_of(peer), extra]
+
+
+def ratio_of(peer: dict[str, Any]) -> str:
+    """Return how many times as long as ours a peer takes."""
+    return spread(peer["times_ours"], 2)
+
+
+def states(repeats: int) -> Iterator[dict[str, Any]]:
+    """Yield what the record holds after every case."""
+    found: dict[str, Any] = {"instructions": native.library("cpu").misa_cpu_instructions().decode(), "cases": []}
+    # First: the profiler that counts memory leaves hooks behind, which add microseconds to what comes later.
+    found |= measure_host(HOST_CASE, HOST_REPEATS)
+    smaller: dict[torch.dtype, dict[str, Any]] = {}
+    for name, case in CASES.items():
+        for dtype in (FP32, BF16):
+            smaller[dtype] = {"model": name} | measure(case, dtype, repeats, smaller.get(dtype))
+            found["cases"].append(smaller[dtype])
+            print(f"{name}, {dtype}: measured", flush=True)
+            yield found
+    yield found | {"goals": goals(found)}
 
 
 def main(argv: list[str] | None = None) -> int:
     """Print the tables and the goals."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.step cpu", description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, help="folder of the JSON record")
-    parser.add_argument("--threads", type=int, default=2)
+    parser = commands.parser("step cpu", __doc__, threads=2, device=False)
     parser.add_argument("--repeats", type=int, default=REPEATS, help="turns of each peer")
-    parser.add_argument("--case", action="append", choices=CASES, help="may be repeated; default all")
-    args = parser.parse_args(argv)
+    args = commands.parse(parser, argv)
     missing = native.unusable("cpu")
     if missing:
         print(f"nothing to time: the library for CPUs {missing}", file=sys.stderr)
         return 1
-    torch.set_num_threads(args.threads)
     # The notice of what is sampled is for people who train.
     warnings.filterwarnings("ignore", "MISA samples")
-    content = record.environment(torch.device("cpu")) | {
-        "instructions": native.library("cpu").misa_cpu_instructions().decode(),
-        "load_before": os.getloadavg()[0],
-        "cases": [],
-    }
-    print(f"{args.threads} threads, {content['instructions']}, torch {torch.__version__}, commit {content['commit']}\n")
-    # First: the profiler that counts memory leaves hooks behind, which add microseconds to what comes later.
-    content |= measure_host(HOST_CASE, HOST_REPEATS)
-    smaller: dict[torch.dtype, dict[str, Any]] = {}
-    for name in args.case or CASES:
-        for dtype in (FP32, BF16):
-            smaller[dtype] = {"model": name} | measure(CASES[name], dtype, args.repeats, smaller.get(dtype))
-            content["cases"].append(smaller[dtype])
-            print(f"LLaMA of {name} at a delta of 3 %: " + table(content["cases"][-1]) + "\n", flush=True)
-            if args.out:
-                record.write(args.out, "cpu", content)
-    content["goals"] = goals(content)
-    print(host_table(content) + "\n\n" + listed(content["goals"], ">="))
-    print(f"load of the machine before: {content['load_before']:.1f}")
+    content = commands.measured("cpu", args.device, args.out, states(args.repeats), lines)
     if args.out:
-        print(record.write(args.out, "cpu", content), draw(content["cases"], args.out / "cpu.png"))
+        draw(content["cases"], args.out / "cpu.png")
     return 0
 
 
@@ -473,7 +435,3 @@ def draw(cases: list[dict[str, Any]], path: Path) -> Path | None:
     }
     label = "time of a step over that of MISA's which does the same, median; up to 10"
     return charts.bars(path, panels, label, source=cases)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

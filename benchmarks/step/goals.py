@@ -7,6 +7,7 @@ from typing import Any
 
 from benchmarks.step.peers import FORMATS, PEERS
 from benchmarks.step.update import TIMES
+from benchmarks.tables import goal
 
 M = 2**20
 HEAD = f"{'elements':>8} {'in':>3} {'peer':<21}{'device us':>10}{'GB/s':>6}{'copy':>6}{'host us':>8}{'wall us':>9}"
@@ -26,30 +27,6 @@ def measured(cases: list[dict[str, Any]]) -> Iterator[tuple[dict[str, Any], floa
         peers = {name: peer for name, peer in case.get("peers", {}).items() if "error" not in peer}
         if peers:
             yield case, case["elements"] / M, peers
-
-
-def goal(name: str, where: str, limit: float, value: float | None, least: bool = False) -> dict[str, Any]:
-    """Return what was asked for, where, its limit, the figure measured or None, and whether it is met.
-
-    Args:
-        name: What was asked for.
-        where: Of what.
-        limit: The most that the figure may be.
-        value: The figure; None where it was not measured.
-        least: Whether the limit is the least instead.
-    """
-    met = value is not None and (value >= limit if least else value <= limit)
-    return {"goal": name, "where": where, "limit": limit, "value": value, "met": met}
-
-
-def listed(found: list[dict[str, Any]], sign: str = "<=") -> str:
-    """Return a line for each goal."""
-    return "\n".join(
-        f"{'met' if line['met'] else 'NOT MET':<8}"
-        f"{'-' if line['value'] is None else format(line['value'], '.2f'):>5} {sign} {line['limit']:.1f}  "
-        f"{line['goal']}, {line['where']}"
-        for line in found
-    )
 
 
 def goals(content: dict[str, Any]) -> list[dict[str, Any]]:

@@ -8,10 +8,7 @@ half of the points, both axes logarithmic: 1 where twice as much costs twice the
 
 from __future__ import annotations
 
-import argparse
 import gc
-import os
-import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -23,10 +20,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks import charts, record
-from benchmarks.step.goals import goal, listed
+from benchmarks import charts, commands
 from benchmarks.step.peers import BF16, FP32, LR
-from benchmarks.step.update import quantiles
+from benchmarks.step.update import quantiles, wait
+from benchmarks.tables import cells, goal, goal_lines
 from misa_kernels import MISA
 
 # Where a series ends on a device: bytes of a float32 step's weights, gradients and moments, and torch's beside ours.
@@ -173,12 +170,6 @@ def seconds_of(steps: dict[str, Callable[[], object]], device: torch.device) -> 
     return {name: np.array(seconds) for name, seconds in times.items()}
 
 
-def wait(device: torch.device) -> None:
-    """Wait until the device is idle."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
 def slope(points: list[tuple[float, float]]) -> float | None:
     """Return the slope of the larger half of the points on logarithmic axes; None of fewer than two."""
     upper = points[len(points) // 2 :] if len(points) > 2 else points
@@ -246,19 +237,19 @@ def goals(series: dict[str, Any]) -> list[dict[str, Any]]:
     return found
 
 
-def table(series: dict[str, Any]) -> str:
-    """Return the medians as lines of text, and the slopes."""
-    text = []
-    for found in series.values():
-        text.append(found["axis"] + "".join(f"; {reason}" for reason in found["left_out"]))
-        for name, points in found["lines"].items():
-            of = found["slopes"][name]
-            text.append(
-                f"  {name:<20}"
-                + "".join(f"{point['n']:>12,}: {point['us']['median']:,.0f}" for point in points)
-                + ("" if of is None else f" us; slope {of:.2f}")
-            )
-    return "\n".join(text)
+def lines(content: dict[str, Any]) -> list[str]:
+    """Return the ends of all lines, and their slopes, as tables in Markdown."""
+    rows = []
+    for series in content["series"].values():
+        for name, points in series["lines"].items():
+            slope = series["slopes"][name]
+            ends = (f"{point['n']:,}: {point['us']['median']:,.0f}" for point in (points[0], points[-1]))
+            rows.append((series["axis"], name, *ends, "" if slope is None else f"{slope:.2f}"))
+    note = (
+        "Slopes are those of the larger half of the points on logarithmic axes: 1 is twice the time for twice as many."
+    )
+    table = cells("against | what | µs of the fewest | µs of the most | slope", rows)
+    return [*table, note, "", *goal_lines(content.get("goals", []))]
 
 
 def draw(series: dict[str, Any], path: Path) -> Path | None:
@@ -273,32 +264,16 @@ def draw(series: dict[str, Any], path: Path) -> Path | None:
 
 def run(device: torch.device, deadline: float, out: Path | None, largest: int | None = None) -> int:
     """Measure, write growth.json after every point and growth.png at the end, print the table."""
-    content = record.environment(device) | {"load_before": os.getloadavg()[0], "series": {}}
+    states = ({"series": series, "goals": goals(series)} for series in measure(device, deadline, largest))
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "MISA samples")
-        for series in measure(device, deadline, largest):
-            content |= {"series": series, "goals": goals(series)}
-            if out is not None:
-                record.write(out, "growth", content)
-    print(table(content["series"]) + "\n" + listed(content["goals"]))
+        content = commands.measured("growth", device, out, states, lines)
     if out is not None:
-        print(record.write(out, "growth", content), draw(content["series"], out / "growth.png"))
+        draw(content["series"], out / "growth.png")
     return 0
 
 
 def main(argv: list[str] | None = None) -> int:
     """Measure what the command line names."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.step growth", description=__doc__.splitlines()[0])
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--out", type=Path, help="folder of the record and the chart")
-    parser.add_argument("--largest", type=int, help="leave out whatever is larger")
-    parser.add_argument("--threads", type=int, help="of a CPU; default what torch takes")
-    parser.add_argument("--time-limit", type=float, default=440.0, help="seconds after which nothing new starts")
-    args = parser.parse_args(argv)
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    return run(torch.device(args.device), time.monotonic() + args.time_limit, args.out, args.largest)
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    args = commands.parse(commands.parser("step growth", __doc__, limit=440.0), argv)
+    return run(args.device, args.deadline, args.out)

@@ -9,14 +9,10 @@ CUDA. That function, the driver's launch, contexts, events and copies to the dev
 
 from __future__ import annotations
 
-import argparse
-import sys
-import time
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 from unittest.mock import patch
@@ -26,8 +22,9 @@ from torch import nn
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from benchmarks import record
-from benchmarks.step.update import quantiles
+from benchmarks import commands
+from benchmarks.step.update import Task, quantiles, take_turns
+from benchmarks.tables import cells
 from misa_kernels import MISA, kernels
 from misa_kernels.kernels import launch
 
@@ -180,44 +177,43 @@ class Subject:
 def measure(subject: Subject, repeats: int) -> dict[str, dict[str, float]]:
     """Return microseconds of each part of a step, taken in turn."""
     # What comes before a part, untimed, leaves the tables as they are in a run.
-    parts: dict[str, tuple[Callable[[], object], Callable[[], object]]] = {
+    parts: dict[str, tuple[Task, Task]] = {
         "launch through the JIT": (subject.through_jit, subject.through_jit),
         "launch": (subject.launch_once, subject.launch_once),
         "Launch.step": (subject.table_step, subject.table_step),
         "optimizer.step": (subject.optimizer.step, subject.optimizer.step),
         "optimizer.step, uploading": (subject.exchange, subject.optimizer.step),
     }
-    times: dict[str, list[float]] = {name: [] for name in parts}
-    for number in range(repeats):
-        for name in list(parts)[:: -1 if number % 2 else 1]:
-            prepare, run = parts[name]
-            prepare()
-            started = time.perf_counter_ns()
-            run()
-            times[name].append((time.perf_counter_ns() - started) / 1e3)
-    return {name: quantiles(values) for name, values in times.items()}
+    tasks, before = ({name: part[place] for name, part in parts.items()} for place in (1, 0))
+    times = take_turns(tasks, repeats, before)
+    return {name: quantiles(seconds * 1e6) for name, seconds in times.items()}
+
+
+def lines(content: dict[str, Any]) -> list[str]:
+    """Return the record as a table in Markdown."""
+    parts = list(next(iter(content["host_us"].values())))
+    rows = [
+        (name, *(f"{us['median']:.0f} ({us['p20']:.0f} to {us['p80']:.0f})" for us in of.values()))
+        for name, of in content["host_us"].items()
+    ]
+    text = "Microseconds on a stub of Triton's driver, medians, in parentheses p20 to p80: without CUDA's own launch."
+    return [text, "", *cells(f"a step of | {' | '.join(parts)}", rows)]
+
+
+def states(repeats: int) -> Iterator[dict[str, Any]]:
+    """Yield what the record holds after every optimizer."""
+    figures: dict[str, Any] = {}
+    with stubbed():
+        for tensors in TENSORS:
+            for name, options in KINDS.items():
+                figures[f"{tensors} tensors, {name}"] = measure(Subject(tensors, **options), repeats)
+                yield {"capability": CAPABILITY, "repeats": repeats, "host_us": figures}
 
 
 def main(argv: list[str] | None = None) -> int:
     """Measure, print, and write the record if asked to."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.step launcher", description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, help="folder of launcher.json")
+    parser = commands.parser("step launcher", __doc__, device=False)
     parser.add_argument("--repeats", type=int, default=REPEATS)
-    args = parser.parse_args(argv)
-    figures = {}
-    with stubbed():
-        for tensors in TENSORS:
-            for name, options in KINDS.items():
-                figures[f"{tensors} tensors, {name}"] = taken = measure(Subject(tensors, **options), args.repeats)
-                print(f"{tensors} tensors, {name}: microseconds, median (p20 to p80)")
-                for part, us in taken.items():
-                    print(f"    {part:26} {us['median']:7.1f} ({us['p20']:.1f} to {us['p80']:.1f})")
-    if args.out is not None:
-        environment = record.environment(torch.device("cpu"))
-        content = {"capability": CAPABILITY, "repeats": args.repeats, "host_us": figures}
-        print(record.write(args.out, "launcher", environment | content))
+    args = commands.parse(parser, argv)
+    commands.measured("launcher", args.device, args.out, states(args.repeats), lines)
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

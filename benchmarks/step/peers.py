@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -29,29 +30,12 @@ def misa(weights: list[Tensor], backend: str = "triton", **options: Any) -> MISA
     return optimizer
 
 
-def misa_clip(weights: list[Tensor]) -> MISA:
-    """MISA that clips by the global norm."""
-    return misa(weights, max_grad_norm=MAX_NORM)
-
-
-def misa_cuda(weights: list[Tensor]) -> MISA:
-    """MISA on the CUDA library."""
-    return misa(weights, backend="cuda")
-
-
-def misa_cuda_clip(weights: list[Tensor]) -> MISA:
-    """The same, clipping by the global norm."""
-    return misa(weights, backend="cuda", max_grad_norm=MAX_NORM)
-
-
-def misa_stochastic(weights: list[Tensor]) -> MISA:
-    """MISA without master."""
-    return misa(weights, param_precision="stochastic")
-
-
-def misa_round_end(weights: list[Tensor]) -> MISA:
-    """MISA whose every step ends a round, in which every module leaves and enters."""
-    return misa(weights, inner_steps=1, keep_states="none")
+# MISA as it is timed beside others; peers that name the same one share its state.
+CLIPPED = partial(misa, max_grad_norm=MAX_NORM)
+ON_CUDA, CLIPPED_ON_CUDA = partial(misa, backend="cuda"), partial(misa, backend="cuda", max_grad_norm=MAX_NORM)
+WITHOUT_MASTER = partial(misa, param_precision="stochastic")
+# Every step ends a round, in which every module leaves and enters.
+ENDING = partial(misa, inner_steps=1, keep_states="none")
 
 
 def fused(weights: list[Tensor]) -> torch.optim.Optimizer:
@@ -227,19 +211,19 @@ PEERS = {
     "fp32 fused+norm": Peer(FP32, 32, fused, norms),
     "fp32 fused+clip": Peer(FP32, 40, fused, clip),
     "bf16 misa": Peer(BF16, 28, misa),
-    "bf16 misa stochastic": Peer(BF16, 22, misa_stochastic),
-    "fp32 misa clip": Peer(FP32, 32, misa_clip),
-    "bf16 misa clip": Peer(BF16, 30, misa_clip),
-    "fp32 misa cuda": Peer(FP32, 28, misa_cuda),
-    "bf16 misa cuda": Peer(BF16, 28, misa_cuda),
-    "bf16 misa cuda clip": Peer(BF16, 30, misa_cuda_clip),
+    "bf16 misa stochastic": Peer(BF16, 22, WITHOUT_MASTER),
+    "fp32 misa clip": Peer(FP32, 32, CLIPPED),
+    "bf16 misa clip": Peer(BF16, 30, CLIPPED),
+    "fp32 misa cuda": Peer(FP32, 28, ON_CUDA),
+    "bf16 misa cuda": Peer(BF16, 28, ON_CUDA),
+    "bf16 misa cuda clip": Peer(BF16, 30, CLIPPED_ON_CUDA),
     # To fp32 6, clip 12, AdamW 28, back 6.
     "bf16 masters+clip": Peer(BF16, 52, Masters),
     # Moments in bf16: less is moved, and less is kept of what is learned.
     "bf16 fused": Peer(BF16, 14, fused),
     "bf16 fused+norm": Peer(BF16, 16, fused, norms),
     "bf16 fused+clip": Peer(BF16, 20, fused, clip),
-    "bf16 round end": Peer(BF16, 0, misa_round_end),
+    "bf16 round end": Peer(BF16, 0, ENDING),
     "fp32 foreach": Peer(FP32, 80, foreach),
     "bf16 foreach": Peer(BF16, 40, foreach),
 }

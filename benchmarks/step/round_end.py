@@ -9,10 +9,7 @@ on one thread, since others spin while they wait; on a GPU it is from an idle de
 
 from __future__ import annotations
 
-import argparse
 import gc
-import os
-import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -21,12 +18,12 @@ from typing import Any
 
 import torch
 
-from benchmarks import record
+from benchmarks import commands
 from benchmarks.gate.counts import Operators
 from benchmarks.memory import PeakMemory
-from benchmarks.step.goals import goal, listed
 from benchmarks.step.peers import BF16, FP32, LR
 from benchmarks.step.update import M, quantiles, wait
+from benchmarks.tables import cells, goal, goal_lines
 from misa_kernels import MISA, CyclicSampler
 
 # By the name of a case: weights, and the options that tell it from others.
@@ -195,56 +192,48 @@ def size(case: dict[str, Any]) -> str:
     return f"{case['active']} x {case['elements'] / M:.3g}M"
 
 
-def rows(cases: list[dict[str, Any]]) -> Iterator[tuple[str, ...]]:
-    """Yield the cells of a table, a case each, under `COLUMNS`."""
-    for case in cases:
+def lines(content: dict[str, Any]) -> list[str]:
+    """Return a table in Markdown, a case a line, and the goals."""
+    rows = []
+    for case in content["cases"]:
         if "left_out" in case:
-            yield case["case"], f"left out: {case['left_out']}", *[""] * (len(COLUMNS) - 2)
+            rows.append((case["case"], f"left out: {case['left_out']}"))
             continue
-        yield (
-            case["case"],
-            *(f"{case['ms'][kind]['median']:.1f}" for kind in KINDS),
-            f"{case['ratio']['median']:.1f}",
-            *(f"{of['operators']:.0f}" for of in (case, case["larger"])),
-            *(f"{of['extra_bytes'] / 1e6:.1f}" for of in (case, case["larger"])),
+        both = case, case["larger"]
+        rows.append(
+            (
+                case["case"],
+                *(f"{case['ms'][kind]['median']:.1f}" for kind in KINDS),
+                f"{case['ratio']['median']:.1f}",
+                *(f"{of['operators']:.0f}" for of in both),
+                *(f"{of['extra_bytes'] / 1e6:.1f}" for of in both),
+            )
         )
-
-
-COLUMNS = ("", *(f"{kind} ms" for kind in KINDS), "end / plain", "operators", "larger", "extra MB", "larger")
-
-
-def table(cases: list[dict[str, Any]]) -> str:
-    """Return the measurements as lines of text."""
-    return "\n".join(
-        f"{row[0]:<36}" + "".join(f"{cell:>14}" for cell in row[1:]).rstrip() for row in (COLUMNS, *rows(cases))
+    text = (
+        f"{size(content['cases'][0])} elements leave and as many enter; medians. Operators of torch are those beyond a "
+        f"plain step's, a module that leaves; they and the most extra memory once more for {LARGER // M}M "
+        "elements a matrix."
     )
+    columns = ("", *(f"{kind} ms" for kind in KINDS), "end / plain", "operators", "larger", "extra MB", "larger")
+    return [text, "", *cells(" | ".join(columns), rows), *goal_lines(content["goals"])]
 
 
 def run(device: torch.device, deadline: float, out: Path | None) -> int:
     """Measure, write round_end.json after every case, print the table and the goals."""
-    content = record.environment(device) | {"load_before": os.getloadavg()[0], "cases": [], "goals": []}
+
+    def states() -> Iterator[dict[str, Any]]:
+        cases = []
+        for case in measure(device, deadline, REPEATS[device.type]):
+            cases.append(case)
+            yield {"cases": cases, "goals": goals(cases)}
+
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "MISA samples")
-        for case in measure(device, deadline, REPEATS[device.type]):
-            content["cases"].append(case)
-            content["goals"] = goals(content["cases"])
-            if out is not None:
-                record.write(out, "round_end", content)
-    print(table(content["cases"]) + "\n" + listed(content["goals"]))
+        commands.measured("round_end", device, out, states(), lines)
     return 0
 
 
 def main(argv: list[str] | None = None) -> int:
     """Measure what the command line names."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.step round_end", description=__doc__.splitlines()[0])
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--out", type=Path, help="folder of the record")
-    parser.add_argument("--threads", type=int, default=1, help="of a CPU")
-    parser.add_argument("--time-limit", type=float, default=440.0, help="seconds after which nothing new starts")
-    args = parser.parse_args(argv)
-    torch.set_num_threads(args.threads)
-    return run(torch.device(args.device), time.monotonic() + args.time_limit, args.out)
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    args = commands.parse(commands.parser("step round_end", __doc__, threads=1, limit=440.0), argv)
+    return run(args.device, args.deadline, args.out)

@@ -32,6 +32,9 @@ from misa_kernels import MISA
 WARM_UP = 3
 REPEATS = {"cuda": 20, "cpu": 3}
 COPY_BYTES = {"cuda": 2**30, "cpu": 2**22}
+# A peer whose step takes longer is timed as often as there are turns in this time, where peers sit out turns.
+SECONDS = 6.0
+Task = Callable[[], object]
 # What is timed, the weights that it updates, and what knows its state.
 Ready = tuple[Callable[[], object], list[Tensor], Any]
 TIMES = ("device_us", "host_us", "wall_us", "steady_host_us", "steady_wall_us")
@@ -191,6 +194,30 @@ class Timer:
         target = torch.empty_like(source)
         times = [self.device_us(lambda: target.copy_(source))[0] for _ in range(repeats + WARM_UP)][WARM_UP:]
         return quantiles([2 * source.nbytes / us / 1e3 for us in times])
+
+
+def take_turns(tasks: dict[str, Task], repeats: int, before: Mapping[str, Task] | None = None) -> dict[str, np.ndarray]:
+    """Return the seconds of every repetition of each task, one after another, in reverse order every other time.
+
+    Those of slow tasks end with NaN: they sit out the turns for which they have no time.
+
+    Args:
+        tasks: What is timed, by name.
+        repeats: How often.
+        before: What comes before each, untimed.
+    """
+    times: dict[str, list[float]] = {name: [] for name in tasks}
+    for number in range(repeats):
+        for name in list(tasks)[:: -1 if number % 2 else 1]:
+            if number > 2 and np.nansum(times[name]) > SECONDS:
+                times[name].append(float("nan"))
+                continue
+            if before is not None:
+                before[name]()
+            started = time.perf_counter()
+            tasks[name]()
+            times[name].append(time.perf_counter() - started)
+    return {name: np.array(seconds) for name, seconds in times.items()}
 
 
 def quantiles(values: Sequence[float]) -> dict[str, float]:

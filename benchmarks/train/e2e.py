@@ -10,11 +10,9 @@ alike.
 
 from __future__ import annotations
 
-import argparse
 import gc
 import math
 import os
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -25,10 +23,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks import record
+from benchmarks import commands, record
 from benchmarks.memory import PeakMemory
-from benchmarks.train.e2e_table import ROUND, TIMES, caps_table, draw, goals, table, verdict
-from benchmarks.train.llama import Llama
+from benchmarks.tables import aligned, goal_lines
+from benchmarks.train.e2e_table import ROUND, TIMES, caps_lines, draw, goals, table
+from benchmarks.train.llama import Llama, build
 from benchmarks.train.trainers import LORA_RANK, LR, PEERS, PLANS, SHAPES, Peer, Plan
 from misa_kernels import MISA
 
@@ -419,15 +418,9 @@ def peak_bytes(model: Llama, name: str, plan: Plan, device: torch.device) -> int
 
 
 def build_model(plan: Plan, device: torch.device) -> Llama:
-    """Return the model on the device, its weights drawn there."""
+    """Return the model on the device, its weights always the same."""
     torch.manual_seed(0)
-    default = torch.get_default_dtype()
-    torch.set_default_dtype(getattr(torch, plan.dtype))
-    try:
-        with device:
-            return Llama(SHAPES[plan.shape], plan.checkpointing)
-    finally:
-        torch.set_default_dtype(default)
+    return build(SHAPES[plan.shape], plan.dtype, plan.checkpointing, device)
 
 
 def run(
@@ -456,10 +449,10 @@ def run(
     if left_out:
         print(f"left out at the time limit: {'; '.join(left_out)}")
     if caps:
-        print(caps_table(content["shapes"]))
+        print(aligned(caps_lines(content)))
     else:
         content["goals"] = goals(content["shapes"])
-        print(table(content["shapes"]) + "\n" + verdict(content["goals"]))
+        print(table(content["shapes"]) + "\n" + aligned(goal_lines(content["goals"])))
     print(f"commit {content['commit']}, {content['device']['name']}, torch {torch.__version__}")
     if out is not None:
         print(record.write(out, name, content))
@@ -470,24 +463,16 @@ def run(
 
 def main(argv: list[str] | None = None) -> int:
     """Measure what the command line names."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.train e2e", description=__doc__.splitlines()[0])
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser = commands.parser("train e2e", __doc__)
     parser.add_argument(
         "--shape", action="append", choices=PLANS, help="may be repeated; default 11m on a CPU, else 1b"
     )
     parser.add_argument("--caps", action="store_true", help="at the largest batch under caps of memory")
-    parser.add_argument("--out", type=Path, help="folder of the record and the chart")
-    parser.add_argument("--threads", type=int, help="of a CPU; default what torch takes")
     limits = f"default {GPU_LIMIT_S:.0f} on a GPU, none on a CPU"
     parser.add_argument("--time-limit", type=float, help=f"seconds after which nothing new starts; {limits}")
-    args = parser.parse_args(argv)
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    names = args.shape or ["11m" if args.device == "cpu" else "1b"]
-    limit = args.time_limit if args.time_limit is not None else math.inf if args.device == "cpu" else GPU_LIMIT_S
-    run(names, torch.device(args.device), time.monotonic() + limit, args.caps, args.out)
+    args = commands.parse(parser, argv)
+    on_a_cpu = args.device.type == "cpu"
+    if args.time_limit is None and not on_a_cpu:
+        args.deadline = time.monotonic() + GPU_LIMIT_S
+    run(args.shape or ["11m" if on_a_cpu else "1b"], args.device, args.deadline, args.caps, args.out)
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

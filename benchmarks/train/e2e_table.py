@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import charts
-from benchmarks.train.trainers import GIB
+from benchmarks.tables import GIB, MIB, cells, goal, goal_lines, spread
 
 TIMES = ("forward_ms", "backward_ms", "optimizer_ms", "switch_ms")
 # What was asked for: of tokens per second at equal batch, of the time of an iteration.
@@ -26,28 +26,16 @@ def goals(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return what was asked for, where, the limit, the figure in rounds of 50 steps, and whether it is met."""
     found = []
     for shape in records:
-        peers = {name: peer for name, peer in shape["peers"].items() if "error" not in peer}
+        peers = {name: peer["in_rounds_of_50"] for name, peer in shape["peers"].items() if "error" not in peer}
         where = shape["plan"]["shape"]
         for ours, theirs, limit in GOALS:
             if peers.keys() >= {ours, theirs}:
-                value, other = (peers[n]["in_rounds_of_50"]["tokens_per_second"] for n in (ours, theirs))
-                value /= other
-                goal = f"tokens/s, {ours} / {theirs}"
-                found.append({"goal": goal, "where": where, "limit": limit, "value": value, "met": value >= limit})
+                value = peers[ours]["tokens_per_second"] / peers[theirs]["tokens_per_second"]
+                found.append(goal(f"tokens/s, {ours} / {theirs}", where, limit, value, least=True))
         if "misa" in peers:
-            value = peers["misa"]["in_rounds_of_50"]["optimizer_share"]
-            goal, met = "optimizer's share of misa's iteration", value <= OPTIMIZER_SHARE
-            found.append({"goal": goal, "where": where, "limit": OPTIMIZER_SHARE, "value": value, "met": met})
+            share = peers["misa"]["optimizer_share"]
+            found.append(goal("optimizer's share of misa's iteration", where, OPTIMIZER_SHARE, share))
     return found
-
-
-def verdict(found: list[dict[str, Any]]) -> str:
-    """Return a line for each goal."""
-    return "\n".join(
-        f"{'met' if line['met'] else 'NOT MET':<8}{line['value']:>7.3f} "
-        f"{'<=' if line['limit'] == OPTIMIZER_SHARE else '>='} {line['limit']:.2f}  {line['goal']}, {line['where']}"
-        for line in found
-    )
 
 
 def table(records: list[dict[str, Any]]) -> str:
@@ -74,22 +62,76 @@ def table(records: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def caps_table(records: list[dict[str, Any]]) -> str:
-    """Return what was measured under caps as lines of text, a peer each: sequences in a batch, tokens per second."""
-    lines = []
-    for content in records:
-        caps = content["plan"]["caps_bytes"]
-        lines.append(f"{content['plan']['shape']:<20}" + "".join(f"{cap / 2**20:>16,.1f} MiB" for cap in caps))
-        for name, peer in content["peers"].items():
+def lines(content: dict[str, Any]) -> list[str]:
+    """Return whole iterations at equal batch as tables in Markdown, and the goals."""
+    found: list[str] = []
+    for shape in content["shapes"]:
+        plan = shape["plan"]
+        found += [
+            f"LLaMA of {shape['parameters'] / 1e6:,.1f}M parameters ({plan['shape']}), {plan['dtype']}, "
+            f"{plan['batch']} sequences of {plan['sequence']} tokens, "
+            f"checkpointing {'on' if plan['checkpointing'] else 'off'}, "
+            f"δ = {plan['delta']:g}, LoRA of rank {plan['lora_rank']}, rounds of {plan['inner_steps']} steps; each "
+            f"peer had {plan['turns']} turns. Means, in parentheses p10 to p90. A switch is the step that ends a "
+            f'round; "in rounds of {ROUND}" counts it once in so many steps, as in an ordinary run. Utilization '
+            "is of a forward and a full backward pass (6 operations a weight and token, attention besides), whoever "
+            f"does less, over {shape['peak_flops'] / 1e9:,.0f} GFLOP/s: {shape['peak_flops_from']}.",
+            "",
+        ]
+        rows = []
+        for name, peer in shape["peers"].items():
             if "error" in peer:
-                lines.append(f"{name:<20}{peer['error'][:70]}")
+                rows.append((name, peer["error"]))
                 continue
-            reached = (
-                "does not fit" if cap["batch"] is None else f"{cap['batch']} x: {cap['tokens_per_second']:,.0f}"
-                for cap in peer["caps"]
+            ordinary = peer["in_rounds_of_50"]
+            rows.append(
+                (
+                    name,
+                    f"{ordinary['tokens_per_second']:,.0f}",
+                    f"{peer['tokens_per_second']:,.0f}",
+                    *(spread(peer[key], 1) for key in ("forward_ms", "backward_ms")),
+                    *(spread(peer[key], 2) for key in ("optimizer_ms", "switch_ms")),
+                    f"{ordinary['optimizer_share']:.1%}",
+                    f"{peer['mfu']:.0%}",
+                    f"{peer['backward_depth']['mean']:.1f}",
+                )
             )
-            lines.append(f"{name:<20}" + "".join(f"{text:>20}" for text in reached))
-    return "\n".join(lines)
+        found += cells(
+            f"peer | tokens/s in rounds of {ROUND} | tokens/s measured | forward ms | backward ms | step ms | "
+            "switch ms | optimizer's share | utilization | layers of backward",
+            rows,
+        )
+    return [*found, *goal_lines(content.get("goals", []))]
+
+
+def caps_lines(content: dict[str, Any]) -> list[str]:
+    """Return the largest batches under caps of memory as tables in Markdown."""
+    found: list[str] = []
+    for shape in content["shapes"]:
+        plan = shape["plan"]
+        found += [
+            f"LLaMA of {shape['parameters'] / 1e6:,.1f}M parameters, {plan['dtype']}, sequences of {plan['sequence']} "
+            f"tokens: the largest batch of 1, 2, 4, ... {plan['largest_batch']} sequences whose peak in the costliest "
+            "round stays under the cap, and tokens per second with it, over a few rounds of one step.",
+            "",
+        ]
+        rows = []
+        for name, peer in shape["peers"].items():
+            if "error" in peer:
+                rows.append((name, peer["error"]))
+                continue
+            rows.append(
+                (
+                    name,
+                    *(
+                        "does not fit" if cap["batch"] is None else f"{cap['batch']}: {cap['tokens_per_second']:,.0f}"
+                        for cap in peer["caps"]
+                    ),
+                )
+            )
+        header = " | ".join(f"{cap / MIB:,.0f} MiB" for cap in plan["caps_bytes"])
+        found += cells(f"peer | {header}", rows)
+    return found
 
 
 def draw(records: list[dict[str, Any]], path: Path) -> Path | None:

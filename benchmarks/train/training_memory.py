@@ -1,7 +1,7 @@
 """How much memory does a training step take with MISA and with its peers, beside what the formula says?
 
 python -m benchmarks.train memory --out benchmarks/results    training_memory.json and .md, ten minutes on a CPU
-python -m benchmarks.train memory peer NAME --plan 8b --device cuda    one peer under the cap, a line of JSON
+python -m benchmarks.train memory --peer misa --plan 8b --device cuda    one peer under the cap, a line of JSON
 
 On the CPU the model is Llama 3 8B at a 32nd of its widths, all 32 layers, on a 32nd of 2048 tokens, so that weights,
 activations and logits keep their proportions; bytes are counted allocation by allocation. Only LoRA's rank cannot
@@ -10,28 +10,28 @@ shrink so far: 1 is twice its share.
 
 from __future__ import annotations
 
-import argparse
+import itertools
 import json
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from benchmarks import record
+from benchmarks import commands, record
 from benchmarks.memory import PeakMemory
+from benchmarks.tables import GIB, MIB, cells
+from benchmarks.train import llama
 from benchmarks.train.llama import LINEARS, SHAPES, Llama
 from misa_kernels import MISA, ImportanceSampler, badam, lisa, param_groups
 from misa_kernels.release import HELD_BYTES, LAUNCHES
 from misa_kernels.tools.planner.step import Run, count
 
 LR = 1e-5
-MIB, GIB = 2**20, 2**30
 # Larger differences of the formula are named under the table.
 TOLERANCE = 0.05
 # A peer that takes longer hangs.
@@ -109,13 +109,7 @@ PEERS: dict[str, Peer] = {
 
 def build(plan: Plan, device: torch.device) -> Llama:
     """Return the model with random weights, made where and in what it shall be."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(getattr(torch, plan.dtype))
-    try:
-        with device:
-            model = Llama(SHAPES[plan.shape], plan.checkpointing)
-    finally:
-        torch.set_default_dtype(before)
+    model = llama.build(SHAPES[plan.shape], plan.dtype, plan.checkpointing, device)
     model.loss_chunk = plan.chunk
     return model
 
@@ -240,6 +234,7 @@ def on_the_cpu(plan: Plan) -> Iterator[dict[str, Any]]:
 def markdown(content: dict[str, Any]) -> str:
     """Return the record as tables of measured bytes beside the formula's, and a line on each larger difference."""
     cases, plan = content["cases"], content["plan"]
+    differences: list[str] = []
     lines = [
         "# Memory of a training step: measured / formula, MiB",
         "",
@@ -248,23 +243,36 @@ def markdown(content: dict[str, Any]) -> str:
         "which a whole layer, for BAdam and LISA, fits. These and MISA in the costliest round they may draw.",
     ]
     parts = tuple(cases[0]["measured"])
-    differences = []
     for dtype, checkpointing in dict.fromkeys((case["dtype"], case["checkpointing"]) for case in cases):
         title = f"{dtype}, {'with' if checkpointing else 'without'} checkpointing"
-        lines += ["", f"## {title}", "", f"| | {' | '.join(parts)} |", "|---" * (len(parts) + 1) + "|"]
-        for case in cases:
-            if (case["dtype"], case["checkpointing"]) != (dtype, checkpointing):
-                continue
-            seen, said = case["measured"], case["formula"]
-            row = (f"{seen[part] / MIB:.2f} / {said[part] / MIB:.2f}" for part in parts)
-            lines.append(f"| {PEERS[case['peer']].title} | {' | '.join(row)} |")
-            for part in parts:
-                off = said[part] - seen[part]
-                if abs(off) > TOLERANCE * max(seen[part], 1):
-                    figures = f"{part} {seen[part]:,} bytes, formula {said[part]:,.0f} ({off:+,.0f})"
-                    differences.append(f"- {title}, {PEERS[case['peer']].title}: {figures}")
+        chosen = [case for case in cases if (case["dtype"], case["checkpointing"]) == (dtype, checkpointing)]
+        rows = ((PEERS[case["peer"]].title, *beside_formula(case, parts)) for case in chosen)
+        lines += ["", f"## {title}", "", *cells(f"| {' | '.join(parts)}", rows)[:-1]]
+        for case, part in itertools.product(chosen, parts):
+            seen, said = case["measured"][part], case["formula"][part]
+            if abs(said - seen) > TOLERANCE * max(seen, 1):
+                figures = f"{part} {seen:,} bytes, formula {said:,.0f} ({said - seen:+,.0f})"
+                differences.append(f"- {title}, {PEERS[case['peer']].title}: {figures}")
     none = f"None is above {TOLERANCE:.0%}."
     return "\n".join([*lines, "", f"## Differences above {TOLERANCE:.0%}", "", *(differences or [none])]) + "\n"
+
+
+def beside_formula(case: dict[str, Any], parts: Sequence[str]) -> Iterator[str]:
+    """Yield MiB measured and by the formula."""
+    return (f"{case['measured'][part] / MIB:.2f} / {case['formula'][part] / MIB:.2f}" for part in parts)
+
+
+def lines(content: dict[str, Any]) -> list[str]:
+    """Return the half of the record that was taken with checkpointing as a table in Markdown."""
+    parts = ("weights", "states", "gradients", "peak")
+    rows = (
+        (case["peer"], case["dtype"], *beside_formula(case, parts))
+        for case in content["cases"]
+        if case["checkpointing"]
+    )
+    text = "MiB measured / by the formula, with checkpointing; the rest is in"
+    table = cells(f"peer | dtype | {' | '.join(parts)}", rows)
+    return [*table, f"{text} [training_memory.md](results/training_memory.md).", ""]
 
 
 def rounds_of(name: str, plan: Plan, device: torch.device, rounds: int = 12, inner_steps: int = 2) -> dict[str, Any]:
@@ -321,7 +329,7 @@ def under_the_cap(
     for name in names:
         peer: dict[str, Any] = {"planned": planned(name, plan, fused_norms=device.type == "cuda")}
         left = min(deadline - time.monotonic(), PEER_LIMIT_S)
-        command = [sys.executable, "-m", "benchmarks.train.training_memory", "peer", name, "--plan", plan_name]
+        command = [sys.executable, "-m", "benchmarks.train", "memory", "--peer", name, "--plan", plan_name]
         command += ["--device", device.type, "--rounds", str(rounds)]
         if left <= 0:
             content["left_out"].append(name)
@@ -371,33 +379,27 @@ def summary(content: dict[str, Any]) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """Write the CPU's record, or print one peer's peaks as JSON; return the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.train memory", description=__doc__.splitlines()[0])
-    parser.add_argument("peer", nargs="*", help="'peer NAME': one peer's peaks; without, the record of a CPU")
+    parser = commands.parser("train memory", __doc__)
+    parser.add_argument("--peer", choices=PEERS, help="print its peaks; without, the record of a CPU is made")
     parser.add_argument("--plan", choices=PLANS, default="8b/1024")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--rounds", type=int, default=12, help="that a peer trains after the costliest")
-    parser.add_argument("--out", type=Path, default=Path("out"), help="folder of the record")
-    args = parser.parse_args(argv)
-    plan, device = PLANS[args.plan], torch.device(args.device)
+    args = commands.parse(parser, argv)
+    plan = PLANS[args.plan]
     if args.peer:
-        if len(args.peer) != 2 or args.peer[0] != "peer" or args.peer[1] not in PEERS:
-            parser.error(f"{' '.join(args.peer)!r} must be 'peer NAME', NAME one of {', '.join(PEERS)}")
         try:
-            found = rounds_of(args.peer[1], plan, device, args.rounds)
+            found = rounds_of(args.peer, plan, args.device, args.rounds)
         except torch.OutOfMemoryError as error:
             found = {"error": f"OutOfMemoryError: {error}".splitlines()[0][:300]}
         print(json.dumps(found))
         return 0
-    content = record.environment(device) | {"plan": asdict(plan), "cases": []}
-    started = time.monotonic()
-    for case in on_the_cpu(plan):
-        content["cases"].append(case)
-        content["seconds"] = round(time.monotonic() - started)
-        path = record.write(args.out, "training_memory", content)
-    path.with_suffix(".md").write_text(markdown(content))
-    print(f"{path} and .md after {content['seconds']} s")
+    found_so_far: list[dict[str, Any]] = []
+
+    def states() -> Iterator[dict[str, Any]]:
+        for case in on_the_cpu(plan):
+            found_so_far.append(case)
+            yield {"plan": asdict(plan), "cases": found_so_far}
+
+    content = commands.measured("training_memory", torch.device("cpu"), args.out, states(), lines)
+    if args.out is not None:
+        (args.out / "training_memory.md").write_text(markdown(content))
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -52,10 +52,18 @@ def results(tmp_path):
 
 def test_a_section_has_command_machine_versions_and_commit(results):
     text = page.page(results)
-    assert "```\npython -m some --quick\n```" in text
+    # Of a question that is closed.
+    assert "```\ngit checkout abc && python -m some --quick\n```" in text
     assert "a processor, 2 threads; commit abc+, 2026-01-02; torch 2." in text
     assert "| eager | 0 | 0 | 2,350 | 1.00 |  |" in text
     assert "`make gpu STAGE=e2e`" in text
+
+
+def test_commands_have_the_names_of_now(results):
+    content = json.loads((results / "compiled.json").read_text())
+    content |= {"command": "python -m benchmarks.e2e --caps", "shapes": []}
+    (results / "caps.json").write_text(json.dumps(content))
+    assert "```\npython -m benchmarks.train e2e --caps\n```" in page.page(results)
 
 
 def test_what_ran_on_a_gpu_has_its_own_section_and_is_not_missing(results):

@@ -1,4 +1,4 @@
-"""Is memory counted as it is, and do the searches and summaries of the quality benchmark do what they say?"""
+"""Is training memory counted as it is, and do the searches for learning rates do what they say?"""
 
 from __future__ import annotations
 
@@ -13,10 +13,9 @@ import torch
 from torch import nn
 
 from benchmarks.quality.equal_bytes import METHODS
-from benchmarks.quality.quality import TUNING_SEED, Job, arms
-from benchmarks.quality.quality_table import markdown, summary
+from benchmarks.quality.regime_runs import Job, at, first
 from benchmarks.quality.searches import Search, run_all, wanted
-from examples.data import finetuning_corpus, header_files, split, tuning_and_reporting
+from examples.data import finetuning_corpus, halves, header_files, split
 from examples.model import Llama, LlamaConfig
 from examples.train import batch_loss
 from misa_kernels import MISA
@@ -24,11 +23,10 @@ from misa_kernels import MISA
 BUDGET_BYTES = 700_000
 REQUIRED = {
     "LoRA": ["peft", "bitsandbytes"],
-    "LoRA, released": ["peft", "bitsandbytes"],
     "GaLore": ["galore_torch", "bitsandbytes"],
 }
 # MISA's active set leaves less than its smallest module, a thirteenth of this budget, unused.
-UNUSED = {"MISA": 0.08, "MISA, released": 0.08, "uniform": 0.08, "BAdam": 0.3}
+UNUSED = {"MISA": 0.08}
 LIMITED = [(name, state) for name, method in METHODS.items() for state in method.states if name != "AdamW"]
 
 
@@ -88,21 +86,21 @@ def test_the_next_larger_size_exceeds_the_budget(name: str, state: str) -> None:
 
 def test_tuning_and_reporting_text_share_no_file_and_are_the_validation_text() -> None:
     files = split(header_files())[1]
-    tuning, reporting = tuning_and_reporting()
+    tuning, reporting = halves(header_files())
     for text, part in ((tuning, files[0::2]), (reporting, files[1::2])):
         assert len(text) == sum(path.stat().st_size for path in part) + len(part) - 1
     assert len(tuning) + 1 + len(reporting) == len(finetuning_corpus().validation)
 
 
-FIRST = Job("8 layers", "MISA", "int8", 8, "fp32", 1, TUNING_SEED)
-SEARCH = Search(2, FIRST, arms(("fp32", "uniform", 8, 1), ("int8", "MISA", 4, 2)))
-EARLIER = Search(1, replace(FIRST, method="LoRA"), arms(("int8", "LoRA", 8, 1)))
+FIRST = first("MISA")
+SEARCH = Search(2, FIRST, (*at(1, 0.03, method="uniform", state="fp32"), *at(2, 0.01)))
+EARLIER = Search(1, first("LoRA"), at(1, 0.03))
 
 
 def powers_asked(optimum: int) -> list[int]:
     """Return the powers, in order, that are run where the loss grows with the distance from an optimum."""
     losses: dict[Job, float] = {}
-    while tuning := [job for job in wanted([SEARCH], losses) if job.seed == TUNING_SEED]:
+    while tuning := [job for job in wanted([SEARCH], losses) if job.seed == FIRST.seed]:
         losses[tuning[0]] = abs(tuning[0].power - optimum)
     return [job.power for job in losses]
 
@@ -116,13 +114,13 @@ def test_runs_go_by_stage_and_in_a_stage_by_seed() -> None:
     losses = {replace(FIRST, power=power): float(abs(power - 2)) for power in range(4)}
     lora = [replace(EARLIER.first, power=power) for power in (1, 0, 2)]
     found = [
-        Job("8 layers", "uniform", "fp32", 8, "fp32", 2, 1),
-        Job("8 layers", "MISA", "int8", 4, "fp32", 2, 1),
-        Job("8 layers", "MISA", "int8", 4, "fp32", 2, 2),
+        Job("fine-tuning", "uniform", "fp32", 0.03, 0, 2, 1),
+        Job("fine-tuning", "MISA", "int8", 0.01, 0, 2, 1),
+        Job("fine-tuning", "MISA", "int8", 0.01, 0, 2, 2),
     ]
     assert wanted([SEARCH, EARLIER], losses) == lora + found
     losses |= {job: abs(job.power - 1.0) for job in lora} | {found[0]: 1.0}
-    reported = Job("8 layers", "LoRA", "int8", 8, "fp32", 1, 1)
+    reported = Job("fine-tuning", "LoRA", "int8", 0.03, 0, 1, 1)
     assert wanted([SEARCH, EARLIER], losses) == [reported, *found[1:]]
 
 
@@ -147,28 +145,3 @@ def test_a_run_that_fails_is_named_and_what_does_not_wait_for_it_goes_on(tmp_pat
 def test_no_run_begins_after_the_deadline(tmp_path: Path) -> None:
     path = tmp_path / "runs.jsonl"
     assert run_all([SEARCH], operator.attrgetter("no_such_field"), path, Job, 1, deadline=time.monotonic()) == {}
-
-
-def run_of(method: str, seed: int, loss: float) -> dict:
-    job = Job("8 layers", method, "fp32" if method == "AdamW" else "int8", 8, "fp32", 1, seed)
-    figures = {"lr": 6e-3, "size": 0.5, "training_bytes": 1000}
-    return asdict(job) | figures | {"loss_before": 3.0, "loss": loss, "tuning_loss": loss}
-
-
-def test_summary_pairs_the_runs_of_a_seed() -> None:
-    """AdamW gains 2, 1 and 2 nats; MISA is .1, .1 and .2 nats of share .05, .1 and .1 ahead of LoRA."""
-    tuning = [run_of("LoRA", TUNING_SEED, 1.6), run_of("MISA", TUNING_SEED, 1.5)]
-    losses = {"AdamW": (1.0, 2.0, 1.0), "MISA": (1.5, 2.2, 1.4), "LoRA": (1.6, 2.3, 1.6)}
-    runs = [run_of(method, seed, loss) for method, own in losses.items() for seed, loss in enumerate(own, 1)]
-    # Without an AdamW of the same seed there is no share.
-    runs.append(run_of("MISA", 4, 0.0))
-    content = summary(tuning, runs)
-    shares = {row["method"]: row["share"] for row in content["rows"]}
-    assert shares == pytest.approx({"AdamW": 1.0, "MISA": (0.75 + 0.8 + 0.8) / 3, "LoRA": (0.7 + 0.7 + 0.7) / 3})
-    (pair,) = content["paired"]
-    assert (pair["ours"], pair["theirs"], pair["seeds"]) == ("MISA int8", "LoRA int8", [1, 2, 3])
-    assert pair["share"] == pytest.approx(0.25 / 3)
-    # Deviations of -1/30, 1/60 and 1/60 from the mean.
-    assert pair["share_se"] == pytest.approx((((1 / 30) ** 2 + 2 * (1 / 60) ** 2) / 2 / 3) ** 0.5)
-    assert pair["loss"] == pytest.approx(-0.4 / 3)
-    assert "| MISA int8 − LoRA int8 | +8.33 ± 1.67 | -0.1333 ± 0.0333 | +5.0 | 3 |" in markdown(content)

@@ -1,6 +1,6 @@
 """How do memory and traffic grow with model and GPUs? Writes docs/scaling.md from the planner's formulas.
 
-From the repository's root: `python -m benchmarks.scaling`. `tests/test_planner.py` holds the page to the formulas, and
+From the repository's root: `python docs/scaling.py`. `tests/test_planner.py` holds the page to the formulas, and
 the formulas to bytes counted in small runs.
 """
 
@@ -11,7 +11,7 @@ from pathlib import Path
 from misa_kernels.tools.planner.fsdp import Need, adamw_fsdp2, lora_fsdp2, misa_fsdp2, misa_replicate
 from misa_kernels.tools.planner.shapes import PRESETS, LlamaShape
 
-PAGE = Path(__file__).parents[1] / "docs" / "scaling.md"
+PAGE = Path(__file__).parent / "scaling.md"
 MODELS = ("llama3-8b", "llama3-70b", "llama3-405b")
 GPUS = (1, 8, 64, 1024)
 DELTA = 0.03
@@ -20,7 +20,7 @@ GB = 1e9
 HEAD = f"""# Memory and traffic on many GPUs, on paper
 
 ```
-python -m benchmarks.scaling
+python docs/scaling.py
 ```
 
 writes this page from the formulas of `misa_kernels/planner/fsdp.py`. Nothing on it was measured on GPUs: what
