@@ -112,7 +112,7 @@ def sanitize(tool: str, deadline: float) -> dict[str, Any]:
     result = judge(*run(command, deadline, **alone))
     if tool == "memcheck" and result["ok"] and "absent" not in result and time.monotonic() + GRACE_S < deadline:
         options += ["--destroy-on-device-error", "kernel", sys.executable, "-c"]
-        code, output = run([*options, "from benchmarks import nvidia; nvidia.overrun()"], deadline, **alone)
+        code, output = run([*options, "from benchmarks.gpu import nvidia; nvidia.overrun()"], deadline, **alone)
         if code is not None:
             result["planted"] = sorted(set(re.findall(r"= +at .*?(step|update)_kernel", output)))
             if "step" not in result["planted"]:

@@ -114,7 +114,7 @@ def run_gpu_tests(deadline: float, path: Path) -> dict[str, Any]:
         # Triton compiles some 200 variants, each on one core for a second and more.
         command += ["-n", str(workers)]
     # pytest's own import path begins in the folder of the tests.
-    search = os.pathsep.join([str(record.ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    search = os.pathsep.join([str(Path(__file__).parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])])
     process = subprocess.Popen(command, cwd=record.ROOT, env=os.environ | {"PYTHONPATH": search})
     try:
         code = process.wait(timeout=max(deadline - started, 0.1))

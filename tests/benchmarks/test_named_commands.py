@@ -79,6 +79,14 @@ def test_stages_on_a_gpu_that_are_named_parse(path: Path) -> None:
         stages.parser().parse_args([*options, *shlex.split(given.get("ARGS", ""))])
 
 
+def test_modules_that_are_started_by_their_names_are_there() -> None:
+    """A stage on a GPU would find out there, and not say so."""
+    found: set[str] = set()
+    for path in (record.ROOT / "benchmarks").rglob("*.py"):
+        found |= set(re.findall(r"\"-[mp]\", \"(benchmarks[\w.]*)\"", path.read_text()))
+    assert len(found) > 5 and all(map(importlib.util.find_spec, found))
+
+
 def test_the_makefile_runs_files_that_are_there() -> None:
     files = re.findall(r"\b(?:tests|benchmarks)/[\w/]+\.py", MAKEFILE.read_text())
     assert len(files) > 5 and all((record.ROOT / file).exists() for file in files)

@@ -367,8 +367,11 @@ SANITIZER = """#!{python}
 import os, subprocess, sys
 command = sys.argv[sys.argv.index(sys.executable):]
 planted = "nvidia.overrun()" in command[-1]
-code = 0 if planted else subprocess.run(command).returncode
-print("=========     at step_kernel+0x90" if planted and "SEES" in os.environ else "", flush=True)
+if planted:
+    # On a GPU it would run to its end.
+    command[-1] = command[-1].replace("()", "")
+code = subprocess.run(command).returncode
+print("=========     at step_kernel+0x90" if planted and not code and "SEES" in os.environ else "", flush=True)
 print("========= ERROR SUMMARY: 0 errors")
 sys.exit(code)
 """
