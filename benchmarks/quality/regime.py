@@ -24,7 +24,16 @@ import torch
 from torch import nn
 
 from benchmarks import record
-from benchmarks.quality import equal_bytes, regime_table
+from benchmarks.quality import regime_table
+from benchmarks.quality.equal_bytes import (
+    FP32_BYTES,
+    LOW_RANK,
+    adamw_bytes,
+    largest_rank,
+    misa_bytes,
+    parameters,
+    update_in_backward,
+)
 from benchmarks.quality.regime_runs import CPU_SEARCHES, GPU_SEARCHES, LR_RATIO, PACKAGES, SCALES, VARIANTS, Job, Scale
 from benchmarks.quality.searches import Search, outcome, read, run_all
 from benchmarks.train.trainers import block_optimizer
@@ -68,39 +77,41 @@ def always_trained(model: Llama) -> dict[str, nn.Parameter]:
 def layer_share(model: Llama) -> float:
     """Return the fraction of the parameters that the matrices of one layer are."""
     matrices = sum(module.weight.numel() for module in model.layers[0].modules() if isinstance(module, nn.Linear))
-    return matrices / equal_bytes.parameters(model)
+    return matrices / parameters(model)
 
 
 def size_of(job: Job, model: Llama) -> float:
     """Return the rank of LoRA and GaLore, and the fraction of the parameters that are trained at a time of others."""
-    if job.method in ("LoRA", "GaLore"):
-        budget = equal_bytes.METHODS["MISA"].training_bytes(model, job.state, job.delta)
-        return equal_bytes.METHODS[job.method].size(model, job.state, budget)
+    if job.method in LOW_RANK:
+        return largest_rank(job.method, model, misa_bytes(model, job.state, job.delta))
     return {"AdamW": 1.0, "BAdam": layer_share(model), "LISA": layer_share(model)}.get(job.method, job.delta)
 
 
 def training_bytes(job: Job, model: Llama) -> int:
     """Return the bytes of states, gradients and extra weights; those trained all the time in pre-training apart."""
     size = size_of(job, model)
+    if job.method == "AdamW":
+        return adamw_bytes(model)
     if job.method == "BAdam":
         # Its float32 copies of the layer, their gradients and two moments.
-        return math.ceil(size * equal_bytes.parameters(model) * 4 * equal_bytes.FP32_BYTES)
-    name = job.method if job.method in ("AdamW", "LoRA", "GaLore") else "MISA"
-    return equal_bytes.METHODS[name].training_bytes(model, job.state, size)
+        return math.ceil(size * parameters(model) * 4 * FP32_BYTES)
+    return LOW_RANK[job.method][0](model, int(size)) if job.method in LOW_RANK else misa_bytes(model, job.state, size)
 
 
 def build(job: Job, model: Llama, scale: Scale) -> tuple[nn.Module, torch.optim.Optimizer]:
     """Return what to train (LoRA wraps the model) and its optimizer."""
     lr, size = lr_of(job, scale), size_of(job, model)
     always = always_trained(model) if job.task == "pre-training" else {}
-    if job.method in ("AdamW", "LoRA", "GaLore"):
-        trained, optimizer = equal_bytes.METHODS[job.method].build(model, job.state, size, lr, scale.steps, job.seed)
-        if always and job.method != "AdamW":
+    if job.method == "AdamW":
+        return model, torch.optim.AdamW(model.parameters(), lr=lr)
+    if job.method in LOW_RANK:
+        trained, optimizer = LOW_RANK[job.method][1](model, int(size), lr, job.seed)
+        if always:
             for parameter in always.values():
                 parameter.requires_grad_(True)
             optimizer.add_param_group({"params": list(always.values())})
             if job.method == "GaLore":
-                equal_bytes.update_in_backward(optimizer, list(always.values()))
+                update_in_backward(optimizer, list(always.values()))
         return trained, optimizer
     if job.method == "BAdam":
         base = torch.optim.AdamW(model.parameters(), lr=lr)
@@ -252,7 +263,7 @@ def write_table(folder: Path, scale: Scale, searches: Sequence[Search], **more: 
         more: Goes into regime.json.
     """
     tuning, reporting, missing = outcome(searches, results := read(folder / RUNS, Job))
-    trained = {"scale": asdict(scale) | {"parameters": equal_bytes.parameters(new_model(scale))}}
+    trained = {"scale": asdict(scale) | {"parameters": parameters(new_model(scale))}}
     content = trained | regime_table.summary(tuning, reporting) | {"missing": missing} | more
     content = record.environment(torch.device(scale.device)) | content
     record.write(folder, "regime", content)

@@ -16,7 +16,7 @@ triton = pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("the interpreter compiles nothing", allow_module_level=True)
 
-from benchmarks import launcher  # noqa: E402
+from benchmarks.step import launcher  # noqa: E402
 from misa_kernels import MISA  # noqa: E402
 from misa_kernels.kernels import launch  # noqa: E402
 from misa_kernels.kernels.table import ROW_COLUMNS  # noqa: E402

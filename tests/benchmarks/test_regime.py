@@ -111,7 +111,7 @@ def test_every_search_asks_for_jobs_that_exist(model: Llama) -> None:
     assert {job.task for job in jobs} == set(TASKS) and {job.method for job in jobs} == set(METHODS)
     for job in jobs:
         if job.method in ("LoRA", "GaLore"):
-            misa = equal_bytes.METHODS["MISA"].training_bytes(model, job.state, job.delta)
+            misa = equal_bytes.misa_bytes(model, job.state, job.delta)
             assert 0.6 * misa < regime.training_bytes(job, model) <= misa
 
 
