@@ -28,7 +28,7 @@ from benchmarks.memory import PeakMemory
 from benchmarks.tables import aligned, goal_lines
 from benchmarks.train.e2e_table import ROUND, TIMES, caps_lines, draw, goals, table
 from benchmarks.train.llama import Llama, build
-from benchmarks.train.trainers import LORA_RANK, LR, PEERS, PLANS, SHAPES, Peer, Plan
+from benchmarks.train.trainers import LR, PEERS, PLANS, SHAPES, Peer, Plan
 from misa_kernels import MISA
 
 # Dense bfloat16 operations a second that the makers state for tensor cores, by a part of the device's name.
@@ -326,7 +326,7 @@ def failure(error: Exception) -> dict[str, Any]:
 def head_of(plan: Plan, model: Llama) -> dict[str, Any]:
     """Return what the record of a shape begins with."""
     return {
-        "plan": asdict(plan) | {"tokens": plan.tokens, "lr": LR, "lora_rank": LORA_RANK},
+        "plan": asdict(plan) | {"tokens": plan.tokens, "lr": LR},
         "parameters": sum(p.numel() for p in model.parameters()),
         "peers": {},
         "left_out": [],
@@ -420,7 +420,7 @@ def peak_bytes(model: Llama, name: str, plan: Plan, device: torch.device) -> int
 def build_model(plan: Plan, device: torch.device) -> Llama:
     """Return the model on the device, its weights always the same."""
     torch.manual_seed(0)
-    return build(SHAPES[plan.shape], plan.dtype, plan.checkpointing, device)
+    return build(SHAPES[plan.shape], plan.dtype, plan.checkpointing, plan.chunk, device)
 
 
 def run(

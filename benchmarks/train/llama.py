@@ -77,15 +77,17 @@ class Llama(nn.Module):
         return chunked_cross_entropy(hidden, self.lm_head.weight, tokens[:, 1:].flatten(), self.loss_chunk)
 
 
-def build(shape: Shape, dtype: str, checkpointing: bool, device: torch.device) -> Llama:
-    """Return the model, its weights drawn on the device in the dtype of this name."""
+def build(shape: Shape, dtype: str, checkpointing: bool, chunk: int, device: torch.device) -> Llama:
+    """Return the model, its weights drawn on the device in the dtype of this name; `chunk` is its `loss_chunk`."""
     default = torch.get_default_dtype()
     torch.set_default_dtype(getattr(torch, dtype))
     try:
         with device:
-            return Llama(shape, checkpointing)
+            model = Llama(shape, checkpointing)
     finally:
         torch.set_default_dtype(default)
+    model.loss_chunk = chunk
+    return model
 
 
 class Layer(nn.Module):

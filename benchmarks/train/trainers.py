@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from benchmarks.tables import GIB
 from benchmarks.train import llama
 from benchmarks.train.llama import LINEARS, Llama, Shape
 from misa_kernels import MISA, ImportanceSampler, badam, lisa, param_groups
@@ -20,7 +21,6 @@ from misa_kernels import MISA, ImportanceSampler, badam, lisa, param_groups
 # Small, because the weights are random and only time counts; the update costs the same.
 LR = 1e-5
 LORA_RANK = 16
-GIB = 2**30
 # As deep as the small models that people train, and of a size that two cores train on.
 SHAPES = llama.SHAPES | {"11m": Shape(vocab=2048, hidden=192, intermediate=512, layers=24, heads=6, kv_heads=6)}
 OURS = ("badam", "lisa", "misa", "misa_window")
@@ -46,6 +46,8 @@ class Plan:
         dtype: Of the weights.
         caps_bytes: Memory under which the largest batch is looked for, up to `largest_batch` sequences.
         largest_batch: Where the search ends.
+        lora_rank: Of LoRA's adapters.
+        chunk: Tokens whose logits are held at a time.
     """
 
     shape: str
@@ -61,6 +63,8 @@ class Plan:
     dtype: str = "bfloat16"
     caps_bytes: tuple[int, ...] = (24 * GIB, 48 * GIB, 80 * GIB)
     largest_batch: int = 16
+    lora_rank: int = LORA_RANK
+    chunk: int = llama.LOSS_CHUNK
 
     @property
     def tokens(self) -> int:
@@ -148,7 +152,7 @@ def lora(model: Llama, plan: Plan, seed: int) -> Peer:
     """AdamW of peft's LoRA adapters on all linear layers of the blocks, in the weights' dtype, its fastest form."""
     from peft import LoraConfig, get_peft_model
 
-    config = LoraConfig(r=LORA_RANK, lora_alpha=LORA_RANK, target_modules=list(LINEARS))
+    config = LoraConfig(r=plan.lora_rank, lora_alpha=plan.lora_rank, target_modules=list(LINEARS))
     adapted = get_peft_model(model, config, autocast_adapter_dtype=False)
     trained = [p for p in adapted.parameters() if p.requires_grad]
     return Peer(torch.optim.AdamW(trained, lr=LR, fused=True), adapted.unload)

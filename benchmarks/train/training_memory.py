@@ -17,6 +17,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,13 +26,13 @@ from torch import nn
 from benchmarks import commands, record
 from benchmarks.memory import PeakMemory
 from benchmarks.tables import GIB, MIB, cells
-from benchmarks.train import llama
-from benchmarks.train.llama import LINEARS, SHAPES, Llama
-from misa_kernels import MISA, ImportanceSampler, badam, lisa, param_groups
+from benchmarks.train import llama, trainers
+from benchmarks.train.llama import SHAPES, Llama
+from benchmarks.train.trainers import Plan
+from misa_kernels import MISA
 from misa_kernels.release import HELD_BYTES, LAUNCHES
 from misa_kernels.tools.planner.step import Run, count
 
-LR = 1e-5
 # Larger differences of the formula are named under the table.
 TOLERANCE = 0.05
 # A peer that takes longer hangs.
@@ -40,38 +41,12 @@ PEER_LIMIT_S = 90.0
 INT8 = 2 + 2 * 4 / 128
 
 
-@dataclass(frozen=True)
-class Plan:
-    """What is trained, and where the peers of the GPU stage stand.
-
-    Attributes:
-        shape: A key of `SHAPES`.
-        tokens: In a batch.
-        chunk: Tokens whose logits are held at once.
-        rank: Of LoRA.
-        delta: MISA's budget; room for one whole layer, which BAdam and LISA need.
-        dtype: Name of the weights' dtype.
-        checkpointing: Whether layers keep their inputs alone.
-        cap_bytes: What a GPU may give.
-        sequences: In a batch.
-    """
-
-    shape: str
-    tokens: int
-    chunk: int
-    rank: int
-    delta: float = 0.03
-    dtype: str = "bfloat16"
-    checkpointing: bool = True
-    cap_bytes: int = 24 * GIB
-    sequences: int = 1
-
-
 PLANS = {
-    "8b": Plan("8b", tokens=4096, chunk=256, rank=16),
-    "8b x 2": Plan("8b", tokens=4096, chunk=256, rank=16, sequences=2),
-    "8b/1024": Plan("8b/1024", tokens=64, chunk=8, rank=1),
-    "tiny": Plan("tiny", tokens=32, chunk=8, rank=1, delta=0.2),
+    "8b": replace(trainers.PLANS["8b"], batch=1, sequence=4096),
+    "8b x 2": trainers.PLANS["8b"],
+    # With room for one whole layer, which BAdam and LISA need.
+    "8b/1024": replace(trainers.PLANS["8b"], shape="8b/1024", batch=1, sequence=64, chunk=8, lora_rank=1),
+    "tiny": replace(trainers.PLANS["tiny"], batch=1, chunk=8, lora_rank=1),
 }
 
 
@@ -81,56 +56,45 @@ class Peer:
 
     Attributes:
         title: What it is, for people.
-        options: Arguments of MISA beyond lr and delta, given the number of layers; None for what is not MISA.
+        make: As in `trainers.PEERS`.
         state_bytes: Bytes of moments, masters or residuals a parameter with state, for bfloat16 and float32 weights.
     """
 
     title: str
-    options: Callable[[int], dict[str, Any]] | None
+    make: Callable[[Llama, Plan, int], trainers.Peer]
     state_bytes: tuple[float, float] = (12.0, 8.0)
+
+
+def misa_lean(model: Llama, plan: Plan, seed: int) -> trainers.Peer:
+    """MISA in the fewest bytes; with full precision there are no bits to split off."""
+    precision = {"param_precision": "split"} if plan.dtype == "bfloat16" else {}
+    return trainers.sampled(model, plan, seed, state_dtype="int8", release_gradients=True, **precision)
 
 
 PEERS: dict[str, Peer] = {
     # Both keep moments in the weights' dtype, the smallest and fastest that torch's AdamW offers.
-    "adamw": Peer("AdamW", None, (4.0, 8.0)),
-    "lora": Peer("LoRA", None, (4.0, 8.0)),
-    "badam": Peer("BAdam", lambda layers: badam()),
-    "lisa": Peer("LISA", lambda layers: lisa()),
-    "misa": Peer("MISA", lambda layers: {}),
-    "misa_int8": Peer("MISA int8", lambda layers: {"state_dtype": "int8"}, (INT8 + 4, INT8)),
-    "misa_lean": Peer(
-        "MISA int8, split, released",
-        lambda layers: {"state_dtype": "int8", "param_precision": "split", "release_gradients": True},
-        (INT8 + 2, INT8),
-    ),
-    "misa_window": Peer("MISA window", lambda layers: {"sampler": ImportanceSampler(depth_window=layers // 2)}),
+    "adamw": Peer("AdamW", trainers.full_adamw, (4.0, 8.0)),
+    "lora": Peer("LoRA", trainers.lora, (4.0, 8.0)),
+    "badam": Peer("BAdam", trainers.badam_layers),
+    "lisa": Peer("LISA", trainers.lisa_layers),
+    "misa": Peer("MISA", trainers.misa_modules),
+    "misa_int8": Peer("MISA int8", partial(trainers.sampled, state_dtype="int8"), (INT8 + 4, INT8)),
+    "misa_lean": Peer("MISA int8, split, released", misa_lean, (INT8 + 2, INT8)),
+    "misa_window": Peer("MISA window", trainers.misa_window),
 }
 
 
 def build(plan: Plan, device: torch.device) -> Llama:
     """Return the model with random weights, made where and in what it shall be."""
-    model = llama.build(SHAPES[plan.shape], plan.dtype, plan.checkpointing, device)
-    model.loss_chunk = plan.chunk
-    return model
+    return llama.build(SHAPES[plan.shape], plan.dtype, plan.checkpointing, plan.chunk, device)
 
 
 def trained_with(model: Llama, name: str, plan: Plan, inner_steps: int) -> torch.optim.Optimizer:
     """Return the optimizer of a peer, LoRA's adapters attached to the model, MISA's first round the costliest."""
-    options = PEERS[name].options
-    if options is not None:
-        # With full precision there are no bits to split off.
-        chosen = {
-            k: v for k, v in options(len(model.layers)).items() if k != "param_precision" or plan.dtype == "bfloat16"
-        }
-        made = MISA(param_groups(model), lr=LR, delta=plan.delta, inner_steps=inner_steps, **chosen)
+    made = PEERS[name].make(model, replace(plan, inner_steps=inner_steps), 0).optimizer
+    if isinstance(made, MISA):
         made.rehearse()
-        return made
-    if name == "lora":
-        from peft import LoraConfig, get_peft_model
-
-        config = LoraConfig(r=plan.rank, lora_alpha=plan.rank, target_modules=list(LINEARS))
-        get_peft_model(model, config, autocast_adapter_dtype=False)
-    return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=LR, fused=True)
+    return made
 
 
 def planned(name: str, plan: Plan, fused_norms: bool) -> dict[str, float]:
@@ -138,12 +102,12 @@ def planned(name: str, plan: Plan, fused_norms: bool) -> dict[str, float]:
     peer, shape = PEERS[name], SHAPES[plan.shape]
     active: dict[int, set[str]] = {}
     if name == "lora":
-        elements = shape.lora_numel(plan.rank)
+        elements = shape.lora_numel(plan.lora_rank)
     else:
         model = build(plan, torch.device("meta"))
         elements = total = sum(p.numel() for p in model.parameters())
         optimizer = None
-        if peer.options is not None:
+        if name != "adamw":
             elements = int(plan.delta * total)
             optimizer = trained_with(model, name, plan, inner_steps=100)
         for number, layer in enumerate(model.layers):
@@ -163,7 +127,7 @@ def planned(name: str, plan: Plan, fused_norms: bool) -> dict[str, float]:
             active=active,
             dense=name == "adamw",
             outside=name == "adamw",
-            rank=plan.rank if name == "lora" else 0,
+            rank=plan.lora_rank if name == "lora" else 0,
             adapter_element=element,
             state_elements=elements,
             state_bytes=peer.state_bytes[0 if narrow else 1],
@@ -283,10 +247,9 @@ def rounds_of(name: str, plan: Plan, device: torch.device, rounds: int = 12, inn
     """
     cuda = device.type == "cuda"
     if cuda:
-        torch.cuda.set_per_process_memory_fraction(plan.cap_bytes / torch.cuda.mem_get_info()[1])
+        torch.cuda.set_per_process_memory_fraction(plan.caps_bytes[0] / torch.cuda.mem_get_info()[1])
     torch.manual_seed(0)
-    shape = plan.sequences, plan.tokens // plan.sequences
-    tokens = torch.randint(SHAPES[plan.shape].vocab, shape, device=device)
+    tokens = torch.randint(SHAPES[plan.shape].vocab, (plan.batch, plan.sequence), device=device)
     with PeakMemory(device) as first:
         model = build(plan, device)
         optimizer = trained_with(model, name, plan, inner_steps)
@@ -325,7 +288,7 @@ def under_the_cap(
         rounds: How many each trains after the costliest.
     """
     plan = PLANS[plan_name]
-    content: dict[str, Any] = {"plan": asdict(plan), "peers": {}, "left_out": [], "goals": []}
+    content: dict[str, Any] = {"plan": asdict(plan) | {"tokens": plan.tokens}, "peers": {}, "left_out": [], "goals": []}
     for name in names:
         peer: dict[str, Any] = {"planned": planned(name, plan, fused_norms=device.type == "cuda")}
         left = min(deadline - time.monotonic(), PEER_LIMIT_S)
@@ -397,7 +360,7 @@ def main(argv: list[str] | None = None) -> int:
     def states() -> Iterator[dict[str, Any]]:
         for case in on_the_cpu(plan):
             found_so_far.append(case)
-            yield {"plan": asdict(plan), "cases": found_so_far}
+            yield {"plan": asdict(plan) | {"tokens": plan.tokens, "rank": plan.lora_rank}, "cases": found_so_far}
 
     content = commands.measured("training_memory", torch.device("cpu"), args.out, states(), lines)
     if args.out is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 from collections import OrderedDict
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -263,7 +264,7 @@ def test_a_state_of_another_format_is_converted_in_little_memory(state_dtype, pr
 @pytest.mark.parametrize("name", [pytest.param("lora", marks=pytest.mark.slow), "badam", "misa", "misa_lean"])
 def test_the_formula_tells_what_a_small_model_takes(name, checkpointing):
     """Within the tolerance of the table; small numbers weigh more here than in the record."""
-    plan = training_memory.Plan("tiny", 32, chunk=8, rank=1, delta=0.2, dtype="float32", checkpointing=checkpointing)
+    plan = replace(training_memory.PLANS["tiny"], dtype="float32", checkpointing=checkpointing)
     if name == "lora":
         pytest.importorskip("peft")
     seen, said = training_memory.measured(name, plan), training_memory.planned(name, plan, fused_norms=False)
