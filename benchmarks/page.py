@@ -30,6 +30,17 @@ HEAD = """# What has been measured
 Made by `python -m benchmarks.page` from the records in [results](results); a test compares. Every section begins with
 its command, machine and commit ("+" where files differed from it). The machine is shared with other work, so that
 only figures of one section, taken in turns, can be compared.
+
+| in | is asked | with |
+|---|---|---|
+| `step/` | how long does the update take: beside others, as it grows, where it ends a round, of the host's time? | \
+`python -m benchmarks.step cpu`, `growth`, `round_end` or `launcher` |
+| `train/` | how fast is a whole iteration, and what memory does it take? | \
+`python -m benchmarks.train e2e`, `memory` |
+| `gate/` | has the code become dearer? Counts, beside those recorded | `python -m benchmarks.gate` |
+| `quality/` | how well does a model learn in the same memory? Hours | `python -m benchmarks.quality run` |
+| `gpu/` | what has to be looked at on a GPU, and what machine code do its kernels become? | \
+`make gpu STAGE=first`, `python -m benchmarks.gpu.codegen` |
 """
 # What a GPU's records are made by, in the order of the page; none of them needs a network.
 STAGES = {

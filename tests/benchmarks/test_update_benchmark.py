@@ -367,11 +367,8 @@ SANITIZER = """#!{python}
 import os, subprocess, sys
 command = sys.argv[sys.argv.index(sys.executable):]
 planted = "nvidia.overrun()" in command[-1]
-if planted:
-    # On a GPU it would run to its end.
-    command[-1] = command[-1].replace("()", "")
-code = subprocess.run(command).returncode
-print("=========     at step_kernel+0x90" if planted and not code and "SEES" in os.environ else "", flush=True)
+code = 0 if planted else subprocess.run(command).returncode
+print("=========     at step_kernel+0x90" if planted and "SEES" in os.environ else "", flush=True)
 print("========= ERROR SUMMARY: 0 errors")
 sys.exit(code)
 """
@@ -404,6 +401,19 @@ def test_sanitized_tests_end_in_time_with_what_was_seen(monkeypatch, tmp_path, s
         assert result["stopped"] and 4 < time.monotonic() - started < 9 and "planted" not in result
     else:
         assert result["planted"] == ["step"] * sees and ("absent" in result) is not sees
+
+
+def test_the_overrun_that_is_planted_is_there(monkeypatch):
+    """Or memcheck would see none, and be called absent."""
+    ran = []
+    monkeypatch.setattr(nvidia, "find", lambda name: name)
+    monkeypatch.setattr(
+        nvidia, "run", lambda command, *_, **variables: ran.append(command[-1]) or (0, MEMCHECK.format(0))
+    )
+    nvidia.sanitize("memcheck", time.monotonic() + 100)
+    found = {}
+    exec(ran[-1].removesuffix("; nvidia.overrun()"), found)
+    assert ran[-1].endswith("nvidia.overrun()") and callable(found["nvidia"].overrun)
 
 
 @pytest.mark.parametrize("peer, counted", [("bf16 misa", 28), ("bf16 misa int8", 10.125), ("bf16 fused", 14)])
