@@ -19,7 +19,7 @@ FAST := -m "not slow and not gpu"
 # Worker processes share two cores, and no benchmark plugin belongs in a test run.
 PYTEST := $(BIN)/python -m pytest -p no:benchmark
 # No figure is printed of what is wrong: the tests of what `make bench` times come first.
-TIMED := tests/test_optimizer.py tests/test_rounds.py tests/test_sampler.py tests/test_native.py tests/benchmarks/test_cpu_benchmark.py
+TIMED := tests/test_optimizer.py tests/test_rounds.py tests/test_sampler.py tests/test_native.py tests/benchmarks/test_step_cpu.py
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 SOURCES := misa_kernels benchmarks docs examples tests setup.py
 

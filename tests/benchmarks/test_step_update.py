@@ -1,4 +1,4 @@
-"""The GPU benchmark's bench and test stages: bench whole on the CPU, and the output of NVIDIA's tools as recorded."""
+"""The time of the update beside its peers: the stage bench whole on the CPU, its cases, peers and goals."""
 
 from __future__ import annotations
 
@@ -9,27 +9,14 @@ import math
 import os
 import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks.gpu import nvidia
 from benchmarks.gpu import stages as gpu
 from benchmarks.step import apart as steps
 from benchmarks.step import goals, update
 from benchmarks.step.peers import BF16, FORMATS, PEERS, badam_block, check_compressible
-
-MEMCHECK = "...\n6 passed in 40.1s\n========= ERROR SUMMARY: {} errors\n"
-RACECHECK = "...\n6 passed in 40.1s\n========= RACECHECK SUMMARY: {} hazards displayed ({} errors, {} warnings)\n"
-NCU = """==PROF== Connected to process 77 (/usr/bin/python3.12)
-==PROF== Profiling "step_kernel" - 0: 0%....50%....100% - 1 pass
-{"counted_bytes": 1879067392}
-==PROF== Disconnected from process 77
-"ID","Process ID","Process Name","Kernel Name","Metric Name","Metric Unit","Metric Value"
-"0","77","python3.12","step_kernel","dram__bytes_read.sum","byte","1,073,800,000"
-"0","77","python3.12","step_kernel","dram__bytes_write.sum","byte","820000000"
-"""
 
 
 @pytest.fixture(scope="module")
@@ -322,161 +309,7 @@ def test_launches_are_counted_by_kind():
     assert goals.launched({"bf16 misa": counted}) == "bf16 misa 2 (22 us)"
 
 
-@pytest.mark.parametrize(
-    "code, output, ok, found",
-    [
-        (0, MEMCHECK.format(0), True, 0),
-        (99, MEMCHECK.format(3), False, 3),
-        (0, RACECHECK.format(0, 0, 0), True, 0),
-        (99, RACECHECK.format(2, 2, 0), False, 2),
-        (99, RACECHECK.format(3, 1, 2), False, 1),
-        (99, RACECHECK.format(1, 0, 0).replace("0 errors", "1 error"), False, 1),
-        # An exit code that nothing explains.
-        (99, MEMCHECK.format(0), False, 0),
-        (1, MEMCHECK.format(0).replace("6 passed", "1 failed, 5 passed"), False, 0),
-        (99, RACECHECK.format(1, 0, 1).replace("6 passed", "1 failed, 5 passed"), False, 0),
-        (0, MEMCHECK.format(0).replace("6 passed", "5 passed, 1 error"), False, 0),
-        (5, "no tests ran in 1.00s\n========= ERROR SUMMARY: 0 errors", False, 0),
-        (0, "6 passed in 1.00s", False, 0),
-        # Killed before the summary, after it had something to say.
-        (None, "..========= Invalid __global__ write of size 4 bytes\n", False, 1),
-        (None, "..\n========= Invalid __global__ read of size 16 bytes\n", False, 1),
-        (None, "..\n========= Error: Race reported between Write access at step_kernel\n", False, 1),
-    ],
-)
-def test_sanitizer_output(code, output, ok, found):
-    result = nvidia.judge(code, output)
-    assert result["ok"] is ok and result["found"] == found
-    assert ("tail" in result) is not ok
-
-
-@pytest.mark.parametrize("code", [0, 99])
-def test_hazards_that_racecheck_only_warns_of_are_recorded(code):
-    result = nvidia.judge(code, RACECHECK.format(2, 0, 2))
-    assert (result["ok"], result["found"], result["warnings"]) == (True, 0, 2) and "2 warnings" in result["tail"]
-
-
-@pytest.mark.parametrize("code, output", [(1, "========= Device not supported."), (None, "...")])
-def test_a_sanitizer_that_cannot_look_is_absent(code, output):
-    result = nvidia.judge(code, output)
-    assert result["ok"] is True and "compute-sanitizer" in result["absent"]
-
-
-# Runs what follows its options as compute-sanitizer does, and finds what the environment says.
-SANITIZER = """#!{python}
-import os, subprocess, sys
-command = sys.argv[sys.argv.index(sys.executable):]
-planted = "nvidia.overrun()" in command[-1]
-code = 0 if planted else subprocess.run(command).returncode
-print("=========     at step_kernel+0x90" if planted and "SEES" in os.environ else "", flush=True)
-print("========= ERROR SUMMARY: 0 errors")
-sys.exit(code)
-"""
-TESTS = """
-import time, pytest
-def test_quick():
-    pass
-@pytest.mark.parametrize("seconds", {seconds})
-def test_slow(seconds):
-    time.sleep(seconds)
-"""
-
-
-@pytest.mark.parametrize("seconds, sees, passed", [([0], True, 2), ([0], False, 2), ([0, 60, 0], True, 2)])
-def test_sanitized_tests_end_in_time_with_what_was_seen(monkeypatch, tmp_path, seconds, sees, passed):
-    tool, tests = tmp_path / "compute-sanitizer", tmp_path / "test_some.py"
-    tool.write_text(SANITIZER.format(python=sys.executable))
-    tool.chmod(0o755)
-    tests.write_text(TESTS.format(seconds=seconds))
-    if sees:
-        monkeypatch.setenv("SEES", "1")
-    monkeypatch.setattr(nvidia, "find", lambda name: str(tool))
-    monkeypatch.setattr(nvidia, "SMALL_TESTS", (str(tests),))
-    monkeypatch.setattr(nvidia, "WARM_UP", 0.0)
-    monkeypatch.setattr(nvidia, "GRACE_S", 4.0)
-    started = time.monotonic()
-    result = nvidia.sanitize("memcheck", started + (9 if 60 in seconds else 40))
-    assert (result["ok"], result["found"], result["passed"]) == (True, 0, passed), result
-    if 60 in seconds:
-        assert result["stopped"] and 4 < time.monotonic() - started < 9 and "planted" not in result
-    else:
-        assert result["planted"] == ["step"] * sees and ("absent" in result) is not sees
-
-
-def test_the_overrun_that_is_planted_is_there(monkeypatch):
-    """Or memcheck would see none, and be called absent."""
-    ran = []
-    monkeypatch.setattr(nvidia, "find", lambda name: name)
-    monkeypatch.setattr(
-        nvidia, "run", lambda command, *_, **variables: ran.append(command[-1]) or (0, MEMCHECK.format(0))
-    )
-    nvidia.sanitize("memcheck", time.monotonic() + 100)
-    found = {}
-    exec(ran[-1].removesuffix("; nvidia.overrun()"), found)
-    assert ran[-1].endswith("nvidia.overrun()") and callable(found["nvidia"].overrun)
-
-
 @pytest.mark.parametrize("peer, counted", [("bf16 misa", 28), ("bf16 misa int8", 10.125), ("bf16 fused", 14)])
 def test_the_profiled_run_counts_the_bytes_of_its_peer(peer, counted, capsys):
     assert steps.main(["profile", "--device", "cpu", "--peer", peer]) == 0
     assert json.loads(capsys.readouterr().out) == {"counted_bytes": counted * 60 * 64}
-
-
-def test_missing_tools_are_said_in_a_sentence(monkeypatch):
-    monkeypatch.setattr(nvidia, "find", lambda tool: None)
-    assert nvidia.sanitize("memcheck", math.inf)["absent"].startswith("compute-sanitizer is neither")
-    assert nvidia.dram_bytes(math.inf, "bf16 misa")["absent"].startswith("ncu is neither")
-
-
-def test_ncu_output(monkeypatch):
-    monkeypatch.setattr(nvidia, "find", lambda tool: "/usr/bin/ncu")
-    monkeypatch.setattr(nvidia, "run", lambda command, deadline: (0, NCU))
-    expected = {"peer": "bf16 misa", "read_bytes": 1.0738e9, "written_bytes": 8.2e8, "counted_bytes": 1879067392}
-    assert nvidia.dram_bytes(math.inf, "bf16 misa") == expected
-    monkeypatch.setattr(nvidia, "run", lambda command, deadline: (9, "==ERROR== LibraryNotLoaded"))
-    assert "LibraryNotLoaded" in nvidia.dram_bytes(math.inf, "bf16 misa")["absent"]
-
-
-def alive(pid):
-    """Whether a process is there and does not only wait for its new parent to take note of its end."""
-    try:
-        return Path("/proc", pid, "stat").read_text().split()[2] != "Z"
-    except OSError:
-        return False
-
-
-def test_a_tool_is_stopped_with_what_it_started():
-    """In a session of its own too, and with our output still open."""
-    sleeper = "import time; time.sleep(60)"
-    child = f"import subprocess, sys, time; command = [sys.executable, '-c', '{sleeper}']\n"
-    child += "print(subprocess.Popen(command, start_new_session=True).pid, 'on', flush=True); time.sleep(60)"
-    started = time.monotonic()
-    code, output = nvidia.run([sys.executable, "-c", child], started + 2)
-    assert code is None and output.endswith(" on\n") and time.monotonic() - started < 20
-    # A signal takes a moment to be obeyed.
-    while alive(output.split()[0]):
-        assert time.monotonic() - started < 20
-        time.sleep(0.01)
-
-
-@pytest.mark.parametrize("hazards, warnings, code", [(0, 0, 0), (0, 3, 0), (2, 0, 1)])
-def test_test_stage_writes_what_the_sanitizers_found(monkeypatch, tmp_path, hazards, warnings, code):
-    passed = {"passed": 3, "failed": 0, "skipped": 0, "ok": True}
-    found = RACECHECK.format(hazards + warnings, hazards, warnings)
-    outputs = {"memcheck": (0, MEMCHECK.format(0)), "racecheck": (99 * (hazards + warnings > 0), found)}
-    monkeypatch.setattr(gpu, "run_gpu_tests", lambda deadline, path: passed)
-    monkeypatch.setattr(nvidia, "find", lambda tool: f"/cuda/{tool}")
-    # Before and after the tool's run there are others, without it and of an overrun that it must see.
-    monkeypatch.setattr(
-        nvidia,
-        "run",
-        lambda command, deadline, **variables: (
-            outputs[command[2]] if command[2] in outputs and "overrun" not in command[-1] else (0, "=   at step_kernel")
-        ),
-    )
-    assert gpu.main(["--stage", "test", "--device", "cpu", "--out", str(tmp_path)]) == code
-    content = json.loads((tmp_path / "test.json").read_text())
-    assert [(result["tool"], result["found"]) for result in content["sanitizer"]] == [
-        ("memcheck", 0),
-        ("racecheck", hazards),
-    ]

@@ -1,15 +1,11 @@
-"""The GPU benchmark's e2e stage, run whole on the CPU, and the model that it times."""
+"""Whole iterations: the stage e2e on the CPU, who trains, what is measured, and the model that is timed."""
 
 from __future__ import annotations
 
 import importlib.util
 import json
 import math
-import subprocess
-import time
 from dataclasses import replace
-from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,10 +13,7 @@ import torch
 import torch.nn.functional as F
 from tables import missing
 
-from benchmarks.gpu import outcomes, wheels
 from benchmarks.gpu import stages as gpu
-from benchmarks.gpu.first import parity
-from benchmarks.step.peers import PEERS as PEERS_OF_THE_STEP
 from benchmarks.train import e2e
 from benchmarks.train.e2e import Samples, build_model, in_rounds, measure, model_flops, run_turn, summary
 from benchmarks.train.llama import Llama
@@ -253,158 +246,6 @@ def test_e2e_keeps_the_others_when_a_peer_fails(monkeypatch):
     *_, record = measure(PLANS["tiny"], torch.device("cpu"), deadline=math.inf)
     assert record["peers"]["lora"] == {"error": "ImportError: No module named 'peft'"}
     assert record["peers"]["misa"]["tokens_per_second"] > 0
-
-
-def test_a_test_counts_once_as_the_worst_that_became_of_it(tmp_path):
-    lines = [("a", "passed"), ("b", "failed"), ("c", "passed"), ("c", "failed"), ("d", "skipped"), ("b", "passed")]
-    path = tmp_path / "tests.jsonl"
-    path.write_text("".join(json.dumps({"test": test, "outcome": outcome}) + "\n" for test, outcome in lines))
-    assert outcomes.count(path) == {"passed": 1, "failed": 2, "skipped": 1}
-    assert outcomes.count(tmp_path / "none") == {"passed": 0, "failed": 0, "skipped": 0}
-
-
-@pytest.fixture
-def other_project(tmp_path, monkeypatch):
-    """A checkout with four GPU tests, which need none, and one test that must not run."""
-    (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers = gpu\n")
-    (tmp_path / "test_some.py").write_text(
-        "import os, time, pytest\n"
-        "@pytest.mark.gpu\ndef test_passes(): pass\n"
-        "@pytest.mark.gpu\ndef test_skips(): pytest.skip()\n"
-        "@pytest.mark.gpu\ndef test_hangs(): time.sleep(float(os.environ.get('HANGS', 0)))\n"
-        "@pytest.mark.gpu\ndef test_fails(): assert not __file__.endswith('failing.py')\n"
-        "def test_other(): assert False\n"
-    )
-    monkeypatch.setattr(gpu.record, "ROOT", tmp_path)
-    return tmp_path
-
-
-def test_smoke_runs_the_gpu_tests_and_no_others(other_project):
-    path = other_project / "out" / "smoke.jsonl"
-    counts = gpu.run_gpu_tests(time.monotonic() + 60, path)
-    assert (counts["passed"], counts["failed"], counts["skipped"]) == (3, 0, 1)
-    assert counts["ok"] is True and counts["timed_out"] is False
-    (other_project / "test_some.py").rename(other_project / "test_failing.py")
-    counts = gpu.run_gpu_tests(time.monotonic() + 60, path)
-    assert (counts["passed"], counts["failed"], counts["skipped"]) == (2, 1, 1)
-    assert counts["ok"] is False and counts["exit_code"] == 1
-
-
-def test_smoke_keeps_what_had_ended_at_the_time_limit(other_project, monkeypatch):
-    monkeypatch.setenv("HANGS", "60")
-    path, process = other_project / "smoke.jsonl", []
-    started = time.monotonic()
-    # Until the tests before the one that hangs have ended, however slow this machine is.
-    monkeypatch.setattr(gpu.subprocess, "Popen", waiting_for(path, lines=2, process=process))
-    counts = gpu.run_gpu_tests(started + 1, path)
-    assert counts["timed_out"] is True and counts["ok"] is False
-    assert (counts["passed"], counts["skipped"]) == (1, 1)
-    assert process[0].poll() is not None
-
-
-def waiting_for(path, lines, process):
-    """What starts a process, and returns when a file has so many lines."""
-    popen = subprocess.Popen
-
-    def start(*arguments, **options):
-        process.append(popen(*arguments, **options))
-        while not path.exists() or len(path.read_text().splitlines()) < lines:
-            time.sleep(0.05)
-        return process[0]
-
-    return start
-
-
-def test_records_say_which_tests_had_passed_at_their_commit(tmp_path):
-    (tmp_path / "gpu").mkdir()
-    for path, commit in (("smoke.json", "abc"), ("gpu/smoke.json", "abc"), ("gpu/test.json", "old")):
-        (tmp_path / path).write_text(json.dumps({"commit": commit, "tests": {"passed": len(path)}}))
-    folders = (tmp_path, tmp_path / "gpu")
-    assert gpu.tests_at("abc", folders) == {"smoke": {"passed": len("smoke.json")}}
-    assert gpu.tests_at("old", folders) == {"test": {"passed": len("gpu/test.json")}}
-    assert gpu.tests_at("new", folders) == {}
-
-
-def test_no_figure_of_a_step_that_is_wrong(monkeypatch, tmp_path, capsys):
-    """On a CPU the variants are not looked at; here they are, and one is wrong."""
-
-    def check_all(names, device):
-        yield {name: {"ok": name != "fp32 misa clip"} for name in names}
-
-    monkeypatch.setattr(parity, "check_all", check_all)
-    look = gpu.look
-    monkeypatch.setattr(
-        gpu, "look", lambda content, names, device, out: look(content, names, torch.device("cuda"), out)
-    )
-    few = {name: PEERS_OF_THE_STEP[name] for name in ("fp32 misa", "fp32 misa clip", "fp32 fused")}
-    monkeypatch.setattr("benchmarks.step.peers.PEERS", few)
-    assert gpu.main(["--stage", "bench", "--device", "cpu", "--out", str(tmp_path)]) == 1
-    content = json.loads((tmp_path / "bench.json").read_text())
-    assert list(content["cases"][0]["peers"]) == ["fp32 misa", "fp32 fused"]
-    assert content["parity"]["fp32 misa clip"] == {"ok": False} and content["tests"] == {}
-    assert "WRONG fp32 misa clip" in capsys.readouterr().out
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens without a CUDA device")
-def test_gpu_stage_without_gpu_says_so(tmp_path, capsys):
-    assert gpu.main(["--stage", "smoke", "--out", str(tmp_path)]) == 2
-    assert "no CUDA device" in capsys.readouterr().err
-
-
-@pytest.fixture
-def packages(tmp_path, monkeypatch):
-    """Two packages of a thousand bytes and a library, the second of which pip installs if `packages` holds it."""
-    there = {"first==1", "second==2"}
-
-    def run(command, **options):
-        if command[-1] not in there:
-            return SimpleNamespace(returncode=1, stderr="some\nERROR: No matching distribution found\n")
-        name = command[-1].split("=")[0]
-        folder = Path(command[command.index("--target") + 1]) / name
-        folder.mkdir()
-        (folder / "code.py").write_bytes(b"#" * 1000)
-        (folder / f"lib{name}.so").write_bytes(b"x" * 200)
-        (folder / "libother.so").write_bytes(b"x" * 9000)
-        return SimpleNamespace(returncode=0, stderr="")
-
-    monkeypatch.setattr(wheels.subprocess, "run", run)
-    monkeypatch.setattr(wheels, "ROOT", tmp_path)
-    monkeypatch.setattr(wheels, "FOLDER", tmp_path / "out" / "peers")
-    monkeypatch.setattr(wheels, "PACKAGES", {"first==1": ("libfirst.so",), "second==2": ()})
-    wheels.FOLDER.mkdir(parents=True)
-    (wheels.FOLDER / "of another version").touch()
-    return there
-
-
-def folder_of_peers():
-    return {str(path.relative_to(wheels.FOLDER)) for path in wheels.FOLDER.rglob("*") if path.is_file()}
-
-
-def test_peers_travel_without_the_libraries_of_other_devices(packages):
-    assert wheels.main() == 0
-    assert folder_of_peers() == {"first/code.py", "first/libfirst.so", "second/code.py"}
-
-
-def test_peers_that_do_not_fit_are_left_out_with_a_message(packages, monkeypatch, capsys):
-    monkeypatch.setattr(wheels, "LIMIT_BYTES", wheels.TRACKED_BYTES + 2000)
-    assert wheels.main() == 1
-    assert folder_of_peers() == {"first/code.py", "first/libfirst.so"}
-    assert "second==2: left out: 0.0 MiB do not fit into the 0.0 that are left" in capsys.readouterr().out
-
-
-def test_peers_that_pip_does_not_find_are_left_out_with_its_message(packages, capsys):
-    packages.remove("first==1")
-    assert wheels.main() == 1
-    assert folder_of_peers() == {"second/code.py"}
-    assert "first==1: left out: ERROR: No matching distribution found" in capsys.readouterr().out
-
-
-def test_what_is_tracked_leaves_the_room_that_the_peers_count_on():
-    files = subprocess.run(["git", "ls-files", "-z"], cwd=wheels.ROOT, capture_output=True, text=True)
-    if files.returncode:
-        pytest.skip("no git checkout")
-    paths = [wheels.ROOT / name for name in files.stdout.split("\0") if name]
-    assert 0 < sum(path.stat().st_size for path in paths if path.is_file()) < wheels.TRACKED_BYTES
 
 
 def test_summary_of_known_times():
