@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,6 +21,7 @@ from benchmarks.gpu.first import engagement, parity, stage, table
 from benchmarks.gpu.first import part as part_of_the_stage
 from benchmarks.gpu.first.part import MARK, kill_tree
 from benchmarks.step.peers import FORMATS, PEERS
+from benchmarks.train import training_memory
 from misa_kernels.memory.storage import Storage
 
 CPU = torch.device("cpu")
@@ -79,7 +83,33 @@ def test_a_kill_in_the_middle_of_a_part_loses_that_part_alone(tmp_path):
     wait_until(lambda: gone(pids), "the end of all processes", 20)
 
 
-def test_the_other_parts_run_to_their_end(tmp_path, capsys):
+def in_this_process(main):
+    """Run a `main`; return what it prints, whatever the capture of pytest sees."""
+    with contextlib.redirect_stdout(io.StringIO()) as found:
+        assert main() == 0
+    return found.getvalue()
+
+
+def test_the_other_parts_run_to_their_end(tmp_path, capsys, monkeypatch):
+    """All in this process, as which each imports torch and peft once more: those above are in their own."""
+
+    def reports(command, until):
+        arguments = [argument for argument in command[3:] if argument != "--leashed"]
+        assert command[:3] == [sys.executable, "-m", "benchmarks.gpu.first.part"]
+        yield from filter(
+            None, map(stage.read, in_this_process(lambda: part_of_the_stage.main(arguments)).splitlines())
+        )
+        yield {"state": "done"}
+
+    def run(command, **options):
+        assert command[:4] == [sys.executable, "-m", "benchmarks.train", "memory"]
+        return SimpleNamespace(
+            returncode=0, stdout=in_this_process(lambda: training_memory.main(command[4:])), stderr=""
+        )
+
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.setattr(stage, "reports", reports)
+    monkeypatch.setattr(training_memory.subprocess, "run", run)
     command = ["--stage", "first", "--device", "cpu", "--out", str(tmp_path), "--parts", "train,eight,sanitizer"]
     assert gpu.main(command) == 0
     content = read(tmp_path)
@@ -97,15 +127,23 @@ def test_the_other_parts_run_to_their_end(tmp_path, capsys):
     assert {goal["goal"] for goal in content["goals"]} >= {"tokens/s, misa / lora"}
 
 
-def test_parity_is_a_part_that_reports_every_variant(monkeypatch, capsys):
-    """In this process, and two variants in their own; all others are checked below."""
-    names = ("fp32 misa", "fp32 misa cuda", "bf16 misa int8")
-    monkeypatch.setattr(parity, "FIRST", names)
+def test_parity_is_a_part_in_which_a_variant_that_kills_its_process_condemns_no_other(monkeypatch):
+    """In this process, and two variants in their own; all are checked below."""
+    real = subprocess.run
+
+    def run(command, **options):
+        dies = "dies" in command
+        return real([sys.executable, "-c", "import os; os.abort()"] if dies else command, **options)
+
+    monkeypatch.setattr(parity.subprocess, "run", run)
+    monkeypatch.setitem(parity.VARIANTS, "dies", parity.VARIANTS["bf16 misa"])
+    monkeypatch.setattr(parity, "FIRST", ("dies", "fp32 misa", "fp32 misa cuda"))
     monkeypatch.setattr(sys, "path", [*sys.path])
-    assert part_of_the_stage.main(["parity", "--device", "cpu"]) == 0
-    *_, found = filter(None, map(stage.read, capsys.readouterr().out.splitlines()))
-    assert list(found["variants"]) == found["wanted"] == ["fp32 misa", "bf16 misa int8"]
-    assert all(variant["ok"] for variant in found["variants"].values())
+    printed = in_this_process(lambda: part_of_the_stage.main(["parity", "--device", "cpu"]))
+    *_, found = filter(None, map(stage.read, printed.splitlines()))
+    assert list(found["variants"]) == found["wanted"] == ["dies", "fp32 misa"]
+    assert found["variants"]["fp32 misa"]["ok"]
+    assert found["variants"]["dies"] == {"ok": False, "error": "exit code -6: nothing"}
 
 
 @pytest.mark.parametrize("name", [name for name in parity.FIRST if "cuda" not in name])
@@ -160,24 +198,10 @@ def test_the_record_names_the_part_that_runs_before_it_reports(tmp_path, monkeyp
 
 def test_nobody_has_to_read_what_it_prints(tmp_path):
     command = [sys.executable, "-m", "benchmarks.gpu", "--stage", "first", "--device", "cpu", "--out", str(tmp_path)]
-    process = subprocess.Popen([*command, "--parts", "engagement,sanitizer"], cwd=record.ROOT, stdout=subprocess.PIPE)
+    process = subprocess.Popen([*command, "--parts", "sanitizer"], cwd=record.ROOT, stdout=subprocess.PIPE)
     process.stdout.close()
     assert process.wait(120) == 0
     assert {part["state"] for part in read(tmp_path)["parts"].values()} == {"done"} and "goals" in read(tmp_path)
-
-
-def test_a_variant_that_kills_its_process_condemns_no_other(monkeypatch):
-    variants = dict.fromkeys(("dies", "fp32 misa"))
-    real = subprocess.run
-
-    def run(command, **options):
-        dies = "dies" in command
-        return real([sys.executable, "-c", "import os; os.abort()"] if dies else command, **options)
-
-    monkeypatch.setattr(parity.subprocess, "run", run)
-    *_, found = parity.check_all(tuple(variants), CPU)
-    assert found["fp32 misa"]["ok"]
-    assert found["dies"] == {"ok": False, "error": "exit code -6: nothing"}
 
 
 def test_a_part_that_prints_without_end_is_stopped():

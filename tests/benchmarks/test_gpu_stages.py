@@ -113,6 +113,8 @@ def test_no_figure_of_a_step_that_is_wrong(monkeypatch, tmp_path, capsys):
     )
     few = {name: PEERS_OF_THE_STEP[name] for name in ("fp32 misa", "fp32 misa clip", "fp32 fused")}
     monkeypatch.setattr("benchmarks.step.peers.PEERS", few)
+    # It takes a process of its own.
+    monkeypatch.setattr("benchmarks.step.apart.cold", lambda device, deadline: {"absent": "not asked"})
     assert gpu.main(["--stage", "bench", "--device", "cpu", "--out", str(tmp_path)]) == 1
     content = json.loads((tmp_path / "bench.json").read_text())
     assert list(content["cases"][0]["peers"]) == ["fp32 misa", "fp32 fused"]

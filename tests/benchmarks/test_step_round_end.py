@@ -133,6 +133,8 @@ def test_goals_of_known_figures():
 
 
 def test_time_and_memory_leave_out_cases(monkeypatch):
+    # After each case garbage is collected.
+    monkeypatch.setattr(round_end, "CASES", dict(list(round_end.CASES.items())[:2]))
     left = list(round_end.measure(CPU, time.monotonic() - 1, 1))
     assert [case["left_out"] for case in left] == ["time limit"] * len(round_end.CASES)
     assert "left out: time limit" in "\n".join(round_end.lines({"cases": left, "goals": []}))
