@@ -101,11 +101,13 @@ def test_the_other_parts_run_to_their_end(tmp_path, capsys, monkeypatch):
         )
         yield {"state": "done"}
 
+    real = subprocess.run
+
     def run(command, **options):
-        assert command[:4] == [sys.executable, "-m", "benchmarks.train", "memory"]
-        return SimpleNamespace(
-            returncode=0, stdout=in_this_process(lambda: training_memory.main(command[4:])), stderr=""
-        )
+        if tuple(command[1:4]) != ("-m", "benchmarks.train", "memory"):
+            return real(command, **options)
+        printed = in_this_process(lambda: training_memory.main(command[4:]))
+        return SimpleNamespace(returncode=0, stdout=printed, stderr="")
 
     monkeypatch.setattr(sys, "path", [*sys.path])
     monkeypatch.setattr(stage, "reports", reports)
