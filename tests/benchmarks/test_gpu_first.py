@@ -96,6 +96,8 @@ def test_the_other_parts_run_to_their_end(tmp_path, capsys, monkeypatch):
     def reports(command, until):
         arguments = [argument for argument in command[3:] if argument != "--leashed"]
         assert command[:3] == [sys.executable, "-m", "benchmarks.gpu.first.part"]
+        # However slow this machine is.
+        arguments[arguments.index("--until") + 1] = str(within(1000))
         yield from filter(
             None, map(stage.read, in_this_process(lambda: part_of_the_stage.main(arguments)).splitlines())
         )

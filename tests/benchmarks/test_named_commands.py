@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import record
+from benchmarks import page, record
 from benchmarks.gpu import stages
 
 MAKEFILE = record.ROOT / "Makefile"
@@ -33,12 +33,13 @@ def text_of(path: Path) -> str:
     return re.sub(r"git checkout [0-9a-f]+ && [^`\n]*", "", text)
 
 
-def commands_of(path: Path) -> set[str]:
-    found = re.findall(r"python3? (?:-W ignore )?-m (benchmarks[^`\n&|;#]*)", text_of(path))
+def commands_in(text: str) -> set[str]:
+    found = re.findall(r"python3? (?:-W ignore )?-m (benchmarks[^`\n&|;#]*)", text)
     return {command.strip() for command in found}
 
 
-COMMANDS = sorted(set().union(*map(commands_of, [*PAGES, MAKEFILE])))
+TEXTS = [*map(text_of, [*PAGES, MAKEFILE]), *page.ON_A_CPU.values()]
+COMMANDS = sorted(set().union(*map(commands_in, TEXTS)))
 
 
 class Parsed(Exception):

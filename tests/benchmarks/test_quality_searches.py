@@ -58,7 +58,7 @@ def held_bytes(base: Llama, model: nn.Module, optimizer: torch.optim.Optimizer, 
     return sum(storages(list(optimizer.state.values())).values()) + peak + extra
 
 
-@pytest.mark.parametrize("name", LOW_RANK)
+@pytest.mark.parametrize("name", ["GaLore", pytest.param("LoRA", marks=pytest.mark.slow)])
 def test_training_bytes_are_those_of_the_tensors_and_the_largest_rank_within_the_budget(name: str) -> None:
     for package in REQUIRED[name]:
         pytest.importorskip(package)
