@@ -23,7 +23,7 @@ HEAD = f"""# Memory and traffic on many GPUs, on paper
 python docs/scaling.py
 ```
 
-writes this page from the formulas of `misa_kernels/planner/fsdp.py`. Nothing on it was measured on GPUs: what
+writes this page from the formulas of `misa_kernels/tools/planner/fsdp.py`. Nothing on it was measured on GPUs: what
 `tests/test_planner.py` checks is that the formulas give the bytes which small runs of gloo processes on CPUs hold and
 send, for AdamW and MISA with FSDP2 and for MISA's replicas. *Whole units* and LoRA are formulas alone.
 
