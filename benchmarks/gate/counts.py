@@ -62,7 +62,15 @@ def instructions() -> Figures:
     found: Figures = {}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        build = ["g++", "-std=c++17", "-O1", f"-I{record.ROOT / 'csrc'}", f"-I{record.ROOT / 'tests/native'}"]
+        # The library leaves the OpenMP runtime to the program, which mostly has torch's.
+        build = [
+            "g++",
+            "-std=c++17",
+            "-O1",
+            "-fopenmp",
+            f"-I{record.ROOT / 'csrc'}",
+            f"-I{record.ROOT / 'tests/native'}",
+        ]
         build += [str(record.ROOT / "tests/native/count.cpp"), str(library), f"-Wl,-rpath,{library.parent}"]
         run([*build, "-o", str(folder / "count")])
         built = native.library("cpu").misa_cpu_built().decode().split()
