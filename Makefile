@@ -19,7 +19,7 @@ FAST := -m "not slow and not gpu"
 # Worker processes share two cores, and no benchmark plugin belongs in a test run.
 PYTEST := $(BIN)/python -m pytest -p no:benchmark
 # No figure is printed of what is wrong: the tests of what `make bench` times come first.
-TIMED := tests/test_optimizer.py tests/test_rounds.py tests/test_sampler.py tests/test_native.py tests/benchmarks/test_step_cpu.py
+TIMED := tests/test_optimizer.py tests/test_rounds.py tests/draw/test_sampler.py tests/kernels/test_native.py tests/benchmarks/test_step_cpu.py
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 SOURCES := misa_kernels benchmarks docs examples tests setup.py
 
@@ -34,15 +34,15 @@ demo: $(VENV)/.train  ## pre-train and fine-tune a small model with MISA and its
 
 test: $(VENV)/.dev  ## the tests that need neither minutes nor a GPU
 	$(PYTEST) -n 2 $(FAST)
-	TRITON_INTERPRET=1 $(PYTEST) -n 2 $(FAST) -k triton tests/test_fused.py
+	TRITON_INTERPRET=1 $(PYTEST) -n 2 $(FAST) -k triton tests/kernels/test_fused.py
 
 slow: $(VENV)/.dev  ## the tests marked slow
 	$(PYTEST) -m "slow and not gpu" || [ $$? -eq 5 ]
-	TRITON_INTERPRET=1 $(PYTEST) -n 2 $(FAST) tests/test_triton_codec.py
+	TRITON_INTERPRET=1 $(PYTEST) -n 2 $(FAST) tests/kernels/test_triton_codec.py
 
 user: $(VENV)/.dev  ## a user at random, for MINUTES=60: with AddressSanitizer, then without
-	MISA_USER_MINUTES=$$(($(MINUTES) / 2)) $(PYTEST) tests/test_user.py -k "address_sanitizer and not too_small"
-	MISA_USER_MINUTES=$$(($(MINUTES) / 2)) $(PYTEST) tests/test_user.py -k "not sanitizer"
+	MISA_USER_MINUTES=$$(($(MINUTES) / 2)) $(PYTEST) tests/outside/test_user.py -k "address_sanitizer and not too_small"
+	MISA_USER_MINUTES=$$(($(MINUTES) / 2)) $(PYTEST) tests/outside/test_user.py -k "not sanitizer"
 
 lint: $(VENV)/.dev  ## style, types and formatting; changes nothing
 	$(BIN)/ruff check $(SOURCES)

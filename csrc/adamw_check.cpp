@@ -1,4 +1,4 @@
-// Loops over adamw.h behind a C interface, for tests/test_formula.py alone.
+// Loops over adamw.h behind a C interface, for tests/kernels/test_formula.py alone.
 #include "adamw.h"
 
 #if defined(_WIN32)

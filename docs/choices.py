@@ -16,10 +16,10 @@ import torch
 # Started as a file, Python looks for `examples` beside it.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from examples.data import finetuning_corpus, random_batches, validation_batches
-from examples.methods import DELTA, METHODS
-from examples.runs import Settings, new_model, pretrain
-from examples.train import mean_loss, train
+from examples.demo.data import finetuning_corpus, random_batches, validation_batches
+from examples.demo.methods import DELTA, METHODS
+from examples.demo.runs import Settings, new_model, pretrain
+from examples.demo.train import mean_loss, train
 from misa_kernels import MISA, ImportanceSampler, param_groups
 
 ROOT = Path(__file__).resolve().parent.parent

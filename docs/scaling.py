@@ -1,6 +1,6 @@
 """How do memory and traffic grow with model and GPUs? Writes docs/scaling.md from the planner's formulas.
 
-From the repository's root: `python docs/scaling.py`. `tests/test_planner.py` holds the page to the formulas, and
+From the repository's root: `python docs/scaling.py`. `tests/tools/test_planner.py` holds the page to the formulas, and
 the formulas to bytes counted in small runs.
 """
 
@@ -24,8 +24,8 @@ python docs/scaling.py
 ```
 
 writes this page from the formulas of `misa_kernels/tools/planner/fsdp.py`. Nothing on it was measured on GPUs: what
-`tests/test_planner.py` checks is that the formulas give the bytes which small runs of gloo processes on CPUs hold and
-send, for AdamW and MISA with FSDP2 and for MISA's replicas. *Whole units* and LoRA are formulas alone.
+`tests/tools/test_planner.py` checks is that the formulas give the bytes which small runs of gloo processes on CPUs hold
+and send, for AdamW and MISA with FSDP2 and for MISA's replicas. *Whole units* and LoRA are formulas alone.
 
 Gigabytes (1e9 bytes) on one GPU, activations left out: weights, gradients at the end of backward, moments and masters,
 and the whole units that FSDP2 holds at the same time (two layers, embedding and head, one layer's gradients). *Sent* is

@@ -1,1 +1,1 @@
-"""Examples: how a model is trained with MISA, from text files to the table of results."""
+"""Examples: the demo, loops of frameworks, and a comparison on pretrained weights."""

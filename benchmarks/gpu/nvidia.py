@@ -24,7 +24,7 @@ from benchmarks import record
 from benchmarks.gpu.first.part import kill_tree
 
 # Every kind of launch of both kernels, on tensors that end where their allocation does. Some 25 variants for Triton.
-SMALL_TESTS = ("tests/test_cuda.py", "tests/test_fused.py", "-m", "gpu", "-k")
+SMALL_TESTS = ("tests/kernels/test_cuda.py", "tests/kernels/test_fused.py", "-m", "gpu", "-k")
 SMALL_TESTS += ("large or few or rounds_equal and dtype1 and (stochastic or int8)",)
 PYTEST = ("-x", "-q", "-p", "no:benchmark", "-p", "no:cacheprovider")
 # Of mangled names: Triton's kernels, and those in the namespace of csrc. What torch launches besides is not looked at,

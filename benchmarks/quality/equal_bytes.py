@@ -14,8 +14,8 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 
-from examples.methods import matrices
-from examples.model import Llama
+from examples.demo.methods import matrices
+from examples.demo.model import Llama
 
 FP32_BYTES = 4
 # Elements that share a scale in MISA's formats, and in bitsandbytes.

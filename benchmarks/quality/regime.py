@@ -37,7 +37,7 @@ from benchmarks.quality.equal_bytes import (
 from benchmarks.quality.regime_runs import CPU_SEARCHES, GPU_SEARCHES, LR_RATIO, PACKAGES, SCALES, VARIANTS, Job, Scale
 from benchmarks.quality.searches import Search, outcome, read, run_all
 from benchmarks.train.trainers import block_optimizer
-from examples.data import (
+from examples.demo.data import (
     finetuning_corpus,
     halves,
     header_files,
@@ -46,9 +46,9 @@ from examples.data import (
     random_batches,
     validation_batches,
 )
-from examples.methods import matrices
-from examples.model import Llama
-from examples.train import mean_loss, train
+from examples.demo.methods import matrices
+from examples.demo.model import Llama
+from examples.demo.train import mean_loss, train
 from misa_kernels import MISA, ImportanceSampler, UniformSampler, lisa, param_groups
 
 OUT = Path("out/regime")

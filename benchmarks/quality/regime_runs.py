@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from benchmarks.quality.searches import Search
-from examples.model import LlamaConfig
+from examples.demo.model import LlamaConfig
 
 TUNING_SEED = 100
 TASKS = ("fine-tuning", "pre-training")

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from examples.chunked_loss import chunked_cross_entropy
+from examples.loops.chunked_loss import chunked_cross_entropy
 from misa_kernels.tools.planner.shapes import LINEARS as LINEARS
 from misa_kernels.tools.planner.shapes import PRESETS
 from misa_kernels.tools.planner.shapes import LlamaShape as Shape

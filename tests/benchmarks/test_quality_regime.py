@@ -13,7 +13,7 @@ from benchmarks.gpu import stages as gpu
 from benchmarks.quality import equal_bytes, regime, regime_table
 from benchmarks.quality.regime_runs import CPU_SEARCHES, GPU_SEARCHES, LAYERS, SCALES, TASKS, TUNING_SEED, VARIANTS, Job
 from benchmarks.quality.searches import reported
-from examples.model import Llama
+from examples.demo.model import Llama
 from misa_kernels import MISA, ImportanceSampler
 
 SCALE = SCALES["5m"]

@@ -15,9 +15,9 @@ from torch import nn
 from benchmarks.quality.equal_bytes import LOW_RANK, largest_rank, misa_bytes
 from benchmarks.quality.regime_runs import Job, at, first
 from benchmarks.quality.searches import Search, run_all, wanted
-from examples.data import finetuning_corpus, halves, header_files, split
-from examples.model import Llama, LlamaConfig
-from examples.train import batch_loss
+from examples.demo.data import finetuning_corpus, halves, header_files, split
+from examples.demo.model import Llama, LlamaConfig
+from examples.demo.train import batch_loss
 from misa_kernels import MISA, param_groups
 
 BUDGET_BYTES = 700_000

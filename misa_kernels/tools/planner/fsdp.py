@@ -2,7 +2,7 @@
 
 Weights are bfloat16 where they are frozen and where they have a float32 master. Sources: collectives are rings, as
 NCCL's for large tensors; what FSDP2 (torch.distributed.fsdp.fully_shard) gathers, reduces and keeps whole was compared
-with its calls and its shards in runs of gloo processes, `tests/test_planner.py`.
+with its calls and its shards in runs of gloo processes, `tests/tools/test_planner.py`.
 """
 
 from __future__ import annotations

@@ -6,7 +6,8 @@ of an element and n the tokens of a batch. Attention is a fused one without a ma
 Sources: what torch's autograd saves. A linear layer saves its input where its weight is trained, and its weight, which
 exists anyhow, where its input needs a gradient. What needs no gradient saves nothing: layers below the lowest active
 module, and the inputs of frozen linears. Each part was compared with bytes counted allocation by allocation:
-`benchmarks/results/training_memory.md` for a LLaMA in plain PyTorch, `tests/test_plan.py` for models of transformers.
+`benchmarks/results/training_memory.md` for a LLaMA in plain PyTorch, `tests/tools/test_plan.py` for models of
+transformers.
 """
 
 from __future__ import annotations

@@ -1,0 +1,1 @@
+"""How does MISA stand in a training loop? One file a framework or habit, each complete."""

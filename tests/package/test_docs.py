@@ -1,0 +1,237 @@
+"""Do the pages hold: every reference, path and command exists, every example runs, every public name is explained?"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import inspect
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+import zlib
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+import pytest
+
+import misa_kernels
+from benchmarks.quality import regime_table
+from benchmarks.quality.regime_runs import TASKS
+from misa_kernels.__main__ import COMMANDS, main
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGES = sorted((ROOT / "docs").glob("*.md"))
+EVERYWHERE = [*PAGES, ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "examples").glob("*/README.md"))]
+# Where a page may leave out the beginning of a path.
+FOLDERS = [
+    ROOT,
+    *(ROOT / name for name in ("docs", "csrc", "misa_kernels", "misa_kernels/tools", "benchmarks/results")),
+    *(ROOT / "misa_kernels" / room for room in ("draw", "memory", "kernels", "outside", "ranks")),
+]
+# Modules all of whose public names are for users.
+MODULES = ("plots", *(f"planner.{name}" for name in ("shapes", "methods", "step", "fsdp", "cards")))
+names = [str(page.relative_to(ROOT)) for page in EVERYWHERE]
+
+
+def build(builder: str, out: Path) -> str:
+    """Run Sphinx as `make docs` does; return what it said if it failed."""
+    if not all(importlib.util.find_spec(name) for name in ("sphinx", "myst_parser", "furo")):
+        sentence = "needs sphinx, myst-parser and furo: pip install -e '.[docs]'"
+        (pytest.fail if "CI" in os.environ else pytest.skip)(sentence)
+    command = [sys.executable, "-m", "sphinx", "-q", "-n", "-W", "--keep-going", "-b", builder, "docs", str(out)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    return done.stdout + done.stderr if done.returncode else ""
+
+
+@pytest.fixture(scope="module")
+def html(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("docs")
+    said = build("html", out)
+    assert not said, said
+    return out
+
+
+@pytest.fixture(scope="module")
+def explained(html: Path) -> set[str]:
+    """Full names of all that the API reference holds, read from the inventory that the build leaves."""
+    lines = (html / "objects.inv").read_bytes().split(b"\n", 4)[4]
+    entries = [line.split(" ") for line in zlib.decompress(lines).decode().splitlines()]
+    return {name for name, domain, _, where, *_ in entries if domain.startswith("py:") and where.startswith("api.html")}
+
+
+@pytest.mark.slow
+def test_every_name_that_users_write_is_in_the_api_reference(explained: set[str]) -> None:
+    wanted = {f"misa_kernels.{name}" for name in misa_kernels.__all__ if not name.startswith("__")}
+    for module in (importlib.import_module(f"misa_kernels.{name}") for name in MODULES):
+        own = {name for name, value in vars(module).items() if getattr(value, "__module__", None) == module.__name__}
+        wanted |= {f"{module.__name__}.{name}" for name in own if not name.startswith("_")}
+    for path in [*EVERYWHERE, *(ROOT / "examples").rglob("*.py")]:
+        for module, imported in re.findall(r"from (misa_kernels[\w.]*) import ([\w, ]+)", path.read_text()):
+            wanted |= {f"{module}.{name.strip()}" for name in imported.split(",")}
+    assert len(wanted) > 40
+    assert not sorted(wanted - explained)
+
+
+@pytest.mark.slow
+def test_every_public_method_of_the_optimizer_is_in_the_api_reference(explained: set[str]) -> None:
+    methods = {name for name, value in vars(misa_kernels.MISA).items() if inspect.isfunction(value)}
+    own = {name for name in methods | {"backend", "active", "state_bytes"} if not name.startswith("_")}
+    assert {"step", "release", "rehearse", "coverage"} <= own
+    assert not {f"misa_kernels.MISA.{name}" for name in own} - explained
+
+
+@pytest.mark.slow
+def test_pages_have_no_markup_left(html: Path) -> None:
+    for page in html.glob("*.html"):
+        if page.stem in ("genindex", "search", "py-modindex"):
+            continue
+        text = re.sub(r"<(script|style|pre|code).*?</\1>", "", page.read_text(), flags=re.DOTALL)
+        text = re.sub(r"<[^>]*>", "", text)
+        left = re.findall(r".*(?:\|---|\*\*[a-zA-Z ]+\*\*|```|:\w+:`|\]\(|``).*", text)
+        assert not left, f"{page.name}: {left[:3]}"
+        assert "problematic" not in page.read_text()
+
+
+@pytest.mark.slow
+def test_examples_of_pages_and_docstrings_run(tmp_path: Path) -> None:
+    said = build("doctest", tmp_path)
+    assert not said, said
+    ran = re.search(r"(\d+) tests\n\s+0 failures in tests", (tmp_path / "output.txt").read_text())
+    assert ran and int(ran[1]) > 60
+
+
+@pytest.mark.parametrize("page", EVERYWHERE, ids=names)
+def test_links_and_paths_lead_somewhere(page: Path) -> None:
+    text = page.read_text()
+    links = [link for link in re.findall(r"\]\(([^)#\s]+)[^)]*\)", text) if not link.startswith("https://")]
+    missing = [link for link in links if not (page.parent / link).exists()]
+    # In backticks, and after a program that runs a file.
+    paths = re.findall(r"`([\w./*-]+\.(?:py|md|json|jsonl|h|cpp|cu|toml|txt|png))`", text)
+    paths += re.findall(r"(?:python3?|pytest|torchrun [\w -]*|include\}) ([\w./-]+\.\w+)", text)
+    # What a reader has, not the checkout.
+    paths = [path for path in paths if path not in ("config.json", "train.py", "memory.png")]
+    missing += [path for path in paths if not any((folder / path).exists() for folder in [page.parent, *FOLDERS])]
+    assert not missing
+
+
+@pytest.mark.parametrize("page", EVERYWHERE, ids=names)
+def test_commands_exist(page: Path) -> None:
+    # A command may be broken where a line of prose is.
+    text = re.sub(r"(?<=-m)\n", " ", page.read_text())
+    # Those of another commit are not in this one; that those of benchmarks parse is their own tests' business.
+    text = re.sub(r"git checkout [0-9a-f]+ && [^`\n]*", "", text)
+    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
+    for module, argument in re.findall(r"python3? (?:-W ignore )?-m ([\w.]+)(?: (\w+))?", text):
+        if module == "misa_kernels":
+            assert not argument or argument in COMMANDS, f"{module} {argument}"
+        else:
+            assert importlib.util.find_spec(module), module
+    used = set(re.findall(r"`make ([a-z]+)", text)) | set(re.findall(r"^make ([a-z]+)", text, flags=re.MULTILINE))
+    assert used <= targets
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_commands_explain_themselves(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        main([command, "--help"])
+    assert end.value.code == 0
+    assert f"python -m misa_kernels {command}" in capsys.readouterr().out
+
+
+def test_commands_print_what_the_pages_show(capsys: pytest.CaptureFixture[str]) -> None:
+    shown = 0
+    for page in PAGES:
+        for fence in re.findall(r"^```console\n(.*?)^```", page.read_text(), flags=re.DOTALL | re.MULTILINE):
+            for session in fence.split("$ ")[1:]:
+                command, _, expected = session.partition("\n")
+                python, m, package, *arguments = shlex.split(command)
+                assert (python, m, package) == ("python", "-m", "misa_kernels")
+                assert main(arguments) == 0
+                # "..." stands for anything, further lines included.
+                pattern = re.sub(r"([\[\]?*])", r"[\1]", expected.strip()).replace("...", "*")
+                printed = capsys.readouterr().out.strip()
+                assert fnmatchcase(printed, pattern), f"{page.name}, {command} prints now:\n{printed}"
+                shown += 1
+    assert shown >= 4
+
+
+def test_the_design_names_every_file() -> None:
+    text = (ROOT / "docs" / "design.md").read_text()
+    sources = [*(ROOT / "misa_kernels").rglob("*.py"), *(ROOT / "csrc").iterdir()]
+    missing = [path for path in sources if path.name != "__init__.py" and f"{path.name}`" not in text]
+    assert len(sources) > 40
+    assert not missing
+
+
+def test_the_table_of_the_step_is_that_of_the_record() -> None:
+    record = json.loads((ROOT / "benchmarks" / "results" / "cpu.json").read_text())
+    text = (ROOT / "docs" / "performance.md").read_text()
+    rows = {
+        "MISA": "fp32 misa",
+        "torch fused AdamW, no norms": "fp32 fused",
+        "torch fused AdamW + `_foreach_norm`": "fp32 fused+norm",
+        "DeepSpeedCPUAdam + `_foreach_norm`": "fp32 deepspeed+norm",
+        "BAdam's package (of float32 copies), no norms": "fp32 badam",
+        "optimi, no norms": "fp32 optimi",
+        "bitsandbytes, 32 bits, no norms": "fp32 bnb 32bit",
+        "MISA, int8 moments": "fp32 misa int8",
+        "bitsandbytes, 8 bits, no norms": "fp32 bnb 8bit",
+        "MISA, clipped": "fp32 misa clip",
+        "torch fused AdamW, clipped": "fp32 fused+clip",
+        "DeepSpeedCPUAdam, clipped by torch": "fp32 deepspeed+clip",
+    }
+    cases = [case for case in record["cases"] if "fp32 misa" in case["peers"]]
+    assert [case["model"] for case in cases] == ["130M", "1B", "8B"]
+    for name, peer in rows.items():
+        expected = []
+        for case in cases:
+            ours = case["peers"][peer]
+            ratio = ours["times_ours"]["median"]
+            expected += [f"{ours['ms']['median']:.1f}", "1" if ratio == 1 else f"{ratio:.2f}"]
+        assert f"| {name} | {' | '.join(expected)} |" in text
+
+
+def test_shares_of_improvement_are_those_of_the_record() -> None:
+    record = (ROOT / "benchmarks" / "results" / "quality.md").read_text()
+    text = (ROOT / "docs" / "choosing.md").read_text()
+    rows = re.findall(r"^\| gradients (released|held), (\S+) \| (\S+) \| (.*?) \| (\d+) \|$", text, flags=re.MULTILINE)
+    assert len(rows) > 4
+    for gradients, state, delta, share, seeds in rows:
+        method = "MISA" + ", released" * (gradients == "released")
+        row = rf"\| {method} \| {re.escape(state)} \| 0{delta} \|.*\| {share} \|.*\| {seeds} \|"
+        assert re.search(row, record), row
+    record += (ROOT / "benchmarks" / "results" / "regime.md").read_text()
+    assert set(re.findall(r"\d+\.\d ± \d\.\d", text)) <= set(re.findall(r"\d+\.\d ± \d\.\d", record))
+
+
+def test_the_tables_of_small_deltas_are_those_of_the_record() -> None:
+    rows = json.loads((ROOT / "benchmarks" / "results" / "regime.json").read_text())["rows"]
+    text = (ROOT / "docs" / "choosing.md").read_text()
+    table = r"^\| (.+), δ = (\.\d+), T = (\d+) \| (.*?) \| (.*?) \|$"
+    for task, part in zip(TASKS, text.split("**Pre-training"), strict=True):
+        chosen = re.findall(table, part, flags=re.MULTILINE)
+        assert len(chosen) > 4
+        for method, delta, rounds, share, time in chosen:
+            (row,) = [
+                row
+                for row in rows
+                if (row["task"], row["state"], row["method"]) == (task, "int8", method)
+                and (row["delta"], row["rounds_of"]) == (float(delta), int(rounds))
+            ]
+            assert share == regime_table.spread(row, "share", 100, 1)
+            assert time == f"{row['time']:.2f}"
+
+
+def test_tables_of_choices_are_those_of_their_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    spec = importlib.util.spec_from_file_location("choices", ROOT / "docs" / "choices.py")
+    assert spec and spec.loader
+    choices = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(choices)
+    runs = [json.loads(line) for line in choices.OUT.read_text().splitlines()]
+    for name in choices.BASE:
+        choices.table(name, runs)
+    assert capsys.readouterr().out.strip() in (ROOT / "docs" / "choosing.md").read_text()

@@ -1,0 +1,137 @@
+"""Which part of the package may import which: one way, without a circle, and what moved is found under its old name."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import subprocess
+import sys
+from collections.abc import Iterator
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PACKAGE = ROOT / "misa_kernels"
+# From what knows least to what knows all; `reference` is the oracle, which imports nothing of ours. A part imports from
+# parts before it, and its own files from one another.
+ORDER = [
+    ["reference", "clock", "moved"],
+    ["ranks"],
+    ["outside"],
+    ["memory", "draw"],
+    ["kernels"],
+    ["options"],
+    ["layout", "release", "monitor"],
+    ["scores"],
+    ["trained"],
+    ["checkpoint", "meeting"],
+    ["run"],
+    ["interface"],
+    ["optimizer", "presets"],
+    ["distributed", "tools"],
+    ["integrations"],
+    ["__init__", "__main__"],
+]
+LEVEL = {part: level for level, parts in enumerate(ORDER) for part in parts}
+
+
+def module_of(path: Path) -> str:
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" and len(parts) > 1 else parts)
+
+
+FILES = {module_of(path): path for path in sorted(PACKAGE.rglob("*.py"))}
+
+
+def imports_of(path: Path) -> Iterator[str]:
+    """Yield the modules of ours that a file imports anywhere, within functions and for type checkers, too."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name.partition(".")[2] for alias in node.names if alias.name.startswith("misa_kernels."))
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "misa_kernels":
+            assert node.level == 0, f"{path}: relative"
+            base = (node.module or "").partition(".")[2]
+            for alias in node.names:
+                module = f"{base}.{alias.name}" if base else alias.name
+                yield module if module in FILES else base or "__init__"
+
+
+def part_of(module: str) -> str:
+    return module.split(".")[0]
+
+
+def test_every_part_has_its_place():
+    assert {part_of(module) for module in FILES} == set(LEVEL)
+
+
+@pytest.mark.parametrize("module", FILES)
+def test_imports_point_one_way(module):
+    part = part_of(module)
+    for imported in imports_of(FILES[module]):
+        other = part_of(imported)
+        if other == "__init__":
+            # The version, and the folder that the package lies in.
+            assert LEVEL[part] >= LEVEL["tools"], f"{module} imports the package's own names"
+        elif other != part:
+            assert LEVEL[other] < LEVEL[part], f"{module} imports {imported}, which comes after it"
+
+
+def test_no_circle():
+    graph = {
+        module: {other for other in imports_of(path) if other in FILES and other not in (module, "__init__")}
+        for module, path in FILES.items()
+    }
+    assert list(TopologicalSorter(graph).static_order())
+
+
+def test_the_oracle_imports_nothing_of_ours():
+    assert not list(imports_of(FILES["reference"]))
+
+
+def test_old_names_lead_to_the_new_ones():
+    from misa_kernels.moved import MOVED
+
+    for old, new in MOVED.items():
+        sys.modules.pop(f"misa_kernels.{old}", None)
+        with pytest.warns(DeprecationWarning, match=rf"misa_kernels\.{old} is misa_kernels\.{new} from 0\.2 on"):
+            module = importlib.import_module(f"misa_kernels.{old}")
+        held = importlib.import_module(f"misa_kernels.{new}")
+        public = [name for name in vars(held) if not name.startswith("__")]
+        assert module.__doc__ == held.__doc__ and all(
+            getattr(module, name) is getattr(held, name) for name in public
+        ), old
+
+
+def test_what_the_sampler_held_is_found_where_it_was():
+    with pytest.warns(DeprecationWarning):
+        sys.modules.pop("misa_kernels.sampler", None)
+        held = importlib.import_module("misa_kernels.sampler")
+    names = "Candidates Draw Sampler ImportanceSampler UniformSampler CyclicSampler TIE RULES Bools Ints Floats"
+    functions = "described checked scores admissible fold costliest check_sampler"
+    assert all(hasattr(held, name) for name in f"{names} {functions}".split()) and not hasattr(held, "nothing")
+
+
+def test_an_old_name_warns_where_it_is_imported(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(
+        "from misa_kernels.planner.shapes import PRESETS\n"
+        "from misa_kernels.partition import Module\n"
+        "import misa_kernels.plots\n"
+        "from misa_kernels.tools.planner.shapes import PRESETS as NEW\n"
+        "assert PRESETS is NEW and misa_kernels.plots.__doc__\n"
+        "try:\n"
+        "    import misa_kernels.nothing\n"
+        "except ModuleNotFoundError:\n"
+        "    print('none')\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-W", "always::DeprecationWarning:__main__", str(script)],
+        capture_output=True,
+        text=True,
+        env={"PYTHONPATH": str(ROOT)},
+    )
+    assert done.stdout == "none\n", done.stderr
+    lines = [line for line in done.stderr.splitlines() if "DeprecationWarning" in line]
+    assert [line.split(":")[1] for line in lines] == ["1", "1", "2", "3"], done.stderr

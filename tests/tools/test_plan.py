@@ -1,0 +1,338 @@
+"""What the planner says of a model, against what models of transformers have and what training them takes."""
+
+from __future__ import annotations
+
+import importlib
+import math
+import os
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import nn
+
+from benchmarks.memory import PeakMemory
+from misa_kernels import MISA, ImportanceSampler, badam, lisa, param_groups
+from misa_kernels.tools.planner import shapes
+from misa_kernels.tools.planner.cards import CARDS, capacity_bytes
+from misa_kernels.tools.planner.fsdp import adamw_fsdp2, misa_fsdp2
+from misa_kernels.tools.planner.methods import METHODS, Options, advice, costliest_set, fit, memory, weights_and_states
+from misa_kernels.tools.planner.shapes import LINEARS, PRESETS, LlamaShape, from_config, read
+
+GIB = 2**30
+# One sequence holds fewer tokens than the model is wide, as in the large ones.
+SIZES = {
+    "vocab_size": 1000,
+    "hidden_size": 128,
+    "intermediate_size": 448,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "pad_token_id": 0,
+    "use_cache": False,
+}
+# Every type that is known, with fields that change its parameters.
+KINDS: list[tuple[str, dict[str, Any]]] = [
+    ("llama", {}),
+    ("llama", {"tie_word_embeddings": True, "head_dim": 8, "attention_bias": True, "mlp_bias": True}),
+    ("mistral", {"head_dim": 24}),
+    ("qwen2", {}),
+    ("qwen2", {"tie_word_embeddings": True}),
+    ("qwen3", {"head_dim": 32}),
+    ("qwen3", {"attention_bias": True}),
+    ("smollm3", {}),
+    ("smollm3", {"tie_word_embeddings": False, "mlp_bias": True}),
+    ("gemma", {"head_dim": 32}),
+    ("gemma3_text", {"head_dim": 32, "attention_bias": True}),
+    ("gemma3_text", {}),
+]
+
+
+def config_of(kind: str, **changes: Any) -> Any:
+    return transformers.AutoConfig.for_model(kind, **SIZES | changes)
+
+
+def required(name: str) -> Any:
+    """Import a library that is optional elsewhere but not in CI."""
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        (pytest.fail if "CI" in os.environ else pytest.skip)(f"needs {name}: pip install {name}")
+
+
+@pytest.mark.parametrize(("kind", "changes"), KINDS)
+def test_parameters_are_those_of_transformers(tmp_path, kind, changes):
+    config = config_of(kind, **changes)
+    # Read from the file, where fields at their defaults may be missing.
+    config.save_pretrained(tmp_path)
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(config)
+    shape = read(str(tmp_path))
+    assert shape.numel == sum(param.numel() for param in model.parameters())
+    assert read(str(tmp_path / "config.json")) == shape
+    layer = model.model.layers[-1]
+    assert shape.layer_numel == sum(param.numel() for param in layer.parameters())
+    linears = {name.rpartition(".")[2]: part for name, part in layer.named_modules() if isinstance(part, nn.Linear)}
+    assert shape.matrices == {name: (linears[name].out_features, linears[name].in_features) for name in LINEARS}
+
+
+def test_every_known_type_is_tried():
+    assert {kind for kind, _ in KINDS} == set(shapes._TYPES)
+
+
+def test_fields_that_files_leave_out_are_those_of_the_classes():
+    """As files of transformers 4, which left out what equals its base class's default: gemma's tie, for one."""
+    for kind, changes in KINDS:
+        given = config_of(kind, **changes).to_dict()
+        del given["tie_word_embeddings"]
+        tied = transformers.AutoConfig.for_model(kind).tie_word_embeddings
+        assert from_config(given).tied == tied, kind
+    given = config_of("llama").to_dict()
+    del given["num_key_value_heads"], given["head_dim"]
+    shape = from_config(given)
+    assert (shape.kv_heads, shape.head_width) == (4, 32)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model_type": "mixtral"}, "model_type='mixtral' must be one of llama, .* give --params"),
+        ({"model_type": None}, "model_type=None must be one of"),
+        ({"hidden_size": None}, "hidden_size=None in the configuration must be a whole number above 0"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers=0 in"),
+        ({"head_dim": "8"}, "head_dim='8' in"),
+    ],
+)
+def test_configurations_that_cannot_be_planned(changes, message):
+    with pytest.raises(ValueError, match=message):
+        from_config(config_of("llama").to_dict() | changes)
+
+
+def test_sources_that_cannot_be_read(tmp_path):
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ValueError, match="must be JSON"):
+        read(str(tmp_path))
+    (tmp_path / "config.json").write_text("[]")
+    with pytest.raises(ValueError, match="model_type=None"):
+        read(str(tmp_path))
+    with pytest.raises(ValueError, match="'llama3-9b' must be a config.json .* or one of llama3-8b"):
+        read("llama3-9b")
+
+
+def quantise(model: Any) -> None:
+    """Turn the linears of the layers into bitsandbytes' NF4 with double quantisation."""
+    bnb = required("bitsandbytes").nn
+    for layer in model.model.layers:
+        for block in (layer.self_attn, layer.mlp):
+            for name, part in list(block.named_children()):
+                if isinstance(part, nn.Linear):
+                    kind = {"quant_type": "nf4", "compress_statistics": True}
+                    made = bnb.Linear4bit(part.in_features, part.out_features, False, torch.bfloat16, **kind)
+                    made.weight = bnb.Params4bit(part.weight.data, requires_grad=False, **kind)
+                    setattr(block, name, made.to("cpu"))
+
+
+def trained_with(method: str, model: Any, shape: LlamaShape, options: Options) -> tuple[Any, Any]:
+    """Return the model, with adapters if the method has them, and the optimizer, its first round the costliest."""
+    if method == "AdamW":
+        return model, torch.optim.AdamW(model.parameters(), fused=True)
+    if method == "AdamW 8-bit":
+        return model, required("bitsandbytes").optim.AdamW8bit(model.parameters())
+    if method in ("LoRA", "QLoRA"):
+        peft = required("peft")
+        if method == "QLoRA":
+            quantise(model)
+        model = peft.get_peft_model(model, peft.LoraConfig(r=options.rank, target_modules=list(LINEARS)))
+        if options.checkpointing:
+            model.enable_input_require_grads()
+        return model, torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], fused=True)
+    groups, layer = param_groups(model), sum(shape.matrix_numel.values()) / shape.numel + 1e-9
+    if method == "BAdam":
+        made = MISA(groups, inner_steps=100, delta=layer, **badam())
+    elif method == "LISA":
+        always = [model.get_input_embeddings(), model.get_output_embeddings()]
+        made = MISA(param_groups(model, dense=always), inner_steps=100, delta=2 * layer, **lisa())
+    else:
+        made = MISA(
+            groups,
+            inner_steps=100,
+            delta=options.delta,
+            state_dtype=options.state_dtype,
+            param_precision=options.param_precision,
+            release_gradients=options.release_gradients,
+            sampler=ImportanceSampler(depth_window=options.depth_window),
+        )
+    made.rehearse()
+    return model, made
+
+
+def measured(method: str, kind: str, changes: dict[str, Any], options: Options) -> dict[str, int]:
+    """Return the bytes of weights, states and gradients, and the peak of a step, without what the update works with."""
+    config = config_of(kind, **changes)
+    torch.manual_seed(0)
+    tokens = torch.randint(1, SIZES["vocab_size"], (options.batch, options.sequence))
+    with PeakMemory() as weights:
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=getattr(torch, options.dtype)).train()
+        model, optimizer = trained_with(method, model, from_config(config.to_dict()), options)
+        if options.checkpointing:
+            model.gradient_checkpointing_enable()
+
+    def backward() -> None:
+        model(input_ids=tokens, labels=tokens).loss.backward()
+
+    with PeakMemory() as states:
+        backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    with PeakMemory() as passes:
+        backward()
+    return {
+        "weights": weights.held_bytes,
+        "states": states.held_bytes,
+        "gradients": passes.held_bytes,
+        "peak": weights.held_bytes + states.held_bytes + passes.peak_bytes,
+    }
+
+
+THREE = {"llama": ("llama", {}), "qwen3": ("qwen3", {"head_dim": 64}), "gemma": ("gemma", {"head_dim": 64})}
+LEAN = {"state_dtype": "int8", "param_precision": "split", "release_gradients": True}
+# AdamW in float32: torch's keeps no masters of bfloat16 weights.
+FAST = [
+    ("MISA", "llama", {}),
+    ("MISA", "llama", {"checkpointing": False} | LEAN),
+    ("MISA", "qwen3", {"checkpointing": False}),
+    ("MISA", "gemma", {}),
+    ("LoRA", "llama", {}),
+    ("AdamW", "gemma", {"checkpointing": False, "dtype": "float32"}),
+]
+SLOW = [
+    (method, model, {"checkpointing": checkpointing} | ({"dtype": "float32"} if method == "AdamW" else {}))
+    for method in METHODS
+    for model in THREE
+    for checkpointing in (True, False)
+    # Its kernels are for GPUs alone.
+    if method != "FlashOptim"
+] + [("MISA", "llama", {"depth_window": 2} | LEAN), ("MISA", "qwen3", {"dtype": "float32", "state_dtype": "bf16"})]
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize(
+    ("method", "model", "changes"), FAST + [pytest.param(*case, marks=pytest.mark.slow) for case in SLOW]
+)
+def test_parts_and_peak_are_what_training_a_model_of_transformers_takes(method, model, changes):
+    options = replace(Options(batch=2, sequence=64, rank=4, delta=0.1), **changes)
+    kind, fields = THREE[model]
+    seen = measured(method, kind, fields, options)
+    said = memory(method, from_config(config_of(kind, **fields).to_dict()), options)
+    for part in ("weights", "states", "gradients"):
+        assert getattr(said, part) == pytest.approx(seen[part], rel=0.05, abs=1), (part, seen, said)
+    assert said.peak == pytest.approx(seen["peak"], rel=0.025), (seen, said)
+
+
+@pytest.mark.parametrize(("delta", "window"), [(0.03, None), (0.2, None), (0.1, 2), (1.0, None)])
+def test_the_costliest_set_is_the_one_that_misa_rehearses(delta, window):
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(config_of("qwen3", num_hidden_layers=12))
+    optimizer = MISA(param_groups(model), delta=delta, sampler=ImportanceSampler(depth_window=window))
+    optimizer.rehearse()
+    rehearsed: dict[int, set[str]] = {}
+    for number in optimizer.active:
+        _, _, layer, _, name = optimizer.modules[number].name.split(".")
+        rehearsed.setdefault(int(layer), set()).add(name)
+    shape = from_config(model.config.to_dict())
+    assert costliest_set(shape, delta, window) == rehearsed
+
+
+def test_a_delta_without_room_for_the_largest_matrix_is_refused_with_one_that_has():
+    shape = PRESETS["llama3.2-1b"]
+    with pytest.raises(ValueError, match=r"delta=0\.001 must leave room .* give 0\.0136 or more"):
+        memory("MISA", shape, Options(delta=0.001))
+    memory("MISA", shape, Options(delta=0.0136))
+    with pytest.raises(ValueError):
+        memory("MISA", shape, Options(delta=0.0135))
+
+
+def test_bytes_a_parameter_are_those_of_the_papers():
+    """ZeRO: 16 for AdamW. FlashOptim: 7, or 5 with gradients released, and scales. QLoRA: 4.127 bits."""
+    numel = 8e9
+    together = {name: sum(sizes) / numel for name, sizes in weights_and_states(numel, Options(delta=0.25)).items()}
+    assert together == pytest.approx({"AdamW": 16, "AdamW 8-bit": 6.03125, "FlashOptim": 7.125, "MISA": 2 + 0.25 * 14})
+    released = weights_and_states(numel, Options(release_gradients=True))
+    assert sum(released["FlashOptim"]) / numel == pytest.approx(5.125)
+    shape = PRESETS["llama3-8b"]
+    for name, found in weights_and_states(shape.numel, Options()).items():
+        plan = memory(name, shape, Options())
+        assert (plan.weights, plan.states) == pytest.approx((found[0], found[2]))
+    whole, quantised = (memory(name, shape, Options(rank=16)).weights for name in ("LoRA", "QLoRA"))
+    matrices = shape.layers * sum(shape.matrix_numel.values())
+    assert 16 - 8 * (whole - quantised) / matrices == pytest.approx(4.127, abs=5e-4)
+
+
+def test_fsdp2_shards_what_lasts():
+    """As the formulas that tests/tools/test_planner.py compares with runs; there AdamW's masters are its weights."""
+    shape, options = PRESETS["llama3-70b"], Options(world_size=8)
+    plan, need = memory("AdamW", shape, options), adamw_fsdp2(shape, 8)
+    lasting = need.weights + need.gradients + need.states
+    assert plan.weights + plan.gradients + plan.states == pytest.approx(lasting)
+    active = sum(shape.matrix_numel[name] for names in costliest_set(shape, 0.03, None).values() for name in names)
+    plan, need = memory("MISA", shape, options), misa_fsdp2(shape, 8, active / shape.numel)
+    assert (plan.weights, plan.gradients) == pytest.approx((need.weights, need.gradients))
+    assert plan.states == pytest.approx(12 * math.floor(0.03 * shape.numel) / 8)
+    alone = memory("MISA", shape, replace(options, world_size=1))
+    assert plan.activations - alone.activations == pytest.approx(need.gathered, rel=0.2)
+
+
+@pytest.mark.parametrize("gib", [17, 20, 24, 30, 60])
+@pytest.mark.parametrize("changes", [{}, {"checkpointing": False, "sequence": 512}, LEAN])
+def test_the_delta_that_fits_is_the_largest(gib, changes):
+    shape, options = PRESETS["llama3-8b"], replace(Options(), **changes)
+    delta = fit(shape, options, gib * GIB)
+
+    def peak(delta: float) -> float:
+        return memory("MISA", shape, replace(options, delta=delta)).peak
+
+    if delta is None:
+        assert peak(0.0074) > gib * GIB
+    elif delta == 1.0:
+        assert peak(1.0) <= gib * GIB
+    else:
+        assert peak(delta) <= gib * GIB < peak(delta + 1e-4)
+
+
+def test_advice_names_what_fits():
+    shape = PRESETS["llama3-8b"]
+
+    def said(gib: float, shape: LlamaShape = shape) -> str:
+        peaks = {method: memory(method, shape, Options()).peak for method in METHODS}
+        return advice(shape, Options(), peaks, gib * GIB)
+
+    assert said(200) == "AdamW fits, and learns more a step than what trains less. MISA fits, up to --delta 1."
+    assert said(23).startswith("MISA fits, up to --delta 0.05")
+    lean = said(18.9)
+    assert lean.startswith("MISA fits with --state-dtype int8 --release-gradients --param-precision split, up to")
+    assert fit(shape, Options(), 18.9 * GIB) is None
+    assert said(15) == (
+        "MISA fits with no delta: QLoRA, whose matrices have 4 bits, is the better choice here, with a peak of 9.2 GiB."
+    )
+    weights = said(79, PRESETS["llama3-70b"])
+    assert weights.startswith("The bfloat16 weights alone, 131.4 GiB, do not fit: QLoRA")
+    assert said(23, PRESETS["llama3-70b"]).endswith("--loss-chunk 1024.")
+
+
+def test_a_chunked_loss_holds_less():
+    shape, options = PRESETS["llama3-8b"], Options(sequence=8192)
+    whole, chunked = (memory("MISA", shape, replace(options, loss_chunk=chunk)).peak for chunk in (0, 1024))
+    # Log-probabilities and two gradients in float32.
+    assert whole - chunked > 0.8 * 3 * 4 * (8192 - 1024) * shape.vocab
+
+
+def test_cards():
+    assert capacity_bytes("24GB") == capacity_bytes("24 gib") == capacity_bytes("24g") == 24 * GIB
+    assert capacity_bytes("NVIDIA RTX-4090") == capacity_bytes("rtx 4090") == 24_564 * 2**20
+    assert capacity_bytes("h100") == CARDS["H100"] * 2**20
+    for wrong in ("24", "0GB", "RTX 4091", ""):
+        with pytest.raises(ValueError, match="must be a size such as 24GB or one of T4"):
+            capacity_bytes(wrong)
