@@ -19,8 +19,9 @@ MOVED = {
     "plots": "tools.plots",
     "sampler": "draw.sampler",
 }
-# Where else to look for what an old module held.
+# Where else to look for what an old module held, and what has another name now.
 APART = {"sampler": ("draw.scores", "draw.rehearsal", "draw.rules")}
+RENAMED = {"planner.step": {"Run": "Workload"}, "planner.methods": {"Options": "Setup"}}
 
 
 class Moved(MetaPathFinder, Loader):
@@ -41,10 +42,15 @@ class Moved(MetaPathFinder, Loader):
         spec = module.__spec__
         assert spec is not None
         new = importlib.import_module(spec.loader_state)
-        apart = APART.get(spec.name.partition(".")[2], ())
-        held = [new, *(importlib.import_module(f"misa_kernels.{other}") for other in apart)]
+        old = spec.name.partition(".")[2]
+        held = [new, *(importlib.import_module(f"misa_kernels.{other}") for other in APART.get(old, ()))]
         module.__doc__ = new.__doc__
-        module.__dict__["__getattr__"] = lambda name: getattr(next((m for m in held if hasattr(m, name)), new), name)
+
+        def look_up(name: str) -> object:
+            name = RENAMED.get(old, {}).get(name, name)
+            return getattr(next((other for other in held if hasattr(other, name)), new), name)
+
+        module.__dict__["__getattr__"] = look_up
 
 
 sys.meta_path.append(Moved())

@@ -31,7 +31,7 @@ from benchmarks.train.llama import SHAPES, Llama
 from benchmarks.train.trainers import Plan
 from misa_kernels import MISA
 from misa_kernels.release import HELD_BYTES, LAUNCHES
-from misa_kernels.tools.planner.step import Run, count
+from misa_kernels.tools.planner.step import Workload, count
 
 # Larger differences of the formula are named under the table.
 TOLERANCE = 0.05
@@ -118,7 +118,7 @@ def planned(name: str, plan: Plan, fused_norms: bool) -> dict[str, float]:
     narrow = plan.dtype == "bfloat16"
     element = 2 if narrow else 4
     found = count(
-        Run(
+        Workload(
             shape=shape,
             tokens=plan.tokens,
             element=element,

@@ -104,6 +104,17 @@ def test_old_names_lead_to_the_new_ones():
         ), old
 
 
+def test_old_names_of_classes_lead_to_the_new_ones():
+    from misa_kernels.moved import RENAMED
+
+    for old, names in RENAMED.items():
+        sys.modules.pop(f"misa_kernels.{old}", None)
+        with pytest.warns(DeprecationWarning):
+            module = importlib.import_module(f"misa_kernels.{old}")
+        new = importlib.import_module(f"misa_kernels.tools.{old}")
+        assert names and all(getattr(module, before) is getattr(new, after) for before, after in names.items())
+
+
 def test_what_the_sampler_held_is_found_where_it_was():
     with pytest.warns(DeprecationWarning):
         sys.modules.pop("misa_kernels.sampler", None)

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from misa_kernels.__main__ import COMMANDS, main
-from misa_kernels.tools.planner.methods import METHODS, Options, memory
+from misa_kernels.tools.planner.methods import METHODS, Setup, memory
 from misa_kernels.tools.planner.shapes import PRESETS, LlamaShape
 
 GIB = 2**30
@@ -67,7 +67,7 @@ def test_a_plan_as_text(capsys):
     assert lines[0].startswith("llama3-8b, 8.03 billion parameters: 1 x 2048 tokens, bfloat16, with checkpointing, all")
     rows = {method: next(line for line in lines if line.startswith(method.ljust(14))) for method in METHODS}
     for method, row in rows.items():
-        plan = memory(method, PRESETS["llama3-8b"], Options())
+        plan = memory(method, PRESETS["llama3-8b"], Setup())
         sizes = (plan.weights, plan.gradients, plan.states, plan.activations, plan.peak)
         figures, verdict = row[14:].split()[:5], " ".join(row[14:].split()[5:])
         assert figures == [f"{size / GIB:.2f}" for size in sizes]
@@ -89,8 +89,8 @@ def test_colours_are_for_terminals(capsys, monkeypatch, terminal, no_color, colo
 def test_a_plan_as_json_holds_all_that_it_was_made_from(capsys, tmp_path):
     flags = "--batch 2 --sequence 512 --no-checkpointing --delta 0.1 --depth-window 8 --state-dtype int8"
     content = planned(capsys, "llama3.2-1b", *flags.split(), "--release-gradients", "--loss-chunk", "256")
-    options = Options(**content["options"])
-    assert options == Options(2, 512, "bfloat16", False, 256, 0.1, 8, "int8", "master", True)
+    options = Setup(**content["options"])
+    assert options == Setup(2, 512, "bfloat16", False, 256, 0.1, 8, "int8", "master", True)
     shape = LlamaShape(**content["shape"] | {"biased": tuple(content["shape"]["biased"])})
     assert shape == PRESETS["llama3.2-1b"]
     for method, row in content["methods"].items():

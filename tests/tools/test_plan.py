@@ -18,7 +18,7 @@ from misa_kernels import MISA, ImportanceSampler, badam, lisa, param_groups
 from misa_kernels.tools.planner import shapes
 from misa_kernels.tools.planner.cards import CARDS, capacity_bytes
 from misa_kernels.tools.planner.fsdp import adamw_fsdp2, misa_fsdp2
-from misa_kernels.tools.planner.methods import METHODS, Options, advice, costliest_set, fit, memory, weights_and_states
+from misa_kernels.tools.planner.methods import METHODS, Setup, advice, costliest_set, fit, memory, weights_and_states
 from misa_kernels.tools.planner.shapes import LINEARS, PRESETS, LlamaShape, from_config, read
 
 GIB = 2**30
@@ -135,7 +135,7 @@ def quantise(model: Any) -> None:
                     setattr(block, name, made.to("cpu"))
 
 
-def trained_with(method: str, model: Any, shape: LlamaShape, options: Options) -> tuple[Any, Any]:
+def trained_with(method: str, model: Any, shape: LlamaShape, options: Setup) -> tuple[Any, Any]:
     """Return the model, with adapters if the method has them, and the optimizer, its first round the costliest."""
     if method == "AdamW":
         return model, torch.optim.AdamW(model.parameters(), fused=True)
@@ -169,7 +169,7 @@ def trained_with(method: str, model: Any, shape: LlamaShape, options: Options) -
     return model, made
 
 
-def measured(method: str, kind: str, changes: dict[str, Any], options: Options) -> dict[str, int]:
+def measured(method: str, kind: str, changes: dict[str, Any], options: Setup) -> dict[str, int]:
     """Return the bytes of weights, states and gradients, and the peak of a step, without what the update works with."""
     config = config_of(kind, **changes)
     torch.manual_seed(0)
@@ -223,7 +223,7 @@ SLOW = [
     ("method", "model", "changes"), FAST + [pytest.param(*case, marks=pytest.mark.slow) for case in SLOW]
 )
 def test_parts_and_peak_are_what_training_a_model_of_transformers_takes(method, model, changes):
-    options = replace(Options(batch=2, sequence=64, rank=4, delta=0.1), **changes)
+    options = replace(Setup(batch=2, sequence=64, rank=4, delta=0.1), **changes)
     kind, fields = THREE[model]
     seen = measured(method, kind, fields, options)
     said = memory(method, from_config(config_of(kind, **fields).to_dict()), options)
@@ -249,31 +249,31 @@ def test_the_costliest_set_is_the_one_that_misa_rehearses(delta, window):
 def test_a_delta_without_room_for_the_largest_matrix_is_refused_with_one_that_has():
     shape = PRESETS["llama3.2-1b"]
     with pytest.raises(ValueError, match=r"delta=0\.001 must leave room .* give 0\.0136 or more"):
-        memory("MISA", shape, Options(delta=0.001))
-    memory("MISA", shape, Options(delta=0.0136))
+        memory("MISA", shape, Setup(delta=0.001))
+    memory("MISA", shape, Setup(delta=0.0136))
     with pytest.raises(ValueError):
-        memory("MISA", shape, Options(delta=0.0135))
+        memory("MISA", shape, Setup(delta=0.0135))
 
 
 def test_bytes_a_parameter_are_those_of_the_papers():
     """ZeRO: 16 for AdamW. FlashOptim: 7, or 5 with gradients released, and scales. QLoRA: 4.127 bits."""
     numel = 8e9
-    together = {name: sum(sizes) / numel for name, sizes in weights_and_states(numel, Options(delta=0.25)).items()}
+    together = {name: sum(sizes) / numel for name, sizes in weights_and_states(numel, Setup(delta=0.25)).items()}
     assert together == pytest.approx({"AdamW": 16, "AdamW 8-bit": 6.03125, "FlashOptim": 7.125, "MISA": 2 + 0.25 * 14})
-    released = weights_and_states(numel, Options(release_gradients=True))
+    released = weights_and_states(numel, Setup(release_gradients=True))
     assert sum(released["FlashOptim"]) / numel == pytest.approx(5.125)
     shape = PRESETS["llama3-8b"]
-    for name, found in weights_and_states(shape.numel, Options()).items():
-        plan = memory(name, shape, Options())
+    for name, found in weights_and_states(shape.numel, Setup()).items():
+        plan = memory(name, shape, Setup())
         assert (plan.weights, plan.states) == pytest.approx((found[0], found[2]))
-    whole, quantised = (memory(name, shape, Options(rank=16)).weights for name in ("LoRA", "QLoRA"))
+    whole, quantised = (memory(name, shape, Setup(rank=16)).weights for name in ("LoRA", "QLoRA"))
     matrices = shape.layers * sum(shape.matrix_numel.values())
     assert 16 - 8 * (whole - quantised) / matrices == pytest.approx(4.127, abs=5e-4)
 
 
 def test_fsdp2_shards_what_lasts():
     """As the formulas that tests/tools/test_planner.py compares with runs; there AdamW's masters are its weights."""
-    shape, options = PRESETS["llama3-70b"], Options(world_size=8)
+    shape, options = PRESETS["llama3-70b"], Setup(world_size=8)
     plan, need = memory("AdamW", shape, options), adamw_fsdp2(shape, 8)
     lasting = need.weights + need.gradients + need.states
     assert plan.weights + plan.gradients + plan.states == pytest.approx(lasting)
@@ -288,7 +288,7 @@ def test_fsdp2_shards_what_lasts():
 @pytest.mark.parametrize("gib", [17, 20, 24, 30, 60])
 @pytest.mark.parametrize("changes", [{}, {"checkpointing": False, "sequence": 512}, LEAN])
 def test_the_delta_that_fits_is_the_largest(gib, changes):
-    shape, options = PRESETS["llama3-8b"], replace(Options(), **changes)
+    shape, options = PRESETS["llama3-8b"], replace(Setup(), **changes)
     delta = fit(shape, options, gib * GIB)
 
     def peak(delta: float) -> float:
@@ -306,14 +306,14 @@ def test_advice_names_what_fits():
     shape = PRESETS["llama3-8b"]
 
     def said(gib: float, shape: LlamaShape = shape) -> str:
-        peaks = {method: memory(method, shape, Options()).peak for method in METHODS}
-        return advice(shape, Options(), peaks, gib * GIB)
+        peaks = {method: memory(method, shape, Setup()).peak for method in METHODS}
+        return advice(shape, Setup(), peaks, gib * GIB)
 
     assert said(200) == "AdamW fits, and learns more a step than what trains less. MISA fits, up to --delta 1."
     assert said(23).startswith("MISA fits, up to --delta 0.05")
     lean = said(18.9)
     assert lean.startswith("MISA fits with --state-dtype int8 --release-gradients --param-precision split, up to")
-    assert fit(shape, Options(), 18.9 * GIB) is None
+    assert fit(shape, Setup(), 18.9 * GIB) is None
     assert said(15) == (
         "MISA fits with no delta: QLoRA, whose matrices have 4 bits, is the better choice here, with a peak of 9.2 GiB."
     )
@@ -323,7 +323,7 @@ def test_advice_names_what_fits():
 
 
 def test_a_chunked_loss_holds_less():
-    shape, options = PRESETS["llama3-8b"], Options(sequence=8192)
+    shape, options = PRESETS["llama3-8b"], Setup(sequence=8192)
     whole, chunked = (memory("MISA", shape, replace(options, loss_chunk=chunk)).peak for chunk in (0, 1024))
     # Log-probabilities and two gradients in float32.
     assert whole - chunked > 0.8 * 3 * 4 * (8192 - 1024) * shape.vocab

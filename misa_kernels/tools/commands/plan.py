@@ -17,7 +17,7 @@ from typing import Any
 
 from misa_kernels.tools import plots
 from misa_kernels.tools.planner.cards import CARDS, RESERVED_BYTES, capacity_bytes
-from misa_kernels.tools.planner.methods import METHODS, Options, advice, fit, memory, weights_and_states
+from misa_kernels.tools.planner.methods import METHODS, Setup, advice, fit, memory, weights_and_states
 from misa_kernels.tools.planner.shapes import PRESETS, LlamaShape, read
 from misa_kernels.tools.planner.step import Memory
 
@@ -38,7 +38,7 @@ COLUMNS = ("weights", "gradients", "states", "activations", "peak")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the model, how it is trained, and what to print."""
-    usual = Options()
+    usual = Setup()
     parser.add_argument("config", nargs="?", help="folder or config.json of a transformers model, or a preset")
     parser.add_argument("--params", type=_count, help="number of parameters, such as 8e9, where there is no CONFIG")
     parser.add_argument("--gpu", metavar="CARD", help="a size such as 24GB, or a card's name")
@@ -78,7 +78,7 @@ def run(arguments: argparse.Namespace) -> int:
     Raises:
         ValueError: For arguments that contradict each other, and what the model's file or the card's name may raise.
     """
-    options = Options(**{each.name: getattr(arguments, each.name) for each in fields(Options)})
+    options = Setup(**{each.name: getattr(arguments, each.name) for each in fields(Setup)})
     if (arguments.config is None) == (arguments.params is None):
         raise ValueError("give either CONFIG or --params, one of the two")
     if options.dtype == "float32" and options.param_precision == "split":
@@ -122,7 +122,7 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def report(content: Mapping[str, Any], shape: LlamaShape, options: Options, colours: bool) -> str:
+def report(content: Mapping[str, Any], shape: LlamaShape, options: Setup, colours: bool) -> str:
     """Return the plan as text."""
     cap = content.get("cap_bytes")
     lines = [f"{content['model']}, {shape.numel / 1e9:.2f} billion parameters: {_setting(options)}"]
@@ -175,7 +175,7 @@ def draw(path: Path, title: str, methods: Mapping[str, Mapping[str, float]], cap
     figure.savefig(path, dpi=150)
 
 
-def _print_without_shape(numel: float, options: Options, as_json: bool) -> int:
+def _print_without_shape(numel: float, options: Setup, as_json: bool) -> int:
     sizes = weights_and_states(numel, options)
     if as_json:
         names = ("weights", "gradients", "states")
@@ -190,7 +190,7 @@ def _print_without_shape(numel: float, options: Options, as_json: bool) -> int:
     return 0
 
 
-def _setting(options: Options) -> str:
+def _setting(options: Setup) -> str:
     gpus = f", {options.world_size} GPUs with FSDP2" if options.world_size > 1 else ""
     loss = f"logits of {options.loss_chunk} tokens" if options.loss_chunk else "all logits"
     kept = "with checkpointing" if options.checkpointing else "without checkpointing"

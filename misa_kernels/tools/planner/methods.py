@@ -15,7 +15,7 @@ from misa_kernels.memory.arena import MOVE_ELEMENTS
 from misa_kernels.memory.storage import Storage
 from misa_kernels.release import HELD_BYTES, LAUNCHES
 from misa_kernels.tools.planner.shapes import LINEARS, LlamaShape
-from misa_kernels.tools.planner.step import Memory, Run, count
+from misa_kernels.tools.planner.step import Memory, Workload, count
 
 # What each row of a plan is, and what it assumes.
 METHODS = {
@@ -39,7 +39,7 @@ DELTA_STEP = 1e-4
 
 
 @dataclass(frozen=True)
-class Options:
+class Setup:
     """What is trained on, and how.
 
     Attributes:
@@ -71,7 +71,7 @@ class Options:
     world_size: int = 1
 
 
-def state_bytes(options: Options, state_dtype: str = "fp32", param_precision: str = "master") -> float:
+def state_bytes(options: Setup, state_dtype: str = "fp32", param_precision: str = "master") -> float:
     """Return the bytes of state for a trained parameter of MISA, or with the defaults of float32 AdamW.
 
     Source: `Storage.buffers`, which the optimizer allocates by.
@@ -106,7 +106,7 @@ def costliest_set(shape: LlamaShape, delta: float, depth_window: int | None) -> 
     return active
 
 
-def memory(method: str, shape: LlamaShape, options: Options) -> Memory:
+def memory(method: str, shape: LlamaShape, options: Setup) -> Memory:
     """Return what a step takes on one GPU.
 
     Args:
@@ -122,7 +122,7 @@ def memory(method: str, shape: LlamaShape, options: Options) -> Memory:
     wide, tokens = state_bytes(options), options.batch * options.sequence
     narrow = options.dtype == "bfloat16"
     matrices = sum(shape.matrix_numel.values())
-    run = Run(
+    run = Workload(
         shape=shape,
         tokens=tokens,
         element=2 if narrow else 4,
@@ -161,7 +161,7 @@ def memory(method: str, shape: LlamaShape, options: Options) -> Memory:
     return count(run)
 
 
-def weights_and_states(numel: float, options: Options) -> dict[str, tuple[float, float, float]]:
+def weights_and_states(numel: float, options: Setup) -> dict[str, tuple[float, float, float]]:
     """Return the bytes of weights, gradients and states of what needs no more than the number of parameters."""
     element, narrow = (2, True) if options.dtype == "bfloat16" else (4, False)
     own = state_bytes(options, options.state_dtype, options.param_precision)
@@ -178,7 +178,7 @@ def weights_and_states(numel: float, options: Options) -> dict[str, tuple[float,
     }
 
 
-def fit(shape: LlamaShape, options: Options, cap_bytes: float) -> float | None:
+def fit(shape: LlamaShape, options: Setup, cap_bytes: float) -> float | None:
     """Return a δ with which MISA's peak stays within the cap, while with `DELTA_STEP` more it does not.
 
     1 if that fits, None if no admissible δ does.
@@ -199,7 +199,7 @@ def fit(shape: LlamaShape, options: Options, cap_bytes: float) -> float | None:
     return round(low * DELTA_STEP, 4)
 
 
-def advice(shape: LlamaShape, options: Options, peaks: Mapping[str, float], cap_bytes: float) -> str:
+def advice(shape: LlamaShape, options: Setup, peaks: Mapping[str, float], cap_bytes: float) -> str:
     """Return in words what to take where so many bytes may be used, given the peak of each method."""
     first = "AdamW fits, and learns more a step than what trains less. " if peaks["AdamW"] <= cap_bytes else ""
     largest = fit(shape, options, cap_bytes)

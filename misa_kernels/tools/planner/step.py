@@ -28,7 +28,7 @@ NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
 
 
 @dataclass(frozen=True)
-class Run:
+class Workload:
     """A training run, as far as its memory goes.
 
     Attributes:
@@ -104,7 +104,7 @@ class Memory:
         return self.weights + self.states + self.peak_gradients + self.peak_activations
 
 
-def norm_bytes(run: Run) -> tuple[int, int]:
+def norm_bytes(run: Workload) -> tuple[int, int]:
     """Return the bytes an element that a norm keeps of its input, and, to train its weight, of what it multiplies.
 
     Source: LlamaRMSNorm turns its input into float32 and multiplies its weight by e-byte numbers; GemmaRMSNorm and
@@ -115,7 +115,7 @@ def norm_bytes(run: Run) -> tuple[int, int]:
     return 4, run.element if run.norms == "transformers" and not run.shape.float32_norms else 4
 
 
-def kept_by_layer(run: Run, active: Set[str], reached: bool) -> dict[str, int]:
+def kept_by_layer(run: Workload, active: Set[str], reached: bool) -> dict[str, int]:
     """Return the bytes a token that one layer keeps for backward, by tensor, each once whoever shares it.
 
     Args:
@@ -168,7 +168,7 @@ def kept_by_layer(run: Run, active: Set[str], reached: bool) -> dict[str, int]:
     return kept
 
 
-def passing_bytes(run: Run, kept: Mapping[str, int]) -> float:
+def passing_bytes(run: Workload, kept: Mapping[str, int]) -> float:
     """Return the most that the backward pass of an MLP, the widest part of a layer, holds beyond what was kept.
 
     Args:
@@ -186,7 +186,7 @@ def passing_bytes(run: Run, kept: Mapping[str, int]) -> float:
     return max(run.tokens * max(gated, down), dequantised)
 
 
-def count(run: Run) -> Memory:
+def count(run: Workload) -> Memory:
     """Return the bytes of each part and of the peak.
 
     The peak is the largest over the moments of a backward pass: when it begins, holding everything kept and one chunk's
