@@ -146,3 +146,46 @@ def test_an_old_name_warns_where_it_is_imported(tmp_path):
     assert done.stdout == "none\n", done.stderr
     lines = [line for line in done.stderr.splitlines() if "DeprecationWarning" in line]
     assert [line.split(":")[1] for line in lines] == ["1", "1", "2", "3"], done.stderr
+
+
+def private_names(node: ast.AST) -> set[str]:
+    """Return the private names that a class gives its objects: methods, attributes, fields."""
+    named = {part.name for part in ast.walk(node) if isinstance(part, ast.FunctionDef)}
+    named |= {
+        part.attr
+        for part in ast.walk(node)
+        if isinstance(part, ast.Attribute) and isinstance(part.value, ast.Name) and part.value.id in ("self", "cls")
+    }
+    named |= {
+        part.target.id
+        for part in ast.walk(node)
+        if isinstance(part, ast.AnnAssign) and isinstance(part.target, ast.Name)
+    }
+    return {name for name in named if name.startswith("_") and not name.startswith("__")}
+
+
+def test_nobody_reads_another_object_s_private_fields():
+    trees = {path: ast.parse(path.read_text()) for path in FILES.values()}
+    classes = {
+        (path, node.name): node
+        for path, tree in trees.items()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ClassDef)
+    }
+    # torch's modules have `_modules`, too.
+    ours = set().union(*map(private_names, classes.values())) - {"_modules"}
+    assert len(ours) > 100
+
+    def reads(node: ast.AST, own: set[str]) -> Iterator[str]:
+        for part in ast.iter_child_nodes(node):
+            if isinstance(part, ast.ClassDef):
+                bases = {base.id for base in part.bases if isinstance(base, ast.Name)}
+                kin = [other for (_, name), other in classes.items() if name in bases] + [part]
+                yield from reads(part, set().union(*map(private_names, kin)))
+                continue
+            if isinstance(part, ast.Attribute) and part.attr in ours - own:
+                yield f"line {part.lineno}: {ast.unparse(part)}"
+            yield from reads(part, own)
+
+    found = {str(path.relative_to(PACKAGE)): list(reads(tree, set())) for path, tree in trees.items()}
+    assert not {path: lines for path, lines in found.items() if lines}
