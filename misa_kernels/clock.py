@@ -22,13 +22,3 @@ class Clock:
     round_step: int = 0
     steps: int = 0
     skipped_steps: int = 0
-
-    def tick(self) -> None:
-        """Count a step."""
-        self.steps += 1
-        self.round_step += 1
-
-    def begin_round(self) -> None:
-        """Count a round that has ended."""
-        self.round += 1
-        self.round_step = 0

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from misa_kernels.draw.sampler import Sampler
 from misa_kernels.interface import Interface
-from misa_kernels.options import Options, check_adamw_only, copied_groups
+from misa_kernels.options import Options, check_adamw_only, check_place, copied_groups
 from misa_kernels.outside.tracing import not_traced
+from misa_kernels.ranks.agreement import together
 from misa_kernels.run import Run
 
 if TYPE_CHECKING:
@@ -220,19 +221,35 @@ class MISA(Interface):
 
 @not_traced
 def _step(run: Run, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
-    """Take a step, which may be the last of its round; see `Trained.update` for the arguments."""
-    run.begin_step()
-    is_last = run.clock.round_step + 1 >= run.inner_steps
+    """Take a step, which may be the last of its round; see `Trained.update` for the arguments.
+
+    Properties and methods are asked only where there is something to do: the host's time in a step counts.
+    """
+    flags, clock, trained = run.flags, run.clock, run.trained
+    if run.ended is not None:
+        raise RuntimeError(f"step() came after {run.ended}: construct a new MISA to go on training")
+    if flags.lent:
+        raise RuntimeError("step() came within thawed(), where MISA does not train: call it outside of the block")
+    for group in run.groups:
+        if type(group["lr"]) is not float:
+            check_place("lr", group["lr"])
+    if flags.sentinel is not None and flags.sentinel.requires_grad:
+        flags.put_back()
+    if trained.arena is None or trained.state.changed[0]:
+        run.allocate()
+    if not run.has_met:
+        run.meet(together(run.given.process_group, flags.params))
+    is_last = clock.round_step + 1 >= run.inner_steps
     if is_last:
         # What is off now may be drawn.
-        run.trained.check_form()
-    run.trained.update(grad_scale, found_inf)
-    run.clock.tick()
+        trained.check_form()
+    trained.update(grad_scale, found_inf)
+    clock.steps, clock.round_step = clock.steps + 1, clock.round_step + 1
     if run.room is not None:
-        run.trained.rehearse()
+        trained.rehearse()
         run.room = None
     if run.meeting is not None:
-        run.meeting.compare_gradients(run.trained, run.clock.round)
+        run.meeting.compare_gradients(trained, clock.round)
     if is_last:
         end_round(run)
 
@@ -240,7 +257,7 @@ def _step(run: Run, grad_scale: Tensor | None, found_inf: Tensor | None) -> None
 def end_round(run: Run) -> None:
     """Fold the scores, take over what the user froze and thawed, draw the next active set and make it active."""
     had_gradients = _fold(run)
-    run.clock.begin_round()
+    run.clock.round, run.clock.round_step = run.clock.round + 1, 0
     run.recompiles.check(run.clock.round)
     run.flags.compare(is_idle=not had_gradients)
     # Where nothing of what is drawn may be trained, the round goes on for another one.

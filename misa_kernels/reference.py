@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -27,12 +27,6 @@ class Hyper(NamedTuple):
     beta2: float
     eps: float
     weight_decay: float
-
-    @classmethod
-    def of(cls, group: dict[str, Any]) -> Hyper:
-        """Return the hyperparameters of a param group as they are now, plain numbers."""
-        beta1, beta2 = group["betas"]
-        return cls(float(group["lr"]), beta1, beta2, group["eps"], group["weight_decay"])
 
 
 @dataclass(slots=True)

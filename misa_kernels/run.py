@@ -32,7 +32,7 @@ from misa_kernels.outside.notices import warn
 from misa_kernels.outside.recompiles import Recompiles
 from misa_kernels.outside.state import State
 from misa_kernels.outside.tracing import not_traced, refuse_capture
-from misa_kernels.ranks.agreement import refuse_engines, together
+from misa_kernels.ranks.agreement import refuse_engines
 from misa_kernels.scores import Scores
 from misa_kernels.trained import Trained
 
@@ -49,6 +49,7 @@ class Run:
         known: The user's flags, see `Flags`.
 
     Attributes:
+        groups: As given.
         given: As given.
         sampler: What draws.
         storage: How state is stored.
@@ -63,6 +64,7 @@ class Run:
         recompiles: Whether `torch.compile` keeps up with the draws.
         meeting: What the ranks that train together compare; None before the first step, or where there are none.
         room: After `rehearse()`, memory of the gradients that another draw may have; until the end of the first step.
+        has_met: Whether it was found out in the first step who trains together.
         ended: Why the run has ended, as the rest of a sentence; None while it lasts.
     """
 
@@ -72,7 +74,7 @@ class Run:
         given: options.Options,
         known: tuple[Sequence[bool], Sequence[bool]] | None = None,
     ) -> None:
-        self._groups = groups
+        self.groups = groups
         self.given = given
         self.sampler: Sampler = ImportanceSampler() if given.sampler is None else given.sampler
         self.storage = Storage(given.state_dtype, given.param_precision)
@@ -92,7 +94,7 @@ class Run:
         self.meeting: Meeting | None = None
         self.room: Tensor | None = None
         self.ended: str | None = None
-        self._has_met = self._is_rehearsed = False
+        self.has_met = self._is_rehearsed = False
         self._hooks: dict[Tensor, Any] = {}
         draw = self.draw()
 
@@ -109,7 +111,7 @@ class Run:
 
     def _lay_out(self) -> Layout:
         flags = self.flags
-        return Layout(self._groups, self.given, self.sampler, self.storage, flags.chosen, flags.counted)
+        return Layout(self.groups, self.given, self.sampler, self.storage, flags.chosen, flags.counted)
 
     def _resolve_inner_steps(self) -> int:
         inner_steps, total_steps = self.given.inner_steps, self.given.total_steps
@@ -140,43 +142,18 @@ class Run:
 
     # What a step begins with.
 
-    def begin_step(self) -> None:
-        """Refuse a step that cannot be, and make the state ready for one, as it is in `state`.
-
-        Properties and methods are asked only where there is something to do: the host's time in a step counts.
-        """
-        flags = self.flags
-        if self.ended is not None:
-            self._refuse_ended("step()", "construct a new MISA to go on training")
-        if flags.lent:
-            raise RuntimeError("step() came within thawed(), where MISA does not train: call it outside of the block")
-        for group in self._groups:
-            if type(group["lr"]) is not float:
-                options.check_place("lr", group["lr"])
-        if flags.sentinel is not None and flags.sentinel.requires_grad:
-            flags.put_back()
-        if self.trained.arena is None or self.trained.state.changed[0]:
-            self.allocate()
-        if not self._has_met:
-            self.meet(together(self.given.process_group, flags.params))
-
     @not_traced
     def receive(self, param: Tensor) -> None:
         """Use the gradient of a parameter within `backward()`, once for each: the host's time counts."""
         if self.flags.lent:
             return
         if not self.trained.is_within_step:
-            for group in self._groups:
-                if type(group["lr"]) is not float:
-                    options.check_place("lr", group["lr"])
+            for group in self.groups:
+                options.check_place("lr", group["lr"])
         if self.trained.arena is None or self.trained.state.changed[0]:
             with torch.no_grad():
                 self.allocate()
         self.trained.receive(param)
-
-    def _refuse_ended(self, what: str, remedy: str) -> None:
-        if self.ended is not None:
-            raise RuntimeError(f"{what} came after {self.ended}: {remedy}")
 
     def allocate(self) -> None:
         """Allocate the state, or take over what somebody wrote to it."""
@@ -218,7 +195,7 @@ class Run:
         if group is not None:
             self.follow()
             self.meeting = Meeting(group, self.layout, self.clock, self.active, self.sampler, self.inner_steps)
-        self._has_met = True
+        self.has_met = True
 
     # What a round begins with.
 
@@ -266,7 +243,7 @@ class Run:
         if self.trained.arena is not None or self.ended is not None:
             return
         before = self.flags.params
-        now = [param for group in self._groups for param in group["params"]]
+        now = [param for group in self.groups for param in group["params"]]
         is_same = len(now) == len(before) and all(map(is_, now, before))
         is_due = self.flags.due and not self.clock.steps
         if is_same and form_of(now) == self.layout.form and not is_due:
@@ -425,14 +402,15 @@ class Run:
     @torch.no_grad()
     def load(self, state_dict: dict[str, Any]) -> None:
         """Resume from a saved state; see `MISA.load_state_dict`."""
-        self._refuse_ended("load_state_dict()", "construct a new MISA and load into that")
+        if self.ended is not None:
+            raise RuntimeError(f"load_state_dict() came after {self.ended}: construct a new MISA and load into that")
         refuse_capture("load_state_dict()")
         self.follow()
-        saved = checkpoint.read(state_dict, self._groups, self.layout, self.scores)
+        saved = checkpoint.read(state_dict, self.groups, self.layout, self.scores)
         made = f" ('auto' with total_steps={self.given.total_steps})" if self.given.inner_steps == "auto" else ""
         saved.warn_of_differences(self.storage, self._described(), made)
 
-        for group, hyperparameters in zip(self._groups, saved.hyperparameters, strict=True):
+        for group, hyperparameters in zip(self.groups, saved.hyperparameters, strict=True):
             group.update(hyperparameters)
         for name in checkpoint.NUMBERS:
             setattr(self.clock, name, saved.position[name])

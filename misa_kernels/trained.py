@@ -150,7 +150,11 @@ class Trained:
 
     def _hyper_now(self) -> list[Hyper]:
         if self._hyper is None:
-            self._hyper = [Hyper.of(group) for group in self._groups]
+            self._hyper = [
+                Hyper(float(group["lr"]), beta1, beta2, group["eps"], group["weight_decay"])
+                for group in self._groups
+                for beta1, beta2 in (group["betas"],)
+            ]
         return self._hyper
 
     def _run(

@@ -1,5 +1,6 @@
 """What steps and switches may cost: no waiting for the device, no allocations for frozen modules, O(n log n)."""
 
+import sys
 import time
 import warnings
 from contextlib import contextmanager
@@ -161,6 +162,23 @@ def time_of_switches(count):
         times.append(time.thread_time() - start)
     # The first one also allocates.
     return min(times[1:])
+
+
+def test_a_step_runs_through_six_files():
+    """And through what keeps compilers off it: so few must be read to follow one."""
+    model = tiny.build()
+    optimizer = MISA(param_groups(model), delta=0.3, inner_steps=5)
+    tiny.train(model, optimizer, 2)
+    tiny.loss_of(model, tiny.batch(2)).backward()
+    files = set()
+    sys.setprofile(lambda frame, event, argument: files.add(frame.f_code.co_filename))
+    try:
+        optimizer.step()
+    finally:
+        sys.setprofile(None)
+    ours = {file.partition("misa_kernels/")[2] for file in files} - {""}
+    kernel = {f"kernels/{name}.py" for name in ("fused", "table", "native")}
+    assert ours == {"optimizer.py", "trained.py", "outside/weights.py", "outside/tracing.py", *kernel}
 
 
 def test_switch_of_20_000_modules_takes_less_than_50_ms():

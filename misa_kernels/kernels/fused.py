@@ -36,9 +36,10 @@ class FusedStep:
         self._rows = rows
         self._arena = arena
         self._settings = settings
+        self._is_noisy = settings.storage.noisy
         self._params = [local(row.param) for row in rows]
         self._grad_dtypes = [getattr(row.param, "grad_dtype", None) or row.param.dtype for row in rows]
-        # An empty part has a gradient with an address, see `ActiveSet`.
+        # An empty part has a gradient with an address, see `trained.py`.
         self._numels = [param.numel() or 4 for param in self._params]
         self._index = np.array([row.index for row in rows], dtype=np.int64)
         group = np.array([row.group for row in rows], dtype=np.int64)
@@ -118,7 +119,7 @@ class FusedStep:
             self._weights_of(weights)[rows],
             given,
             self._new(hyper),
-            self._keys_of(noise)[rows] if settings.storage.noisy else None,
+            self._keys_of(noise)[rows] if self._is_noisy else None,
             rows=rows,
             max_grad_norm=settings.max_grad_norm,
             skip_nonfinite=settings.skip_nonfinite,
