@@ -110,9 +110,20 @@ def saved(plt: Any, figure: Any, path: Path, drawn: str) -> Path:
     """Write the file with the digest of what is drawn, without the version of matplotlib, and forget the figure."""
     figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110, metadata={"Software": None, "Description": drawn})
+    figure.savefig(path, dpi=110)
     plt.close(figure)
+    shrink(path, drawn)
     return path
+
+
+def shrink(path: Path, drawn: str) -> None:
+    """Write a picture anew in 64 colours, which makes it a third as large, with the digest of what is drawn."""
+    from PIL import Image
+    from PIL.PngImagePlugin import PngInfo
+
+    noted = PngInfo()
+    noted.add_text("Description", drawn)
+    Image.open(path).convert("RGB").quantize(64).save(path, optimize=True, pnginfo=noted)
 
 
 def digest(source: Any) -> str:

@@ -50,7 +50,8 @@ class Coverage:
         """A sentence with what would make it three visits, or None where they are three or more."""
         if self.visits >= ENOUGH_VISITS:
             return None
-        rounds = math.ceil(ENOUGH_VISITS * self.modules / self.modules_a_round)
+        # Just three visits are enough, whatever a division makes of them.
+        rounds = math.ceil(ENOUGH_VISITS * self.modules / self.modules_a_round - 1e-9)
         remedies = []
         # Whole rounds short enough for that many to begin.
         shorter = math.ceil(self.total_steps / (rounds - 1)) - 1 if rounds > 1 else self.total_steps

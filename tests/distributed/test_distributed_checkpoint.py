@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import ranks
-import test_shards as shards
+import sharded as shards
 import tiny
 import torch
 import torch.distributed as dist

@@ -10,7 +10,7 @@ import ranks
 import tiny
 import torch
 import torch.distributed as dist
-from test_shards import weights
+from sharded import weights
 from torch.distributed.tensor import Shard, distribute_tensor
 
 if "CI" not in os.environ:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from misa_kernels import MISA, ImportanceSampler, UniformSampler, badam, lisa, param_groups
@@ -54,6 +54,8 @@ def test_visits_are_those_that_draws_make(options, tolerance):
     share=st.floats(0.002, 1.0),
     most_share=st.floats(0.1, 1.0),
 )
+# 3 * 6 / 1.8 is more than 10 by one bit.
+@example(total_steps=1, inner_steps=1, modules=6, share=1.0, most_share=0.3)
 def test_every_remedy_is_enough(total_steps, inner_steps, modules, share, most_share):
     most = max(most_share * modules, 1.0)
     drawn = min(max(share * modules, 1.0), most)

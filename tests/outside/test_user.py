@@ -985,7 +985,9 @@ def play_sanitized(sanitized: tuple[Path, str], how: str) -> subprocess.Complete
         **os.environ,
         "LD_PRELOAD": runtime,
         "ASAN_OPTIONS": "detect_leaks=0",
-        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
+        "PYTHONPATH": os.pathsep.join(
+            str(ROOT / folder) for folder in (".", "tests", "tests/kernels", "tests/outside")
+        ),
         "OMP_NUM_THREADS": "1",
     }
     command = [sys.executable, "-c", SANITIZED, str(library), how]

@@ -7,7 +7,7 @@ import ranks
 import tiny
 import torch
 import torch.distributed as dist
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from sharded import shard, weights, whole
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 from misa_kernels import MISA, authors, param_groups
@@ -37,26 +37,6 @@ def run(model, optimizer, steps, rank, size, poison):
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-
-
-def whole(tensor):
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor.clone()
-
-
-def weights(model):
-    return {name: whole(param.detach()) for name, param in model.named_parameters()}
-
-
-def shard(model, size, how):
-    mesh = dist.init_device_mesh("cpu", (size,))
-    if how == "hybrid":
-        mesh = dist.init_device_mesh("cpu", (2, size // 2), mesh_dim_names=("replicate", "shard"))
-    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32) if how == "mixed" else None
-    options = {"mesh": mesh} | ({"mp_policy": policy} if policy else {})
-    if how != "root":
-        for block in model.blocks:
-            fully_shard(block, **options)
-    fully_shard(model, **options)
 
 
 def fsdp(rank, size, how, hidden, dtype, mode, options, steps, poison):
