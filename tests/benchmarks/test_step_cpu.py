@@ -46,7 +46,7 @@ def test_every_peer_is_measured_beside_ours(content, tmp_path):
             assert 0 < peer[key]["p10"] <= peer[key]["median"] <= peer[key]["p90"]
         assert peer["extra_bytes"] >= 0 and peer["of_copy"] >= 0
         assert peer["gb_per_s"] == pytest.approx(peer["bytes"] * CASE.numel() / peer["ms"]["median"] / 1e6)
-    assert (tmp_path / "cpu.png").stat().st_size > 10_000
+    assert (tmp_path / "cpu.png").stat().st_size > 4_000
     for name in ("fp32 misa", "fp32 misa clip", "bf16 misa"):
         assert set(peers[name]["times_ours"].values()) == {1.0}
     for kind in ("host", "host_renewed"):

@@ -32,7 +32,7 @@ def test_every_series_is_measured_and_drawn(monkeypatch, tmp_path, capsys):
             assert all(0 < point["us"]["p10"] <= point["us"]["p90"] for point in of)
             assert (found["slopes"][name] is None) == (len(of) < 2)
     pytest.importorskip("matplotlib")
-    assert (tmp_path / "growth.png").stat().st_size > 10_000
+    assert (tmp_path / "growth.png").stat().st_size > 4_000
     assert "slope" in capsys.readouterr().out
 
 

@@ -147,7 +147,7 @@ def test_another_default_device_is_of_no_account_or_changes_nothing():
         optimizer = make(model)
         assert flags(model) == flags(expected)
     finally:
-        torch.set_default_device("cpu")
+        torch.set_default_device(None)
     assert tiny.train(model, optimizer, 7) == tiny.train(expected, theirs, 7)
 
 
