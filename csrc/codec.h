@@ -1,4 +1,5 @@
-// How moments are stored on the CPU: misa_kernels/memory/codec.py, in loops that a compiler turns into vectors.
+// How moments are stored on the CPU: misa_kernels/memory/codec.py, in loops that a compiler turns into
+// vectors.
 //
 // For chunk.cpp alone, since everything here is compiled once per instruction set. A format is a class with
 // the types of its codes, and `encode` and `decode` of at most GROUP elements, which share one scale.
