@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from examples.demo import __main__ as demo
+from examples.demo import compare as demo
 from examples.demo import data
 from examples.demo.measure import Cost, Depth
 from examples.demo.methods import DELTA, METHODS, lora_rank, state_bytes
@@ -202,3 +202,10 @@ def test_demo_from_start_to_end(tmp_path: Path) -> None:
         assert result["cost"]["tokens_per_second"] > 0
     table = (tmp_path / "table.txt").read_text()
     assert all(method in table for method in METHODS)
+
+
+def test_what_processes_look_up_by_name_is_not_in_what_is_started():
+    """A process that is spawned imports no package's `__main__`."""
+    root = Path(demo.__file__).parents[2]
+    started = [*root.glob("examples/*/__main__.py"), *root.glob("benchmarks/*/__main__.py")]
+    assert len(started) == 6 and not [path for path in started if "\ndef " in path.read_text()]
