@@ -37,7 +37,7 @@ test: $(VENV)/.dev  ## the tests that need neither minutes nor a GPU
 	TRITON_INTERPRET=1 $(PYTEST) -n 2 $(FAST) -k triton tests/kernels/test_fused.py
 
 slow: $(VENV)/.dev  ## the tests marked slow
-	$(PYTEST) -m "slow and not gpu" || [ $$? -eq 5 ]
+	$(PYTEST) -n 2 -m "slow and not gpu" || [ $$? -eq 5 ]
 	TRITON_INTERPRET=1 $(PYTEST) -n 2 $(FAST) tests/kernels/test_triton_codec.py
 
 user: $(VENV)/.dev  ## a user at random, for MINUTES=60: with AddressSanitizer, then without
