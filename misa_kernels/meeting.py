@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from torch.distributed import ProcessGroup
+from typing import TYPE_CHECKING
 
 from misa_kernels.clock import Clock
 from misa_kernels.draw.partition import Partition
@@ -12,6 +12,9 @@ from misa_kernels.layout import Layout
 from misa_kernels.ranks.agreement import Agreement
 from misa_kernels.ranks.shards import is_sharded
 from misa_kernels.trained import Trained
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 class Meeting:

@@ -523,7 +523,7 @@ class Trained:
     def _adopt(self, rows: slice = ALL) -> None:
         """Take over into the masters what torch tells that was written to the weights; refuse weights that changed."""
         if not self._weights.are_as_left(rows):
-            self._weights.check_rows(rows)
+            self._weights.check(rows)
             self._take_over(rows, self.rows)
 
     def _take_over(self, rows: slice, slots: Container[int]) -> None:

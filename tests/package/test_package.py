@@ -92,6 +92,12 @@ print(sorted({name.partition('.')[0] for name in set(sys.modules) - before} & {
     assert run_python(code).strip() == "[]"
 
 
+def test_import_needs_no_process_groups():
+    """As on machines where torch is built with USE_DISTRIBUTED=0."""
+    code = "import torch; del torch.distributed.ProcessGroup; import misa_kernels; print(misa_kernels.MISA.__name__)"
+    assert run_python(code).strip() == "MISA"
+
+
 def test_import_leaves_the_process_as_it_was():
     code = """
 import json, logging, os, random, sys, warnings
