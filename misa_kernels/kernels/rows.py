@@ -41,8 +41,10 @@ class Row:
 
     def weight(self, start: int = 0, numel: int | None = None) -> Tensor:
         """Return the weight as it is now, of shape (stop - start,), or so many of its elements from `start` on."""
-        numel = self.stop - self.start - start if numel is None else numel
-        return local(self.param).detach().view(-1)[self.offset + start :][:numel]
+        first = self.offset + start
+        last = self.offset + self.stop - self.start if numel is None else first + numel
+        whole = local(self.param).detach().view(-1)
+        return whole if first == 0 and last == whole.numel() else whole[first:last]
 
 
 @dataclass(frozen=True)
