@@ -5,20 +5,23 @@ The answer comes from the module tree: from types, shapes and identity, never fr
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
 from torch import nn
-from torch.nn.utils.parametrize import ParametrizationList
 
+from misa_kernels.draw.adapters import trains_for_peft
+from misa_kernels.draw.found import Found, Groups
+from misa_kernels.draw.order import Trace
+from misa_kernels.draw.roles import EXPERTS, places_of
+from misa_kernels.draw.spots import BEFORE, BEHIND, spots_of
+from misa_kernels.draw.tree import Layer, Node, layers_of, nodes_of
 from misa_kernels.outside.flags import chosen_of
+from misa_kernels.outside.notices import warn
 
-_CONTAINERS = (nn.ModuleList, nn.Sequential, nn.ModuleDict)
-_EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
-# The first axis of their three-dimensional weights counts output features, not experts.
-_NOT_EXPERTS = (nn.Conv1d, nn.ConvTranspose1d, nn.Bilinear, ParametrizationList)
+# Said from this share of the model on, where matrices are frozen that are neither embedding nor output head.
+_MUCH = 0.2
 
 
 def param_groups(
@@ -26,30 +29,38 @@ def param_groups(
     mode: Literal["finetune", "pretrain"] = "finetune",
     *,
     experts: Literal["each", "whole"] = "each",
+    sampled: Iterable[nn.Module | nn.Parameter] = (),
     dense: Iterable[nn.Module | nn.Parameter] = (),
-) -> list[dict[str, Any]]:
+    frozen: Iterable[nn.Module | nn.Parameter] = (),
+    layers: Iterable[nn.Module] | None = None,
+    example: Any = None,
+) -> Groups:
     """Sort the parameters of a model into groups for `MISA`, by how they are trained.
 
     Every parameter gets one of three roles:
 
-    - "sampled": the weight matrices inside the layers (query, key, gate, ...), trained in turns;
+    - "sampled": the weight matrices inside the layers (query, key, gate, ...) and between them, trained in turns;
     - "dense": trained at every step, on top of the budget that `delta` sets;
     - "frozen": never trained. It still counts in the total that `delta` is a fraction of, unless its
       `requires_grad` is False already.
 
-    What is left beside those matrices (embeddings, norms, biases, the output head, a projector between
-    towers) is frozen with `mode="finetune"`, where training it changes little and would take most of the
-    memory that sampling saves, and dense with `mode="pretrain"`, where it starts at random. Whatever deserves
-    training all the same, such as a new classification head, is named in `dense`.
+    What is left beside those matrices (embeddings, position tables, norms, biases, scales of whatever shape, what
+    stands before the first layer, poolers and heads behind the last) is frozen with `mode="finetune"`, where training
+    it changes little and would take most of the memory that sampling saves, and dense with `mode="pretrain"`, where it
+    starts at random. Whatever deserves training all the same, such as a new classification head, is named in `dense`.
 
-    A layer is an element of a stack: an outermost ModuleList, Sequential or ModuleDict in which modules of
-    one class, with matrices inside, repeat. Several stacks, of an encoder and a decoder or of a vision and a
-    text model, follow one another as they are registered. In a model without a stack each matrix is a layer.
+    A layer is a module whose class repeats in a list of modules, or among the attributes of one, and which reads what
+    another one writes; where such lists nest, the innermost that holds several matrices, so that a block of a stage is
+    a layer and an expert in a layer is none. A matrix between layers, such as a projector between towers, is a layer of
+    its own, as is a recurrent network. In a model without a stack each matrix is a layer.
+
+    Layers of one stack run as they are registered. The order of several stacks shows in an `example`, or else in the
+    first training step, in which MISA watches which of them is called first; until then they count as registered.
 
     In a model with adapters of the peft package, all trained tensors of one adapter at one place (A and B of
     LoRA, its bias, DoRA's magnitudes) are one module, named after the module that they adapt, plus the
     adapter's name where several lie there. peft has frozen what it does not mean to train, so what else it
-    trains (a head in `modules_to_save`, an adapter beside the layers) is dense in either mode.
+    trains (a head in `modules_to_save`, an adapter beside the layers, a prompt) is dense in either mode.
 
     The model is only read. What has `requires_grad=False`, as all quantised weights do, is frozen, and the group tells
     MISA what becomes of it where it is thawed in mid-run; tied parameters appear once, under their first name.
@@ -58,24 +69,31 @@ def param_groups(
         model: The model, complete: adapters attached, weights tied, frozen parts frozen.
         mode: What happens to parameters that are not sampled, see above.
         experts: "each" makes every expert of a stacked weight of shape (experts, ..., ...) a module, together
-            with its share of the other stacked weights beside it; "whole" makes every stacked weight one.
-        dense: Modules or parameters of the model to train at every step.
+            with its share of the other stacked weights beside it; "whole" makes every stacked weight one. Three axes
+            are taken for experts where a router beside them, or another such weight, says so.
+        sampled: Modules or parameters of the model to train in turns, whatever they look like.
+        dense: Modules or parameters to train at every step.
+        frozen: Modules or parameters to leave as they are.
+        layers: The layers, in the order in which they run, if what is found is not what is meant.
+        example: Arguments of one forward pass, a dict, a tuple or a tensor, which is run without gradients to see in
+            which order the layers run and what they read. `rehearse()` is exact to a few per cent with it.
 
     Returns:
-        At most three groups, without empty ones, with the keys
+        At most three groups, without empty ones; printed, a table of what was found, which `found` holds. Each group
+        has the keys
 
         - "params": (name, parameter) pairs;
         - "role": "sampled", "dense" or "frozen";
         - "modules": for each parameter the name of its module, or a list of E names where the parameter
           is E modules' equal row blocks along its first axis; equal names form one module;
         - "layers": for each parameter the name of the lowest layer that backward must run through to train
-          it: the one that it lies in, else the next one registered, None behind the last;
+          it: the one that it lies in, else the next one, None behind the last;
         - "thawed", where the user has frozen some: the role of each frozen one if it is thawed in mid-run.
 
     Raises:
-        TypeError: If `model` is not a module, or `dense` holds anything but modules and parameters.
-        ValueError: For an unknown `mode` or `experts`, or if `dense` names something that is not in the model
-            or that cannot be trained.
+        TypeError: If `model` is not a module, or a list of modules and parameters holds anything else.
+        ValueError: For an unknown `mode` or `experts`, or if a list names something that is not in the model, that
+            cannot be trained, or that another list names, too.
 
     Example, a BERT classifier, whose head is new::
 
@@ -92,221 +110,123 @@ def param_groups(
         raise ValueError(f"mode={mode!r} must be 'finetune' (the rest is frozen) or 'pretrain' (the rest is dense)")
     if experts not in ("each", "whole"):
         raise ValueError(f"experts={experts!r} must be 'each' (an expert is a module) or 'whole' (a stack of them is)")
-    places = list(_places(model))
+    nodes = nodes_of(model)
+    places = places_of(nodes)
     chosen = chosen_of([place.name for place in places], [place.param for place in places])
     trained = {id(place.param) for place, is_chosen in zip(places, chosen, strict=True) if is_chosen}
-    always_on = _always_on(dense, model, trained)
-    inside = _layers_inside(places, model)
-    is_adapted = any(map(_is_of_peft, model.modules()))
+    meant = _meant({"sampled": sampled, "dense": dense, "frozen": frozen}, model, trained)
+    stack = layers_of(nodes[0]) if layers is None else _given(layers, model)
+    trace = None if example is None else Trace(model, example)
+    kinds, spots, order = spots_of(nodes, places, stack, trace, is_ordered=layers is not None)
+    rest = "dense" if mode == "pretrain" or trains_for_peft(node.module for node in nodes) else "frozen"
 
-    roles = ("sampled", "dense", "frozen")
     groups: dict[str, dict[str, Any]] = {
-        role: {"params": [], "role": role, "modules": [], "layers": []} for role in roles
+        role: {"params": [], "role": role, "modules": [], "layers": []} for role in ("sampled", "dense", "frozen")
     }
     thawed: list[str] = []
-    for place, layer, lowest in zip(places, inside, _next_layers(inside), strict=True):
-        module: str | list[str] = place.name
+    found: list[Found] = []
+    for place, kind, spot in zip(places, kinds, spots, strict=True):
+        role, why = "sampled" if kind.is_matrix and spot.layer is not None else rest, spot.why
+        if id(place.param) in meant:
+            role = meant[id(place.param)]
+            why = f"named in {role}=[...]"
         if not place.param.is_floating_point():
-            role = "frozen"
-        elif id(place.param) in always_on:
-            role = "dense"
-        elif place.is_matrix and layer is not None:
-            role, module = "sampled", place.module
-            if place.is_stacked and experts == "each":
-                stem = place.name.rpartition(".")[0] or place.name
-                module = [f"{stem}.{expert}" for expert in range(len(place.param))]
-        else:
-            role = "dense" if mode == "pretrain" or is_adapted else "frozen"
-        group = groups[role if id(place.param) in trained else "frozen"]
+            role, why = "frozen", str(place.param.dtype).removeprefix("torch.")
+        modules: str | list[str] = place.name
+        if role == "sampled" and kind.what != EXPERTS:
+            modules = kind.module
+        elif role == "sampled" and experts == "each":
+            modules = [f"{kind.module}.{expert}" for expert in range(len(place.param))]
+        is_trained = id(place.param) in trained
+        group = groups[role if is_trained else "frozen"]
         if group["role"] == "frozen":
             thawed.append(role)
         group["params"].append((place.name, place.param))
-        group["modules"].append(module)
-        group["layers"].append(lowest)
+        group["modules"].append(modules)
+        # What is sampled against all appearance is a layer of its own.
+        group["layers"].append(place.name if role == "sampled" and spot.layer is None else spot.lowest)
+        found.append(
+            Found(
+                name=place.name,
+                param=place.param,
+                layer=spot.layer,
+                modules=(modules,) if isinstance(modules, str) else tuple(modules),
+                role=group["role"],
+                why=why if is_trained else f"you froze it ({why})",
+                stream=spot.flow.stream,
+                part=spot.flow.part,
+            )
+        )
     if not {"sampled", "dense"}.isdisjoint(thawed):
         groups["frozen"]["thawed"] = thawed
-    return [group for group in groups.values() if group["params"]]
+    _say([f for f in found if id(f.param) in trained and id(f.param) not in meant], nodes)
+    return Groups((group for group in groups.values() if group["params"]), found, order)
 
 
-@dataclass(frozen=True)
-class _Place:
-    """Where a parameter lies in the module tree.
-
-    Args:
-        name: Its first name in the model.
-        param: The parameter.
-        owner: The torch module it is an attribute of.
-        module: Name of the module it makes when sampled: its adapter's, or the owner's if that holds no other
-            matrix, else its own.
-        is_matrix: Whether it is sampled when it lies in a layer.
-        is_stacked: Whether it is the matrices of several experts, along the first axis.
-    """
-
-    name: str
-    param: nn.Parameter
-    owner: nn.Module
-    module: str
-    is_matrix: bool
-    is_stacked: bool
-
-
-def _places(model: nn.Module) -> Iterator[_Place]:
-    """Yield the place of every parameter once, in the order and under the names of `model.named_parameters()`."""
-    seen: set[int] = set()
-    adapters = _adapters(model)
-    for path, owner in model.named_modules():
-        own = list(owner.named_parameters(prefix=path, recurse=False))
-        stacked = {len(param) for _, param in own if _is_stacked(param, owner)}
-        alone = bool(own) and sum(param.ndim >= 2 for param in owner.parameters()) == 1
-        for name, param in own:
-            if id(param) in seen:
-                continue
-            seen.add(id(param))
-            # Beside the stacked matrices of E experts, a tensor of E rows is their biases.
-            vectors = param.ndim < 2 or (param.ndim == 2 and len(param) in stacked)
-            module = path if alone and path else name
-            is_matrix = not vectors and not isinstance(owner, _EMBEDDINGS)
-            if id(param) in adapters:
-                adapter = adapters[id(param)]
-                module, is_matrix = adapter or module, adapter is not None
-            is_stacked = id(param) not in adapters and _is_stacked(param, owner)
-            yield _Place(name, param, owner, module, is_matrix, is_stacked)
+def _meant(
+    lists: Mapping[str, Iterable[nn.Module | nn.Parameter]], model: nn.Module, trained: set[int]
+) -> dict[int, str]:
+    """Return the roles that the user gives to parameters, by their identity; those that may be trained are given."""
+    own: set[int] = set()
+    meant: dict[int, str] = {}
+    for role, entries in lists.items():
+        if isinstance(entries, (nn.Module, torch.Tensor, str)):
+            raise TypeError(f"{role} is a single {type(entries).__name__} and must be a list: write {role}=[...]")
+        for i, entry in enumerate(entries):
+            if not isinstance(entry, (nn.Module, nn.Parameter)):
+                raise TypeError(
+                    f"{role}[{i}] is {type(entry).__name__} and must be a module or a parameter of the model: pass "
+                    "the object itself, not its name"
+                )
+            params = list(entry.parameters()) if isinstance(entry, nn.Module) else [entry]
+            own = own or {id(param) for param in model.parameters()}
+            what = f"{role}[{i}], {type(entry).__name__} of {sum(param.numel() for param in params):,} elements,"
+            if any(id(param) not in own for param in params):
+                raise ValueError(f"{what} must lie in the model: take it from the one given to param_groups")
+            if role != "frozen" and trained.isdisjoint(map(id, params)):
+                raise ValueError(
+                    f"{what} must hold a parameter with requires_grad=True to train: set that, or leave it out"
+                )
+            for param in params:
+                if meant.setdefault(id(param), role) != role:
+                    raise ValueError(f"{what} must not be in {meant[id(param)]}, too: name it in one of the lists")
+    return meant
 
 
-def _adapters(model: nn.Module) -> dict[int, str | None]:
-    """Return the module that each tensor of an adapter makes, by its identity; None where several wrappers share it."""
-    names: dict[int, set[str]] = {}
-    for path, wrapper in _wrappers(model):
-        tensors = [
-            (adapter, param)
-            for name in wrapper.adapter_layer_names  # type: ignore[union-attr]
-            for adapter, part in getattr(wrapper, name, {}).items()
-            for param in (part.parameters() if isinstance(part, nn.Module) else [part])
-        ]
-        several = len({adapter for adapter, _ in tensors}) > 1
-        for adapter, param in tensors:
-            own = f"{path}.{adapter}" if path and several else path or adapter
-            names.setdefault(id(param), set()).add(own)
-    return {param: own.pop() if len(own) == 1 else None for param, own in names.items()}
-
-
-def _wrappers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Yield name and module of each of peft's layers, which hold the module that they adapt, from the outside in."""
-    for path, module in model.named_modules():
-        if _is_of_peft(module) and "base_layer" in module._modules:
-            yield path, module
-
-
-def _is_of_peft(module: nn.Module) -> bool:
-    """Whether a module is peft's: all of these say so which of their attributes hold an entry for each adapter."""
-    return hasattr(type(module), "adapter_layer_names")
-
-
-def _bare(module: nn.Module) -> nn.Module:
-    """Return the module that peft has wrapped, others as they are."""
-    while _is_of_peft(module):
-        inner = module._modules.get("base_layer", module._modules.get("original_module"))
-        if inner is None:
-            break
-        module = inner
-    return module
-
-
-def _is_stacked(param: nn.Parameter, owner: nn.Module) -> bool:
-    return param.ndim == 3 and len(param) > 1 and not isinstance(owner, _NOT_EXPERTS)
-
-
-def _layers_inside(places: Sequence[_Place], model: nn.Module) -> list[str | None]:
-    """Return the layer that each parameter lies in, None outside of them."""
-    layers: dict[int, str] = {}
-    for path, layer in _stacked_layers(model):
-        for part in layer.modules():
-            layers.setdefault(id(part), path)
-    if layers:
-        return [layers.get(id(place.owner)) for place in places]
-    wrapped: dict[int, str] = {}
-    for path, wrapper in _wrappers(model):
-        for part in wrapper.modules():
-            wrapped.setdefault(id(part), path)
-    # Without a stack, what lies beside a matrix, such as its bias and its adapters, lies in the same layer as it.
-    own = [wrapped.get(id(place.owner), place.module) for place in places]
-    for place, name in zip(places, own, strict=True):
-        if place.is_matrix:
-            layers.setdefault(id(place.owner), name)
-    return [name if place.is_matrix else layers.get(id(place.owner)) for place, name in zip(places, own, strict=True)]
-
-
-def _next_layers(inside: Sequence[str | None]) -> list[str | None]:
-    """Fill in the next layer for what lies outside; what lies behind the last keeps None."""
-    filled: list[str | None] = []
-    following = None
-    for layer in reversed(inside):
-        following = layer or following
-        filled.append(following)
-    return filled[::-1]
-
-
-def _stacked_layers(module: nn.Module, path: str = "", holds_adapters: bool = False) -> Iterator[tuple[str, nn.Module]]:
-    """Yield name and module of the elements of the outermost stacks, in registration order."""
-    stack = not holds_adapters and _is_stack(module)
-    for name, child in module.named_children():
-        child_path = f"{path}.{name}" if path else name
-        if stack and _can_be_layer(child):
-            yield child_path, child
-        else:
-            yield from _stacked_layers(child, child_path, _is_of_peft(module))
-
-
-def _is_stack(module: nn.Module) -> bool:
-    """Whether this container is a stack of layers.
-
-    In it, layers of one class repeat, or it holds nothing but layers, perhaps only one. A ModuleDict, or a
-    Sequential where none repeat, may also hold towers, or a backbone and a head: where something repeats
-    beneath, that is the stack.
-    """
-    if not isinstance(module, _CONTAINERS):
-        return False
-    children = list(module.children())
-    repeats = _repeats(module)
-    if not repeats and not (children and all(map(_can_be_layer, children))):
-        return False
-    may_wrap = isinstance(module, nn.ModuleDict) or (isinstance(module, nn.Sequential) and not repeats)
-    return not may_wrap or not any(_repeats(part) for child in children for part in child.modules())
-
-
-def _repeats(module: nn.Module) -> bool:
-    if not isinstance(module, _CONTAINERS):
-        return False
-    classes = [type(_bare(child)) for child in module.children() if _can_be_layer(child)]
-    return len(set(classes)) < len(classes)
-
-
-def _can_be_layer(module: nn.Module) -> bool:
-    module = _bare(module)
-    if isinstance(module, ParametrizationList) or next(module.children(), None) is None:
-        return False
-    return any(param.ndim >= 2 for param in module.parameters())
-
-
-def _always_on(dense: Iterable[nn.Module | nn.Parameter], model: nn.Module, trained: set[int]) -> set[int]:
-    """Return the identities of the parameters that `dense` names; those that the user wants trained are given."""
-    if isinstance(dense, (nn.Module, torch.Tensor, str)):
-        raise TypeError(f"dense is a single {type(dense).__name__} and must be a list: write dense=[...]")
-    own = {id(param) for param in model.parameters()}
-    named: set[int] = set()
-    for i, entry in enumerate(dense):
-        if not isinstance(entry, (nn.Module, nn.Parameter)):
-            raise TypeError(
-                f"dense[{i}] is {type(entry).__name__} and must be a module or a parameter of the model: pass "
-                "the object itself, not its name"
-            )
-        params = list(entry.parameters()) if isinstance(entry, nn.Module) else [entry]
-        what = f"dense[{i}], {type(entry).__name__} of {sum(param.numel() for param in params):,} elements,"
-        if any(id(param) not in own for param in params):
-            raise ValueError(f"{what} must lie in the model: take it from the one given to param_groups")
-        if trained.isdisjoint(map(id, params)):
+def _given(layers: Iterable[nn.Module], model: nn.Module) -> list[Layer]:
+    """Return the layers that the user names."""
+    names = {id(module): name for name, module in model.named_modules(remove_duplicate=False)}
+    found = []
+    for i, module in enumerate(layers):
+        if not isinstance(module, nn.Module):
+            raise TypeError(f"layers[{i}] is {type(module).__name__} and must be a module of the model")
+        if not names.get(id(module)):
             raise ValueError(
-                f"{what} must hold a parameter with requires_grad=True to train: set that, or leave it out"
+                f"layers[{i}], {type(module).__name__}, must lie in the model: take it from the one given to "
+                "param_groups"
             )
-        named.update(map(id, params))
-    return named
+        found.append(Layer(names[id(module)], module, ""))
+    return found
+
+
+def _say(found: Sequence[Found], nodes: Sequence[Node]) -> None:
+    """Warn of what is frozen, and the user may not expect."""
+    if odd := [f.name for f in found if f.param.is_complex()]:
+        warn(
+            f"{odd[0]}{f' and {len(odd) - 1} other tensors' if len(odd) > 1 else ''}: MISA trains real tensors; "
+            "complex ones are frozen, so train them with another optimizer, or as their real and imaginary parts"
+        )
+    ends = [f for f in found if f.role == "frozen" and f.why in (BEFORE, BEHIND)]
+    # The output head is expected.
+    vocabularies = {node.module.num_embeddings for node in nodes if isinstance(node.module, nn.Embedding)}
+    ends = [f for f in ends if f.why == BEFORE or vocabularies.isdisjoint(f.param.shape)]
+    if ends and ends[-1].why == BEHIND:
+        ends.pop()
+    share = sum(f.param.numel() for f in ends) / (sum(f.param.numel() for f in found) or 1)
+    if share > _MUCH:
+        largest = max(ends, key=lambda f: f.param.numel())
+        warn(
+            f"param_groups freezes {len(ends)} matrices outside of the layers, {share:.0%} of the model, the largest "
+            f"{largest.name}, which stands {largest.why}: name what is to be trained in sampled=[...] or dense=[...], "
+            "or what is meant to be frozen in frozen=[...]"
+        )
