@@ -29,7 +29,9 @@ from misa_kernels.trained import Trained
 NUMBERS = tuple(field.name for field in fields(Clock))
 STORED = ("state_dtype", "param_precision")
 GIVEN = ("inner_steps", "sampler", "delta")
-POSITION = (*NUMBERS, *STORED, *GIVEN)
+# The layers in the order in which they were seen to run, where their registration does not tell.
+ORDER = "layer_order"
+POSITION = (*NUMBERS, *STORED, *GIVEN, ORDER)
 # The other reason of several differences, and its remedy.
 CHANGED = (
     "; or, if layers were frozen or thawed in mid-run, construct MISA with the flags of the first time, repeat that "
@@ -37,7 +39,9 @@ CHANGED = (
 )
 
 
-def write(state_dict: dict[str, Any], trained: Trained, clock: Clock, given: Sequence[Any]) -> None:
+def write(
+    state_dict: dict[str, Any], trained: Trained, clock: Clock, given: Sequence[Any], order: Sequence[str] | None
+) -> None:
     """Make a state dict, as torch makes it, independent of the arena, and add the position of the run.
 
     Args:
@@ -45,6 +49,7 @@ def write(state_dict: dict[str, Any], trained: Trained, clock: Clock, given: Seq
         trained: The live state.
         clock: The position, with all steps skipped so far.
         given: What the run was given, in the order of `GIVEN`.
+        order: The layers as they run, where more than their registration tells.
     """
     state_dict["state"] = trained.to_save(state_dict["state"])
     for group in state_dict["param_groups"]:
@@ -55,6 +60,7 @@ def write(state_dict: dict[str, Any], trained: Trained, clock: Clock, given: Seq
         asdict(clock),
         **dict(zip(STORED, (stored.state_dtype, stored.param_precision), strict=True)),
         **dict(zip(GIVEN, given, strict=True)),
+        **({} if order is None else {ORDER: list(order)}),
     )
 
 
@@ -69,6 +75,7 @@ class Saved:
         hyperparameters: What its groups hold beside parameters and position, copied.
         active: int64[k], numbers of the active modules, ascending.
         scores: One number a module of what is known of it, by the names in `SCORES`.
+        order: The layers as they were seen to run; None if it has none of them.
     """
 
     position: dict[str, Any]
@@ -77,6 +84,7 @@ class Saved:
     hyperparameters: list[dict[str, Any]]
     active: npt.NDArray[np.int64]
     scores: dict[str, npt.NDArray[Any]]
+    order: list[str] | None
 
     def warn_of_differences(self, storage: Storage, given: Sequence[Any], made: str) -> None:
         """Say what of the run is not as it is given here, and holds all the same.
@@ -127,7 +135,7 @@ def read(saved: Mapping[str, Any], groups: Sequence[dict[str, Any]], layout: Lay
         kept = {name: _number(value) for name, value in saved_group.items() if name not in ("params", *POSITION)}
         check_hyperparameters({**group, **kept})
         hyperparameters.append(copy.deepcopy(kept))
-    return Saved(position, storage, own, hyperparameters, active, values)
+    return Saved(position, storage, own, hyperparameters, active, values, position.get(ORDER))
 
 
 def _number(value: Any) -> Any:

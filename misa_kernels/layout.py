@@ -42,6 +42,7 @@ class Layout:
         storage: How state is stored.
         chosen: Whether the user wants each parameter trained.
         counted: Whether it belongs to N.
+        order: Names of layers in the order in which they run, as far as it is known.
 
     Attributes:
         partition: Modules, dense tensors, N and the budget.
@@ -67,9 +68,10 @@ class Layout:
         storage: Storage,
         chosen: Sequence[bool],
         counted: Sequence[bool],
+        order: Sequence[str] = (),
     ) -> None:
         params: list[Tensor] = [param for group in groups for param in group["params"]]
-        found = partition(groups, options.delta, sampler.granularity, sampler.oversized, chosen, counted)
+        found = partition(groups, options.delta, sampler.granularity, sampler.oversized, chosen, counted, order)
         check_trainable(found, storage)
         check_sharded(params, found, storage, options.release_gradients)
         self.partition = found

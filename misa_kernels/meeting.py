@@ -73,6 +73,10 @@ class Meeting:
             "model in DistributedDataParallel(find_unused_parameters=True) before MISA freezes any of it",
         )
 
+    def share(self, own: str) -> str:
+        """Return what the first rank gave of what each of them knows."""
+        return self._agreement.share("the order of the layers", own)
+
     def compare_draw(self, active: Ints, partition: Partition, round: int) -> None:
         """Compare the active set of a round."""
         self._agreement.check(

@@ -125,7 +125,7 @@ class MISA(Interface):
         known: tuple[Sequence[bool], Sequence[bool]] | None = None,
     ) -> None:
         torch.optim.Optimizer.__init__(self, copied_groups(params), defaults)
-        self._run = Run(self.param_groups, options, known)
+        self._run = Run(self.param_groups, options, known, getattr(params, "order", None))
         # Of an optimizer that nobody holds any more the model shows nothing.
         weakref.finalize(self, self._run.abandon).atexit = False
         self.register_state_dict_pre_hook(lambda optimizer: cast(MISA, optimizer)._run.prepare_to_save())
@@ -262,7 +262,8 @@ def end_round(run: Run) -> None:
     run.flags.compare(is_idle=not had_gradients)
     # Where nothing of what is drawn may be trained, the round goes on for another one.
     is_held, layout, before = run.flags.is_suspended, None, run.layout.places_of(run.active.tolist())
-    if run.flags.due and not is_held:
+    is_due = run.learn_order() or run.flags.due
+    if is_due and not is_held:
         layout = run.lay_out_anew()
         is_held = layout is None
     if layout is not None:

@@ -20,7 +20,8 @@ from torch import Tensor
 from misa_kernels import checkpoint, kernels, options
 from misa_kernels.clock import Clock
 from misa_kernels.draw.coverage import LONGEST_ROUND, Coverage, modules_a_round, most_modules_a_round, round_length
-from misa_kernels.draw.rehearsal import costliest
+from misa_kernels.draw.order import Order
+from misa_kernels.draw.rehearsal import costliest, kept_inputs
 from misa_kernels.draw.sampler import Draw, ImportanceSampler, Sampler, checked, described
 from misa_kernels.draw.scores import Ints
 from misa_kernels.layout import SCORES, Layout, form_of
@@ -32,7 +33,7 @@ from misa_kernels.outside.notices import warn
 from misa_kernels.outside.recompiles import Recompiles
 from misa_kernels.outside.state import State
 from misa_kernels.outside.tracing import not_traced, refuse_capture
-from misa_kernels.ranks.agreement import refuse_engines
+from misa_kernels.ranks.agreement import refuse_engines, together
 from misa_kernels.scores import Scores
 from misa_kernels.trained import Trained
 
@@ -47,6 +48,7 @@ class Run:
         groups: The optimizer's live `param_groups`.
         given: Its other arguments.
         known: The user's flags, see `Flags`.
+        order: What `param_groups` knows of the order of the layers.
 
     Attributes:
         groups: As given.
@@ -56,6 +58,7 @@ class Run:
         inner_steps: Steps T in a round.
         clock: The position.
         flags: Who set `requires_grad`.
+        order: What is known of the order of the layers.
         layout: What can be drawn.
         scores: What is known of it.
         trained: What is trained now, with its state.
@@ -73,8 +76,10 @@ class Run:
         groups: list[dict[str, Any]],
         given: options.Options,
         known: tuple[Sequence[bool], Sequence[bool]] | None = None,
+        order: Order | None = None,
     ) -> None:
         self.groups = groups
+        self.order = Order() if order is None else order
         self.given = given
         self.sampler: Sampler = ImportanceSampler() if given.sampler is None else given.sampler
         self.storage = Storage(given.state_dtype, given.param_precision)
@@ -104,6 +109,7 @@ class Run:
         if given.total_steps is not None and (short := self.coverage(given.total_steps).advice) is not None:
             warn(short)
         self.flags.hold(self)
+        self.order.watch()
         self._hook()
         self.scores.show(self.trained.state)
         self.show(draw.active)
@@ -111,7 +117,8 @@ class Run:
 
     def _lay_out(self) -> Layout:
         flags = self.flags
-        return Layout(self.groups, self.given, self.sampler, self.storage, flags.chosen, flags.counted)
+        known = self.order.names if self.order.is_told else ()
+        return Layout(self.groups, self.given, self.sampler, self.storage, flags.chosen, flags.counted, known)
 
     def _resolve_inner_steps(self) -> int:
         inner_steps, total_steps = self.given.inner_steps, self.given.total_steps
@@ -208,9 +215,14 @@ class Run:
     def costliest(self) -> Ints:
         """Return the admissible set that should need the most memory."""
         partition, sampler = self.layout.partition, self.sampler
-        width = np.array([module.width for module in partition.modules])
         window, quota = sampler.depth_window, sampler.max_per_layer
-        return costliest(self.scores.candidates, width, partition.budget, window, quota)
+        first: list[int] = []
+        if not self.order.is_known:
+            # Any of the stacks may run first, and with it a window.
+            first = [partition.layers.index(name) for name in self.order.first if name in partition.layers]
+            window = None
+        width, source = kept_inputs(partition, self.order.inputs)
+        return costliest(self.scores.candidates, width, partition.budget, window, quota, source, first)
 
     def show(self, active: Ints) -> None:
         """Make a set the active one for all that look: toggle `requires_grad`, show what is active."""
@@ -246,6 +258,8 @@ class Run:
         now = [param for group in self.groups for param in group["params"]]
         is_same = len(now) == len(before) and all(map(is_, now, before))
         is_due = self.flags.due and not self.clock.steps
+        if self.order.is_pending and together(self.given.process_group, before) is None:
+            is_due |= self.order.learn()
         if is_same and form_of(now) == self.layout.form and not is_due:
             return
         if not is_same:
@@ -264,6 +278,12 @@ class Run:
         else:
             self.settle(self.staying(places), self.costliest() if self._is_rehearsed else draw.active)
         self.record(draw)
+
+    def learn_order(self) -> bool:
+        """Take over how the layers were seen to run, on all ranks as on the first; whether that is news."""
+        if not self.order.is_pending:
+            return False
+        return self.order.learn() if self.meeting is None else self.order.learn(self.meeting.share)
 
     def lay_out_anew(self) -> Layout | None:
         """Return the layout of what the user wants trained now; None if there is none, as when all of it is frozen."""
@@ -373,6 +393,7 @@ class Run:
 
     def _end(self, why: str, is_late: bool = False) -> None:
         self.ended = why
+        self.order.close()
         for handle in self._hooks.values():
             handle.remove()
         self.trained.forget()
@@ -393,7 +414,8 @@ class Run:
     def complete(self, state_dict: dict[str, Any]) -> None:
         """Make a state dict, as torch makes it, independent of the arena, and add the position of the run."""
         clock = replace(self.clock, skipped_steps=self.skipped_steps)
-        checkpoint.write(state_dict, self.trained, clock, self._described())
+        order = self.order.names if self.order.is_told else None
+        checkpoint.write(state_dict, self.trained, clock, self._described(), order)
 
     def _described(self) -> tuple[int, str, float]:
         return self.inner_steps, described(self.sampler), float(self.given.delta)
@@ -407,6 +429,8 @@ class Run:
         refuse_capture("load_state_dict()")
         self.follow()
         saved = checkpoint.read(state_dict, self.groups, self.layout, self.scores)
+        if saved.order is not None and saved.order != self.order.names:
+            self._reorder(saved.order)
         made = f" ('auto' with total_steps={self.given.total_steps})" if self.given.inner_steps == "auto" else ""
         saved.warn_of_differences(self.storage, self._described(), made)
 
@@ -419,6 +443,13 @@ class Run:
         self.scores.show(self.trained.state)
         self.show(saved.active)
         self.record(self.draw())
+
+    def _reorder(self, names: Sequence[str]) -> None:
+        """Number the layers as another run has seen them run; modules and state stay as they are."""
+        self.order.take(names)
+        places = self.layout.places_of(self.active.tolist())
+        self.move(self._lay_out())
+        self.settle(places, self.active)
 
     def to_copy(self, state_dict: Callable[[], dict[str, Any]]) -> tuple[Any, ...]:
         """Return what `resume_copy` needs: flags, whether the run was rehearsed, and its state unless it has ended."""

@@ -6,6 +6,9 @@ from collections.abc import Iterable, Iterator
 
 from torch import nn
 
+# Where a model of peft keeps what it was made with.
+_CONFIGS = {"peft_config", "_peft_config"}
+
 
 def is_of_peft(module: nn.Module) -> bool:
     """Whether a module wraps another for peft: all of these say which of their attributes hold an entry an adapter."""
@@ -48,4 +51,4 @@ def adapters(modules: Iterable[tuple[str, nn.Module]]) -> dict[int, str | None]:
 
 def trains_for_peft(modules: Iterable[nn.Module]) -> bool:
     """Whether peft has chosen what is trained: by adapters in a model, or by a prompt in front of it."""
-    return any(is_of_peft(module) or "peft_config" in module.__dict__ for module in modules)
+    return any(is_of_peft(module) or not _CONFIGS.isdisjoint(module.__dict__) for module in modules)

@@ -5,11 +5,13 @@ Registration tells only of layers in one stack. For others an example is run, or
 
 from __future__ import annotations
 
+import json
 import weakref
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from types import MappingProxyType
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -52,7 +54,7 @@ class Order:
     """The layers of a model in the order in which they run, as far as that is known.
 
     Args:
-        model: The model.
+        model: The model; None where nothing is known of one.
         layers: Names and modules of its layers, as they are registered.
         stacks: Name of the stack of each; one stack runs in its order.
         is_known: Whether `layers` are in the order in which they run.
@@ -60,28 +62,35 @@ class Order:
             the sake of the weight alone.
 
     Attributes:
-        names: The layers in order.
-        is_known: Whether that is how they run, as far as anybody can tell.
+        names: The layers, in order as far as it is known.
+        is_known: Whether they run like that, as far as anybody can tell.
+        is_told: Whether more than their registration says so.
         inputs: As given.
     """
 
     def __init__(
         self,
-        model: nn.Module,
-        layers: Mapping[str, nn.Module],
-        stacks: Mapping[str, str],
+        model: nn.Module | None = None,
+        layers: Mapping[str, nn.Module] = MappingProxyType({}),
+        stacks: Mapping[str, str] = MappingProxyType({}),
         is_known: bool = False,
-        inputs: Mapping[str, tuple[int, int]] | None = None,
+        inputs: Mapping[str, tuple[int, int]] = MappingProxyType({}),
     ) -> None:
         self.names = list(layers)
+        self.is_told = is_known
         self.is_known = is_known or len(set(stacks.values())) < 2
-        self.inputs = dict(inputs or {})
+        self.inputs = dict(inputs)
         self._stacks = dict(stacks)
-        self._model = weakref.ref(model)
+        self._model = None if model is None else weakref.ref(model)
         self._modules = {name: weakref.ref(module) for name, module in layers.items()}
         self._calls: _Calls | None = None
         self._handles: list[Any] = []
         self._rounds = 0
+
+    @property
+    def is_pending(self) -> bool:
+        """Whether the model is watched."""
+        return self._calls is not None
 
     @property
     def first(self) -> list[str]:
@@ -93,7 +102,7 @@ class Order:
 
     def watch(self) -> None:
         """Have the model's forward passes note the layers that they run, until all have run or `close`."""
-        model = self._model()
+        model = None if self._model is None else self._model()
         if self.is_known or self._handles or model is None:
             return
         self._calls = calls = _Calls()
@@ -105,21 +114,33 @@ class Order:
                 self._handles.append(module.register_forward_pre_hook(hook))
         weakref.finalize(self, _remove, self._handles).atexit = False
 
-    def learn(self) -> bool:
-        """Take over what the forward passes since the last call have shown; whether that changes the order."""
+    def learn(self, share: Callable[[str], str] = str) -> bool:
+        """Take over what the forward passes since the last call have shown; whether that changes the order.
+
+        Args:
+            share: Returns to each of several ranks what the first of them gave.
+        """
         if self._calls is None:
             return False
         self._calls.begin()
         calls, self._calls.most = self._calls.most, {}
         self._rounds += bool(calls)
-        if len(calls) == len(self.names) or self._rounds >= _ROUNDS:
+        is_all = len(calls) == len(self.names) or self._rounds >= _ROUNDS
+        known = json.dumps([merged(self.names, calls), is_all, bool(calls)])
+        names, is_all, is_seen = cast(tuple[list[str], bool, bool], json.loads(share(known)))
+        before, self.names = self.names, names
+        self.is_told |= is_seen
+        if is_all:
+            self.is_known = True
             self.close()
-        before, self.names = self.names, merged(self.names, calls)
-        return self.names != before
+        return names != before
+
+    def take(self, names: Sequence[str]) -> None:
+        """Take over the order that another run has learned."""
+        self.names, self.is_told = list(names), True
 
     def close(self) -> None:
         """Watch no longer."""
-        self.is_known |= self._calls is not None and self._rounds > 0
         self._calls = None
         _remove(self._handles)
 

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from torch import nn
 
+from misa_kernels.draw.order import merged
 from misa_kernels.outside.notices import names_of
 from misa_kernels.ranks.shards import is_sharded, local
 
@@ -98,6 +99,7 @@ def partition(
     oversized: Literal["error", "split"],
     chosen: Sequence[bool] | None = None,
     counted: Sequence[bool] | None = None,
+    order: Sequence[str] = (),
 ) -> Partition:
     """Cut param groups into modules, and sort out what is dense or frozen.
 
@@ -111,6 +113,7 @@ def partition(
         oversized: What becomes of a module larger than the budget: "error", or "split" into row blocks.
         chosen: Whether the user wants each parameter trained, by its position; None: its `requires_grad`.
         counted: Whether it belongs to N; None: as `chosen`.
+        order: Names of layers in the order in which they run, where that is known; others follow those before them.
 
     Returns:
         The partition. No parameter is changed.
@@ -124,7 +127,7 @@ def partition(
     params = [param for group in groups for param in group["params"]]
     chosen = [param.requires_grad for param in params] if chosen is None else chosen
     members = list(_members(groups, delta, chosen))
-    layers = _layer_order(members, groups)
+    layers = merged(_layer_order(members, groups), {layer: number for number, layer in enumerate(order)})
     position = {layer: number for number, layer in enumerate(layers)}
     counts = chosen if counted is None else counted
     total_numel = sum(member.block.stop for member in members if counts[member.block.index])

@@ -2,21 +2,58 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from typing import Any
+
 import numpy as np
 
+from misa_kernels.draw.partition import Partition
 from misa_kernels.draw.sampler import check_layers, pack, windows
 from misa_kernels.draw.scores import Candidates, Ints
 
 
+def kept_inputs(partition: Partition, inputs: Mapping[str, tuple[int, int]]) -> tuple[Ints, Ints | None]:
+    """Return how much of its input each candidate keeps for backward, and which candidates keep the same.
+
+    Args:
+        partition: The candidates are its modules.
+        inputs: What an example has shown, see `Order`. Without, a candidate keeps its longest last axis a token.
+
+    Returns:
+        int64[B], elements, and int64[B], the number of the input, or None without an example.
+    """
+    width = [module.width for module in partition.modules]
+    if not inputs:
+        return np.array(width, dtype=np.int64), None
+    seen = [
+        [inputs[name] for block in module.blocks if (name := partition.names[block.index]) in inputs]
+        for module in partition.modules
+    ]
+    # Of a matrix that no module of its own holds, the example shows nothing.
+    tokens = float(np.median([sum(dict(own).values()) / width[b] for b, own in enumerate(seen) if own] or [1.0]))
+    keys: list[tuple[int, ...]] = []
+    for b, own in enumerate(seen):
+        width[b] = sum(dict(own).values()) if own else round(width[b] * tokens)
+        keys.append(tuple(dict(own)) if own else (-1 - b,))
+    numbers = {key: number for number, key in enumerate(dict.fromkeys(keys))}
+    return np.array(width, dtype=np.int64), np.array([numbers[key] for key in keys], dtype=np.int64)
+
+
 def costliest(
-    candidates: Candidates, width: Ints, budget: int, depth_window: int | None, max_per_layer: int | None = None
+    candidates: Candidates,
+    width: Ints,
+    budget: int,
+    depth_window: int | None,
+    max_per_layer: int | None = None,
+    source: Ints | None = None,
+    first: Sequence[int] = (),
 ) -> Ints:
     """Return the admissible set that should need the most memory, to rehearse the peak.
 
     The model, in order of weight. Everything above the lowest active layer keeps its activations: a smallest
     candidate of the lowest layer comes first (with a depth window, all come from the window that holds this
-    layer). An active candidate keeps its input, `width` numbers a token, and candidates of one layer with one
-    width mostly share it (q, k, v): then one candidate per input, by width per parameter. Gradients and states go
+    layer), or one of each that may be the lowest. An active candidate keeps its input, unless that is kept anyway, and
+    some share it (q, k, v): then one candidate per input, by width per parameter. Gradients and states go
     by size: the largest fill the rest, among equals the last registered, whose input is the likeliest to be
     one of its own (the output projection of attention). Being greedy, the kept widths fall short of the best
     set's, by less than twice the largest width. Where `max_per_layer` leaves budget over, that goes into wider or
@@ -24,10 +61,12 @@ def costliest(
 
     Args:
         candidates: All candidates; importance and last_round have no effect.
-        width: int64[B], input features of the candidate.
+        width: int64[B], how much of its input a candidate keeps; in any unit.
         budget: Upper bound on the parameters of the set.
         depth_window: The sampler's.
         max_per_layer: The sampler's.
+        source: int64[B], number of that input; None: what lies in one layer and is equally wide reads the same.
+        first: Layers of which any may be the lowest, where that is not known.
 
     Returns:
         int64[k], candidate numbers, ascending.
@@ -41,13 +80,16 @@ def costliest(
     largest = eligible[np.lexsort((-eligible, -numel[eligible]))]
     # Among equals the widest first, or narrow inputs would run out and leave room for shared ones only.
     densest = eligible[np.lexsort((-width[eligible], -width[eligible] / numel[eligible]))]
-    inputs: dict[tuple[int, int], int] = {}
-    for b in densest.tolist():
+    inputs: dict[Any, int] = {}
+    for b in densest[width[densest] > 0].tolist():
         # Nothing is known to be shared in an unknown layer: there each candidate is a layer of its own.
-        inputs.setdefault((int(layer[b]) if layer[b] >= 0 else -1 - b, int(width[b])), b)
-    lowest = densest[layer[densest] == layer[layer >= 0].min(initial=layer.max())]
-    reach = lowest[np.argsort(numel[lowest], kind="stable")][:1]
-    order = np.concatenate([reach, [*inputs.values()], largest])
+        own = (int(layer[b]) if layer[b] >= 0 else -1 - b, int(width[b])) if source is None else int(source[b])
+        inputs.setdefault(own, b)
+    reach = []
+    for number in first or [layer[layer >= 0].min(initial=layer.max())]:
+        lowest = densest[layer[densest] == number]
+        reach += lowest[np.argsort(numel[lowest], kind="stable")][:1].tolist()
+    order = np.array([*reach, *inputs.values(), *largest], dtype=np.int64)
     active = pack(order, candidates, budget, max_per_layer)
     if max_per_layer is not None:
         active = _widen(active, eligible, candidates, width, budget)

@@ -114,6 +114,10 @@ class Agreement:
         time.sleep(LINGER)
         raise RuntimeError(f"{what} must be the same on all ranks, and there is {difference}: {remedy}")
 
+    def share(self, what: str, own: str) -> str:
+        """Return what the first rank gives; each gives something."""
+        return self._gather(what, own)[1][0]
+
     def _gather(self, what: str, own: str) -> tuple[int, list[str]]:
         """Return how many times this rank has come, and what every rank gave."""
         store, size = self._store, len(self._ranks)
