@@ -35,6 +35,7 @@ SWITCH_ENCODER = [*T5_ATTENTION, *(f"layer.1.mlp.{name}" for name in SWITCH)]
 SWITCH_DECODER = [*T5_DECODER[:8], *(f"layer.2.mlp.{name}" for name in SWITCH)]
 EXPERTS = ["mlp.experts.0", "mlp.experts.1", "mlp.experts.2"]
 RESNET = ["layer.0.convolution", "layer.1.convolution"]
+POSITIONS = "wav2vec2.encoder.pos_conv_embed.conv"
 MAMBA = ["mixer.A_log", "mixer.conv1d", "mixer.in_proj", "mixer.x_proj", "mixer.dt_proj", "mixer.out_proj"]
 
 
@@ -238,8 +239,8 @@ MODELS = {
         stack("encoder.block", T5_ENCODER) | stack("decoder.block", T5_DECODER),
         1 + (1 + 2 + 1) + (1 + 3 + 1),
     ),
-    # Vision: class, patch and position embedding, first norm; 6 biases and 2 norms a layer; last norm. Of the projector,
-    # which lies between layers, the biases.
+    # Vision: class, patch and position embedding, first norm; 6 biases and 2 norms a layer; last norm. Two biases of
+    # the projector, which lies between layers.
     "LLaVA": Expected(
         llava,
         stack("model.vision_tower.encoder.layers", CLIP, CLIP)
@@ -332,12 +333,12 @@ MODELS = {
         2 * 4 + 2,
         {"backbone.embeddings.weight": "backbone.layers.0", "backbone.norm_f.weight": None},
     ),
-    # The projection lies between the stacks. The weight-normed convolution behind it is registered there, too, but at
-    # these sizes it consists of a vector and a tensor that its class does not explain.
+    # Between the stacks lie a projection and a weight-normed convolution, whose norms are a vector.
     "wav2vec 2.0": Expected(
         wav2vec2,
         stack("wav2vec2.feature_extractor.conv_layers", ["conv"], ["conv"])
         | {"wav2vec2.feature_projection.projection": [""]}
+        | {POSITIONS: ["parametrizations.weight"]}
         | stack(
             "wav2vec2.encoder.layers",
             *2
@@ -346,10 +347,10 @@ MODELS = {
                 + ["feed_forward.intermediate_dense", "feed_forward.output_dense"]
             ],
         ),
-        1 + 2 + 3 + 3 + 2 + 2 * 10 + 2,
+        1 + 2 + 3 + 2 + 2 + 2 * 10 + 2,
         {
             "wav2vec2.feature_extractor.conv_layers.0.layer_norm.weight": "wav2vec2.feature_extractor.conv_layers.0",
-            "wav2vec2.encoder.pos_conv_embed.conv.parametrizations.weight.original1": "wav2vec2.encoder.layers.0",
+            f"{POSITIONS}.parametrizations.weight.original0": POSITIONS,
             "lm_head.bias": None,
         },
     ),

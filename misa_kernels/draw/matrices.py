@@ -57,6 +57,12 @@ def is_vector(param: Tensor) -> bool:
     return len(shape) < 2 or not (min(shape) > 1 or sum(size > 1 for size in shape) > 1)
 
 
+def is_norm(module: nn.Module) -> bool:
+    """Whether a module is one of torch's norms, or holds vectors alone, as others' do."""
+    axes = [param.ndim for param in module._parameters.values() if param is not None]
+    return max(axes) == 1 if axes else isinstance(module, _NORMS)
+
+
 def is_known(module: nn.Module) -> bool:
     """Whether a module's class tells what its tensors are."""
     return isinstance(module, (nn.Linear, _ConvNd, nn.RNNBase, nn.Bilinear, *_EMBEDDINGS, *_NORMS, ParametrizationList))
@@ -82,7 +88,14 @@ def matrices_of(module: nn.Module) -> dict[str, Widths]:
         is_linear = not module._modules and isinstance(reads, int) and isinstance(writes, int)
         return {"": _widths(reads, writes)} if is_linear else {}
     vectors = {param.numel() for param in own.values() if param.ndim == 1}
-    return {name: _guessed(param, vectors) for name, param in own.items() if not is_vector(param)}
+    return {
+        name: _guessed(param, vectors) for name, param in own.items() if not is_vector(param) and not _is_row(param)
+    }
+
+
+def _is_row(param: Tensor) -> bool:
+    """Whether a tensor has an axis for the batch, as what is added to the input or put before it has."""
+    return param.ndim > 2 and len(param) == 1
 
 
 @lru_cache(maxsize=4096)

@@ -111,7 +111,7 @@ def _kinds_of_owner(
         elif name in experts:
             yield Kind(experts[name], _stem(place, own, experts) if experts[name] == EXPERTS else module, widths)
         elif widths is None:
-            yield Kind("vector" if is_vector(param) else "scale of several axes", module)
+            yield Kind("vector" if is_vector(param) else "table", module)
         elif not is_own and _is_table(param, beside.widths(owner)):
             yield Kind("table of positions or biases", module)
         else:
@@ -150,8 +150,10 @@ def _experts(own: Sequence[Place], beside: _Beside) -> dict[str, str]:
             continue
         found |= dict.fromkeys((place.own_name for place in stacked), EXPERTS)
         found |= dict.fromkeys((place.own_name for place in tables), "bias of experts")
-        # Either all of the matrices have a bias or none has; what is beyond that routes.
-        routers = len(tables) - several if len(tables) >= several else len(tables)
+        # Either all of the matrices have a bias or none has, unless the router is known; what is beyond that routes.
+        routers = (
+            0 if beside.known_rows(own[0].owner)[size] else len(tables) - (several if len(tables) >= several else 0)
+        )
         lengths = Counter(place.param.shape[1] for place in tables)
         likely = sorted(tables, key=lambda place: -lengths[place.param.shape[1]])
         found |= {place.own_name: MATRIX for place in likely[:routers]}
@@ -165,7 +167,7 @@ class _Beside:
         self._nodes, self._layers = nodes, layers
         self._modules: dict[str | None, list[nn.Module]] = {}
         self._embeddings: set[int] = set()
-        self._found: dict[str | None, tuple[set[int], set[int], Counter[int]]] = {}
+        self._found: dict[str | None, tuple[set[int], set[int], Counter[int], Counter[int]]] = {}
 
     def widths(self, owner: nn.Module) -> set[int]:
         """Return the widths between which known modules map there, and the lengths of vectors and of embeddings."""
@@ -175,11 +177,15 @@ class _Beside:
         """Return the widths that known modules read there, and those of norms and of embeddings."""
         return self._at(owner)[1]
 
+    def known_rows(self, owner: nn.Module) -> Counter[int]:
+        """Return how many matrices of known modules write each width there."""
+        return self._at(owner)[3]
+
     def rows(self, owner: nn.Module) -> Counter[int]:
         """Return how many matrices may write each width there."""
         return self._at(owner)[2]
 
-    def _at(self, owner: nn.Module) -> tuple[set[int], set[int], Counter[int]]:
+    def _at(self, owner: nn.Module) -> tuple[set[int], set[int], Counter[int], Counter[int]]:
         if not self._modules:
             for module in (node.module for node in self._nodes):
                 self._modules.setdefault(self._layers.get(id(module)), []).append(module)
@@ -190,14 +196,15 @@ class _Beside:
             self._found[layer] = self._look(self._modules[layer])
         return self._found[layer]
 
-    def _look(self, modules: Sequence[nn.Module]) -> tuple[set[int], set[int], Counter[int]]:
-        widths, read, rows = set(self._embeddings), set(self._embeddings), Counter[int]()
+    def _look(self, modules: Sequence[nn.Module]) -> tuple[set[int], set[int], Counter[int], Counter[int]]:
+        widths, read = set(self._embeddings), set(self._embeddings)
+        rows, known_rows = Counter[int](), Counter[int]()
         for module in modules:
             known = matrices_of(module).values() if is_known(module) else ()
             for found in known:
                 widths |= found.reads | found.writes
                 read |= found.reads
-                rows.update(found.writes)
+                known_rows.update(found.writes)
             own = [param for param in module._parameters.values() if param is not None]
             vectors = {len(param) for param in own if param.ndim == 1}
             widths |= vectors
@@ -205,4 +212,4 @@ class _Beside:
                 read |= vectors
             if not is_known(module):
                 rows.update(len(param) for param in own if param.ndim == 2)
-        return widths, read, rows
+        return widths, read, rows + known_rows, known_rows

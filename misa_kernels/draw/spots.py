@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
-from torch.nn.modules.conv import _ConvNd
 
 from misa_kernels.draw.adapters import wrappers
 from misa_kernels.draw.matrices import Widths, is_known
 from misa_kernels.draw.order import Order, Trace
-from misa_kernels.draw.roles import EXPERTS, MATRIX, Kind, Place, kinds_of
+from misa_kernels.draw.roles import EMBEDDING, EXPERTS, MATRIX, Kind, Place, kinds_of
 from misa_kernels.draw.streams import NONE, Flow, Linear, flows
 from misa_kernels.draw.tree import Layer, Node
 
@@ -110,45 +109,56 @@ def _beside(
     outside = [i for i, spot in enumerate(spots) if spot.layer is None and kinds[i].what == MATRIX]
     if not outside:
         return spots
-    # When the layers beneath each module begin, when the last of all ends, and when each width is read last.
-    first: dict[str, int] = {}
+    moments = [moment for moment, spot in zip(when, spots, strict=True) if spot.layer is not None]
+    begin, end = min(moments), max(moments)
+    # When each width is written first, and read last.
+    written: dict[int, int] = {}
     read: dict[int, int] = {}
-    end = -1
-    for moment, spot, kind in zip(when, spots, kinds, strict=True):
-        if spot.layer is not None:
-            end = max(end, moment)
-            first[spot.layer] = min(first.get(spot.layer, moment), moment)
-        for width in kind.widths.reads if kind.widths is not None else ():
+    for moment, place, kind in zip(when, places, kinds, strict=True):
+        reads, writes = kind.widths or ((), ())
+        for width in reads:
             read[width] = max(read.get(width, moment), moment)
-    for layer, moment in list(first.items()):
-        for above in _above(layer):
-            first[above] = min(first.get(above, moment), moment)
-    stacks = {layer.stack for layer in stack}
+        for width in place.param.shape[-1:] if kind.what == EMBEDDING else writes:
+            written[width] = min(written.get(width, moment), moment)
+    staged = {
+        path
+        for layer in stack
+        for path in _above(layer.name)[1:]
+        if path.startswith(f"{layer.stack}.") or not layer.stack
+    }
     between: dict[int, str] = {}
     for i in outside:
         place, kind = places[i], kinds[i]
         widths = kind.widths or Widths(frozenset(), frozenset())
-        paths = _above(place.node.name)
-        # Seen from the outermost stack that it lies in, or else from the smallest module that holds layers, too.
-        tower = next((path for path in reversed(paths) if path in stacks), None)
-        tower = tower if tower is not None else next(path for path in paths if path in first)
+        # Part of a stage, it is what leads to the layers of this one or from them to the next.
+        is_in_stage = any(path in staged for path in _above(place.node.name))
         if not is_known(place.owner) and widths.reads == widths.writes:
             spots[i].why = "table, or a matrix that nothing tells from one, outside of the layers"
-        elif isinstance(place.owner, nn.RNNBase):
-            between.setdefault(id(place.owner), place.node.name or kind.module)
-            spots[i] = Spot(between[id(place.owner)], "recurrent matrix")
-        elif when[i] < first[tower]:
+        elif (when[i] < begin and not is_in_stage) or not _is_fed(widths.reads, written, when[i]):
+            # What a patch embedding reads, nothing before it has written.
             spots[i].why = BEFORE
-        elif when[i] > end or all(read.get(width, -1) <= when[i] for width in widths.writes):
+        elif (when[i] > end and not is_in_stage) or all(read.get(w, begin) <= when[i] for w in widths.writes):
             # What a head writes, nothing behind it reads.
             spots[i].why = BEHIND
         else:
-            between.setdefault(id(place.owner), kind.module)
+            between.setdefault(id(place.owner), kind.module.partition(".parametrizations.")[0])
             spots[i] = Spot(between[id(place.owner)], "matrix between layers")
-    for i, place in enumerate(places):
-        if spots[i].layer is None and id(place.owner) in between:
-            spots[i].layer = between[id(place.owner)]
+    names = set(between.values())
+    for spot, place in zip(spots, places, strict=True):
+        if spot.layer is None and names:
+            spot.layer = next((path for path in _above(place.node.name) if path in names), None)
     return spots
+
+
+def _is_fed(reads: Iterable[int], written: Mapping[int, int], moment: int) -> bool:
+    """Whether something of these widths was written before; two or four may be joined, and half be taken."""
+    sizes = {
+        size
+        for width in reads
+        for size in (width, width // 2, width // 4, 2 * width)
+        if width % 4 == 0 or size == width
+    }
+    return any(written.get(size, moment) < moment for size in sizes)
 
 
 def _above(path: str) -> list[str]:
@@ -170,7 +180,10 @@ def _add_flows(places: Sequence[Place], kinds: Sequence[Kind], stack: Sequence[L
         numbers, linears, norms, held = [], [], [], set()
         for i in own:
             node, kind = places[i].node, kinds[i]
-            if kind.widths is not None and kind.what in (MATRIX, EXPERTS) and not isinstance(node.module, _ConvNd):
+            if kind.widths is None or kind.what not in (MATRIX, EXPERTS):
+                continue
+            # Nor of tensors of three axes whose class is unknown.
+            if kind.what == EXPERTS or (places[i].param.ndim == 2 and not isinstance(node.module, nn.RNNBase)):
                 numbers.append(i)
                 held.add(node.name)
                 linears.append(Linear(node.name[start:], kind.widths, kind.what == EXPERTS))

@@ -26,6 +26,8 @@ class Flow(NamedTuple):
 
 
 NONE = Flow()
+# Query, key and value; and with the output projection.
+_QKV, _WHOLE = 3, 4
 
 
 class Linear(NamedTuple):
@@ -41,10 +43,6 @@ class Linear(NamedTuple):
     widths: Widths
     is_stacked: bool = False
 
-    def is_square(self, width: int) -> bool:
-        """Whether it may read and write this width."""
-        return width in self.widths.reads and width in self.widths.writes
-
 
 def flows(linears: Sequence[Linear], norms: Iterable[int]) -> list[Flow]:
     """Return what each matrix of a layer has to do with the residual stream.
@@ -56,70 +54,119 @@ def flows(linears: Sequence[Linear], norms: Iterable[int]) -> list[Flow]:
     found = [NONE] * len(linears)
     touched = Counter(width for linear in linears for side in linear.widths for width in side)
     candidates = set(norms) & touched.keys() or touched.keys()
-    if not candidates:
-        return found
-    width = max(candidates, key=lambda size: (touched[size], size))
-    numbers = [i for i, linear in enumerate(linears) if width in linear.widths.reads | linear.widths.writes]
-    paths = [tuple(linear.path.split(".")) for linear in linears]
-    blocks, loose = _blocks(linears, paths, numbers, 0, width)
-    for block in blocks:
-        for number, flow in zip(block, _block(linears, block, width), strict=True):
-            found[number] = flow
-    for number in loose:
-        linear = linears[number]
-        if not linear.is_square(width) and not linear.is_stacked:
-            found[number] = Flow("reads" if width in linear.widths.reads else "writes")
+    if candidates:
+        width = max(candidates, key=lambda size: (touched[size], size))
+        numbers = [i for i, linear in enumerate(linears) if width in linear.widths.reads | linear.widths.writes]
+        blocks = _Blocks(linears, width)
+        loose, squares = blocks.gather(numbers, 0)
+        for block in (*blocks.split(loose), *squares, *blocks.closed):
+            for number, flow in zip(block, blocks.flows(block), strict=True):
+                found[number] = flow
+        for *readers, writer in blocks.joined:
+            found[writer] = Flow("writes", "output")
+            for number in readers:
+                found[number] = Flow("reads", "qkv")
     return found
 
 
-def _blocks(
-    linears: Sequence[Linear], paths: Sequence[tuple[str, ...]], numbers: Sequence[int], depth: int, width: int
-) -> tuple[list[list[int]], list[int]]:
-    """Return the blocks among matrices of one module, and those that are left for a block of the module around it."""
-    inside: dict[str | int, list[int]] = {}
-    for number in numbers:
-        path = paths[number]
-        inside.setdefault(path[depth] if depth < len(path) else number, []).append(number)
-    blocks, loose = [], []
-    for key, own in inside.items():
-        if isinstance(key, int):
-            loose += own
-        else:
-            found, left = _blocks(linears, paths, own, depth + 1, width)
-            blocks += found
-            loose += left
-    squares = sum(linears[number].is_square(width) for number in loose)
-    reads = sum(width in linears[number].widths.reads for number in loose)
-    writes = sum(width in linears[number].widths.writes for number in loose)
-    # Query, key and value alone: their output projection lies elsewhere.
-    is_open = squares == len(loose) and squares % 2 == 1
-    if len(loose) > 1 and reads and writes and not is_open:
-        return [*blocks, sorted(loose)], []
-    return blocks, loose
+class _Blocks:
+    """The attentions and feed-forward networks of a layer, as the numbers of their matrices.
 
+    Args:
+        linears: The matrices of the layer.
+        width: That of the residual stream.
 
-def _block(linears: Sequence[Linear], block: Sequence[int], width: int) -> list[Flow]:
-    """Return the flow of each matrix of an attention or a feed-forward network."""
-    own = [linears[number] for number in block]
-    if any(linear.is_stacked for linear in own):
-        # Their axes do not say which is read; what is registered last leads back.
-        last = max(i for i, linear in enumerate(own) if linear.is_stacked)
-        return [
-            Flow("writes", "down") if i == last else Flow("reads", "up" if linear.is_stacked else None)
-            for i, linear in enumerate(own)
-        ]
-    squares = [i for i, linear in enumerate(own) if linear.is_square(width)]
-    writers = [i for i, linear in enumerate(own) if width in linear.widths.writes and i not in squares]
-    if not writers:
-        writers = squares[-1:]
-    elif len(writers) > 1 and squares:
-        return [NONE if i in squares else Flow("writes" if i in writers else "reads") for i in range(len(own))]
-    if len(writers) > 1:
-        return [Flow("writes" if i in writers else "reads") for i in range(len(own))]
-    inner = own[writers[0]].widths.reads
-    readers = [linear for i, linear in enumerate(own) if i not in writers]
-    fits = all(linear.widths.writes & (inner | {2 * size for size in inner}) for linear in readers)
-    is_square = writers[0] in squares and len(squares) < len(own)
-    is_feed_forward = fits and len(readers) < 3 and not is_square
-    names = ("up", "down") if is_feed_forward else ("qkv", "output")
-    return [Flow("writes", names[1]) if i in writers else Flow("reads", names[0]) for i in range(len(own))]
+    Attributes:
+        closed: Those that were found.
+        joined: Attentions whose last matrix lies in another module than the others, and so is the output projection.
+    """
+
+    def __init__(self, linears: Sequence[Linear], width: int) -> None:
+        self.closed: list[list[int]] = []
+        self.joined: list[list[int]] = []
+        self._linears, self._width = linears, width
+        self._paths = [tuple(linear.path.split(".")) for linear in linears]
+
+    def gather(self, numbers: Sequence[int], depth: int) -> tuple[list[int], list[list[int]]]:
+        """Close the blocks among matrices of one module; return what is left, and groups of square matrices.
+
+        A group of square matrices may be an attention, or lack an output projection that lies in the module around it.
+        """
+        inside: dict[str | int, list[int]] = {}
+        for number in numbers:
+            path = self._paths[number]
+            inside.setdefault(path[depth] if depth < len(path) else number, []).append(number)
+        loose: list[int] = []
+        groups: list[list[int]] = []
+        for key, own in inside.items():
+            if isinstance(key, int):
+                loose += own
+            else:
+                left, squares = self.gather(own, depth + 1)
+                loose += left
+                groups += squares
+        is_square = all(map(self._is_square, loose))
+        if len(groups) == 1 and len(loose) == 1 and is_square and len(groups[0]) != _WHOLE:
+            self.joined.append([*groups[0], *loose])
+            return [], []
+        if is_square and len(loose) > 1:
+            return [], [*groups, loose]
+        split = self.split(loose)
+        self.closed += split
+        done = {number for block in split for number in block}
+        return [number for number in loose if number not in done], groups
+
+    def split(self, loose: Sequence[int]) -> list[list[int]]:
+        """Return the blocks that matrices beside one another make; [] if some of what a block needs is missing."""
+        reads = [n for n in loose if self._width in self._linears[n].widths.reads]
+        writes = [n for n in loose if self._width in self._linears[n].widths.writes]
+        if len(loose) < 2 or not reads or not writes or (len(reads) == 1 and reads == writes):
+            return []
+        # A feed-forward network beside an attention whose matrices lie in no module of their own.
+        for writer in writes:
+            own = [n for n in reads if n not in writes and self._fits(n, writer)]
+            rest = [n for n in loose if n != writer and n not in own]
+            if writer not in reads and 0 < len(own) < _QKV and any(n in writes for n in rest) and len(rest) > 1:
+                return [sorted([*own, writer]), *self.split(rest)]
+        return [sorted(loose)]
+
+    def flows(self, block: Sequence[int]) -> list[Flow]:
+        """Return the flow of each matrix of a block."""
+        own = [self._linears[number] for number in block]
+        if any(linear.is_stacked for linear in own):
+            # Their axes do not say which is read; what is registered last leads back.
+            last = max(i for i, linear in enumerate(own) if linear.is_stacked)
+            return [
+                Flow("writes", "down") if i == last else Flow("reads", "up") if linear.is_stacked else NONE
+                for i, linear in enumerate(own)
+            ]
+        squares = [number for number in block if self._is_square(number)]
+        writers = [n for n in block if self._width in self._linears[n].widths.writes and n not in squares]
+        is_open = len(squares) == len(block) and len(block) not in (2, _WHOLE)
+        # Key and value of something else than the stream, of another width.
+        is_cross = len(writers) == len(squares) == 2 and len(block) == _WHOLE and self._is_alike(*writers)
+        is_fed = len(writers) + len(squares) < len(block) or not writers
+        if is_cross:
+            writers = squares[-1:]
+        elif len(writers) > 1 or is_open or not is_fed:
+            # Which of them leads back is unclear.
+            return [NONE] * len(block)
+        writer = writers[0] if writers else squares[-1]
+        readers = [number for number in block if number != writer]
+        is_feed_forward = len(readers) < _QKV and all(self._fits(number, writer) for number in readers)
+        # A fused projection may be twice as wide as the output.
+        is_feed_forward &= writer not in squares or len(squares) == len(block)
+        into, back = ("up", "down") if is_feed_forward else ("qkv", "output")
+        return [Flow("writes", back) if number == writer else Flow("reads", into) for number in block]
+
+    def _is_square(self, number: int) -> bool:
+        _, widths, is_stacked = self._linears[number]
+        return not is_stacked and self._width in widths.reads and self._width in widths.writes
+
+    def _is_alike(self, a: int, b: int) -> bool:
+        return self._linears[a].widths == self._linears[b].widths
+
+    def _fits(self, reader: int, writer: int) -> bool:
+        """Whether a matrix writes what another reads, or it and a gate in one."""
+        inner = self._linears[writer].widths.reads
+        return not self._linears[reader].widths.writes.isdisjoint(inner | {2 * size for size in inner})

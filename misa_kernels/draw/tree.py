@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn.utils.parametrize import ParametrizationList
 
 from misa_kernels.draw.adapters import bare
-from misa_kernels.draw.matrices import Widths, class_of, is_list, is_lost, is_vector, matrices_of
+from misa_kernels.draw.matrices import Widths, class_of, is_list, is_lost, is_norm, is_vector, matrices_of
 
 
 @dataclass(slots=True, eq=False)
@@ -33,8 +33,8 @@ class Node:
         kind: What it has in common with others of its class.
         count: How many weight matrices it holds.
         several: How many tensors it holds that are no vectors.
-        has_norm: Whether some module in it holds vectors alone.
-        reads: Widths that its first matrix may read; empty if there is none.
+        has_norm: Whether there is a norm in it.
+        reads: Widths that its matrices may read.
         writes: Widths that its last matrix may write.
     """
 
@@ -98,8 +98,8 @@ def layers_of(root: Node) -> list[Layer]:
     """Return the layers of a model in the order in which they are registered; none if nothing repeats in it."""
     found = _find(root)
     found = [unit for unit in found if not unit.is_spare] or found
-    # Behind layers of several matrices, single ones that follow one another are a head.
-    large = {unit.stack for unit in found if unit.node.count > 1}
+    # Behind layers of several matrices and norms, what has less is a head.
+    large = {unit.stack for unit in found if unit.node.count > 1 and unit.node.has_norm}
     last = max((number for number, unit in enumerate(found) if unit.stack in large), default=len(found))
     return [Layer(unit.node.name, unit.node.module, unit.stack) for unit in found[: last + 1]]
 
@@ -121,16 +121,16 @@ def _visit(module: nn.Module, name: str, seen: dict[int, Node], found: list[Node
         node.parts = seen[id(inner)].parts if id(inner) in seen else []
     elif not is_opaque:
         node.parts = [part for _, part in children]
-    axes = [param.ndim for param in inner._parameters.values() if param is not None]
-    node.has_norm = bool(axes) and max(axes) == 1
+    # Recurrent networks do without.
+    node.has_norm = is_norm(inner) or isinstance(inner, nn.RNNBase)
     node.count, node.several = len(own), sum(not is_vector(p) for p in module._parameters.values() if p is not None)
     for widths in own.values():
-        node.reads = node.reads or widths.reads
+        node.reads |= widths.reads
         node.writes = widths.writes
     for part in node.parts:
         node.count += part.count
         node.has_norm |= part.has_norm
-        node.reads = node.reads or part.reads
+        node.reads |= part.reads
         node.writes = part.writes or node.writes
     node.several += sum(part.several for _, part in children)
     if is_lost(inner):
@@ -160,13 +160,21 @@ class _Unit:
     is_spare: bool = False
 
 
-def _find(node: Node, is_inside: bool = False) -> list[_Unit]:
-    """Return the units beneath a node, of the innermost stacks that hold several matrices each."""
+def _find(node: Node, around: str = "") -> list[_Unit]:
+    """Return the units beneath a node, of the innermost stacks that hold several matrices each.
+
+    Args:
+        node: The node.
+        around: Whether it lies in a unit of a "list" or of "attributes".
+    """
+    if isinstance(node.inner, nn.RNNBase) and not around and node.count:
+        return [_Unit(node, node.name, 1)]
     if not node.parts:
         return []
-    units = _units(node, is_inside)
+    units = _units(node, around)
     names = {unit.name for unit in units}
-    inner = {child.name: _find(child, is_inside or child.name in names) for child in node.parts}
+    inside_of = "list" if is_list(node.inner) else "attributes"
+    inner = {child.name: _find(child, inside_of if child.name in names else around) for child in node.parts}
     for child in node.parts:
         if _is_between(child, node.parts):
             inner[child.name] = []
@@ -190,15 +198,20 @@ def _find(node: Node, is_inside: bool = False) -> list[_Unit]:
     return found
 
 
-def _units(node: Node, is_inside: bool) -> list[Node]:
+def _units(node: Node, around: str) -> list[Node]:
     """Return which children of a node are the units of a stack; [] if it is none."""
     able = [child for child in node.parts if child.count]
     count = Counter(child.kind for child in able)
     units = [child for child in able if count[child.kind] > 1]
     if not is_list(node.inner):
         # Layers as attributes; but what a layer has two of, such as an attention, are none.
+        if around == "attributes" and len(count) == 1 and sum(unit.count for unit in able) == node.count:
+            # But for stages made of nothing else.
+            units = able
+        elif around:
+            return []
         units = [unit for unit in units if unit.count > 1 and unit.parts and not is_list(unit.inner)]
-        return units if not is_inside and _is_chain(units) else []
+        return units if _is_chain(units) else []
     if units:
         first, last = able.index(units[0]), able.index(units[-1])
         # At the ends a class of its own is an embedding or a head, unless it carries the same width on.
@@ -208,6 +221,12 @@ def _units(node: Node, is_inside: bool) -> list[Node]:
             while last + 1 < len(able) and _is_like(able[last + 1], able[last]):
                 last += 1
         units = able[first : last + 1]
+        if any(unit.count > 1 for unit in units):
+            # So is a single matrix.
+            while units[0].count == 1:
+                del units[0]
+            while units[-1].count == 1:
+                del units[-1]
     elif len(able) == len(node.parts) and not any(not child.parts for child in able):
         units = able
     return units if _is_chain(units) else []
@@ -239,12 +258,21 @@ def _inside(units: Sequence[Node], inner: Mapping[str, Sequence[_Unit]]) -> dict
     several = {
         unit.name: [own for own in inner[unit.name] if own.node.count > 1 and not own.is_plain] for unit in units
     }
-    count = Counter(own.node.kind for found in several.values() for own in found)
-    stages = {}
-    for unit in units:
-        if found := [own for own in several[unit.name] if count[own.node.kind] > 1]:
-            stages[unit.name] = found
-    return stages if any(_is_stage(unit, stages[unit.name]) for unit in units if unit.name in stages) else {}
+    # One layer in each of several stages repeats, too, unless there is more in these.
+    total = {name: sum(own.node.count for own in found) for name, found in several.items()}
+    count = Counter(
+        own.node.kind
+        for unit in units
+        for own in several[unit.name]
+        if own.beside > 1 or total[unit.name] == unit.count
+    )
+    repeated = {name: [own for own in found if count[own.node.kind] > 1] for name, found in several.items()}
+    if not any(repeated[unit.name] and _is_stage(unit, repeated[unit.name]) for unit in units):
+        return {}
+    # A single matrix beside stages, such as a transition, is no stage.
+    return {
+        unit.name: repeated[unit.name] or several[unit.name] for unit in units if several[unit.name] or unit.count < 2
+    }
 
 
 def _is_stage(unit: Node, inside: Sequence[_Unit]) -> bool:

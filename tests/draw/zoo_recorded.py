@@ -49,8 +49,9 @@ FEED = Kind(up="ff.net.0.proj", down="ff.net.2")
 SPATIAL = (Kind("attn{1,2}.to_{q,k,v}", "attn{1,2}.to_out.0") | FEED).within("transformer_blocks.0")
 SPATIAL |= Kind(none="proj_in proj_out")
 VAE_ATTENTION = Kind(unjudged="to_{q,k,v} to_out.0")
-JOINT = Kind("attn.to_{q,k,v} attn.add_{q,k,v}_proj", "attn.to_out.0", none="{norm1,norm1_context}.linear") | FEED
-JOINT_CONTEXT = JOINT | Kind(output="attn.to_add_out", up="ff_context.net.0.proj", down="ff_context.net.2")
+# Nothing but names tells the two streams apart.
+JOINT = Kind(unjudged="attn.to_{q,k,v} attn.add_{q,k,v}_proj attn.to_out.0 {norm1,norm1_context}.linear") | FEED
+JOINT_CONTEXT = JOINT | Kind(unjudged="attn.to_add_out", up="ff_context.net.0.proj", down="ff_context.net.2")
 RESBLOCK = Kind("attn.in_proj_weight", "attn.out_proj", "mlp.c_fc", "mlp.c_proj")
 
 TIMM = {
@@ -236,7 +237,9 @@ DIFFUSERS = {
         },
         outside="encoder.down_blocks.{0-1}.downsamplers.0.conv encoder.conv_out decoder.conv_in "
         "decoder.up_blocks.{0-1}.upsamplers.0.conv",
-        rest=146,
+        # Between the halves only in the order in which they run.
+        open="quant_conv post_quant_conv quant_conv.bias post_quant_conv.bias",
+        rest=142,
         example=ANY,
         order="encoder.down_blocks.{0-1}.{resnets.{0-1},downsamplers.0.conv} encoder.down_blocks.2.resnets.{0-1} "
         "encoder.mid_block.{resnets.0,attentions.0,resnets.1} encoder.conv_out "
@@ -259,8 +262,7 @@ DIFFUSERS = {
         recorded("diffusers Flux"),
         {
             "transformer_blocks.{0-1}": JOINT_CONTEXT,
-            "single_transformer_blocks.{0-2}": Kind("attn.to_{q,k,v}", up="proj_mlp", none="norm.linear")
-            | Kind(unjudged="proj_out"),
+            "single_transformer_blocks.{0-2}": Kind(unjudged="attn.to_{q,k,v} proj_mlp norm.linear proj_out"),
         },
         rest=76,
         example=ANY,

@@ -68,7 +68,8 @@ CLIP = OUT_PROJ | Kind(up="mlp.fc1", down="mlp.fc2")
 BLIP = Kind("self_attn.qkv", "self_attn.projection", "mlp.fc1", "mlp.fc2")
 WAV2VEC2 = Kind("attention.{q,k,v}_proj", "attention.out_proj")
 WAV2VEC2 |= Kind(up="feed_forward.intermediate_dense", down="feed_forward.output_dense")
-CONFORMER = Kind("self_attn.linear_{q,k,v}", "self_attn.linear_out", none="self_attn.linear_pos")
+# What reads positions is as wide as what reads the stream, and registered last.
+CONFORMER = Kind(unjudged="self_attn.linear_{q,k,v,out,pos}")
 CONFORMER |= Kind(up="ffn{1,2}.intermediate_dense", down="ffn{1,2}.output_dense")
 CONFORMER |= Kind(none="conv_module.{pointwise_conv1,depthwise_conv,pointwise_conv2}")
 QFORMER = Kind("attention.attention.{query,key,value}", "attention.output.dense")
@@ -89,10 +90,11 @@ SOUND = {
     # The first of its convolutions has another class, since it alone has a norm.
     "HuBERT": Row(
         of("Hubert", "ForCTC", SIZES, **CONVOLUTIONS),
-        {"hubert.feature_extractor.conv_layers.{0-2}": Kind(none="conv"), "hubert.encoder.layers.{0-1}": WAV2VEC2},
+        # The first convolution is of a class of its own, at an end.
+        {"hubert.feature_extractor.conv_layers.{1-2}": Kind(none="conv"), "hubert.encoder.layers.{0-1}": WAV2VEC2},
         outside="hubert.feature_projection.projection "
         "hubert.encoder.pos_conv_embed.conv.parametrizations.weight.original1",
-        rest=32,
+        rest=33,
     ),
     "wav2vec 2.0 Conformer": Row(
         of(

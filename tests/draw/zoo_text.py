@@ -246,6 +246,7 @@ ENCODERS = {
         rest=28,
     ),
     # What projects the positions reads a table. The one convolution is registered behind the layers.
+    # What reads positions is as wide as what reads the stream.
     "DeBERTa-v2": Row(
         of(
             "DebertaV2",
@@ -261,7 +262,7 @@ ENCODERS = {
         {
             "deberta.encoder.layer.{0-1}": BERT_FFN
             | Kind("attention.self.{query,key,value}_proj", "attention.output.dense")
-            | Kind(none="attention.self.pos_{key,query}_proj")
+            | Kind(unjudged="attention.self.pos_{key,query}_proj")
         },
         rest=37,
     ),

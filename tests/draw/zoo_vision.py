@@ -166,7 +166,8 @@ TRANSFORMERS = {
         ),
         {
             "hiera.encoder.stages.0.layers.0": Kind("attn.qkv", "attn.proj") | MLP,
-            "hiera.encoder.stages.{1,2}.layers.0": Kind("attn.qkv", "attn.proj", none="proj") | MLP,
+            # Between two widths of the stream.
+            "hiera.encoder.stages.{1,2}.layers.0": Kind(unjudged="attn.qkv attn.proj proj") | MLP,
             "hiera.encoder.stages.1.layers.1": Kind("attn.qkv", "attn.proj") | MLP,
         },
         rest=41,
@@ -202,8 +203,9 @@ TRANSFORMERS = {
             "mask_decoder.transformer.layers.{0-1}": Kind("self_attn.{q,k,v}_proj", "self_attn.out_proj")
             | Kind(f"{SAM_CROSS}.{{q,k,v}}_proj", f"{SAM_CROSS}.out_proj", "mlp.lin1", "mlp.lin2"),
         },
-        outside="vision_encoder.neck.conv{1,2} prompt_encoder.mask_embed.conv{1-3}",
-        rest=133,
+        # The first convolution of masks reads a mask, as a patch embedding reads an image.
+        outside="vision_encoder.neck.conv{1,2} prompt_encoder.mask_embed.conv{2-3}",
+        rest=134,
     ),
     "DETR": Row(
         detr,
@@ -220,7 +222,8 @@ TRANSFORMERS = {
             "model.encoder.layers.{0-1}": DEFORMABLE.within("self_attn") | MLP,
             "model.decoder.layers.{0-1}": SELF | DEFORMABLE.within("encoder_attn") | MLP,
         },
-        rest=81,
+        outside="model.input_proj.{0-3}.0",
+        rest=77,
     ),
     # A Swin, a deformable encoder of pixels and a decoder, with a small pyramid between the latter.
     "Mask2Former": Row(
@@ -232,8 +235,11 @@ TRANSFORMERS = {
             "model.transformer_module.decoder.layers.{0-1}": Kind("self_attn.{q,k,v}_proj", "self_attn.out_proj")
             | Kind("cross_attn.in_proj_weight", "cross_attn.out_proj", "fc1", "fc2"),
         },
-        outside=f"{IN_SWIN}.{{0-2}}.downsample.reduction {PIXELS}.{{mask_projection,adapter_1.0,layer_1.0}}",
-        rest=154,
+        outside=f"{IN_SWIN}.{{0-2}}.downsample.reduction {PIXELS}.input_projections.{{0-2}}.0 "
+        f"{PIXELS}.{{adapter_1.0,layer_1.0}}",
+        # Multiplied with what the decoder makes, which is no module's doing.
+        open=f"{PIXELS}.mask_projection",
+        rest=151,
     ),
     "MobileViT": Row(
         of(
@@ -260,8 +266,8 @@ CONVOLUTIONS = {
     "ConvNeXt": Row(
         of("ConvNext", "ForImageClassification", {"depths": [1, 2, 1], "hidden_sizes": [8, 16, 16], "num_stages": 3}),
         {
-            "convnext.encoder.stages.{0,2}.layers.0": Kind(none="dwconv pwconv{1,2}"),
-            "convnext.encoder.stages.1.layers.{0-1}": Kind(none="dwconv pwconv{1,2}"),
+            "convnext.encoder.stages.{0,2}.layers.0": Kind(up="pwconv1", down="pwconv2", none="dwconv"),
+            "convnext.encoder.stages.1.layers.{0-1}": Kind(up="pwconv1", down="pwconv2", none="dwconv"),
         },
         outside="convnext.encoder.stages.{1,2}.downsampling_layer.1",
         rest=38,
