@@ -106,6 +106,12 @@ class Run:
         options.notify(groups, self.layout.partition, given.delta)
         for advice in self.flags.advice:
             warn(advice)
+        if self.sampler.depth_window is not None and not self.order.is_known:
+            warn(
+                f"depth_window={self.sampler.depth_window} counts the layers of several stacks as they are registered, "
+                f"{self.order.first[0]} first, until the first step shows how they run: make the groups with "
+                "param_groups(model, example=...), or name them in order in param_groups(model, layers=[...])"
+            )
         if given.total_steps is not None and (short := self.coverage(given.total_steps).advice) is not None:
             warn(short)
         self.flags.hold(self)
@@ -283,7 +289,15 @@ class Run:
         """Take over how the layers were seen to run, on all ranks as on the first; whether that is news."""
         if not self.order.is_pending:
             return False
-        return self.order.learn() if self.meeting is None else self.order.learn(self.meeting.share)
+        is_news = self.order.learn() if self.meeting is None else self.order.learn(self.meeting.share)
+        if not self.order.is_told:
+            self.flags.warn_once(
+                "order",
+                f"no layer was seen to run in round {self.clock.round - 1}, as in a model that torch.compile takes as a "
+                "whole, so several stacks of layers count as run as they are registered: make the groups with "
+                "param_groups(model, example=...)",
+            )
+        return is_news
 
     def lay_out_anew(self) -> Layout | None:
         """Return the layout of what the user wants trained now; None if there is none, as when all of it is frozen."""
