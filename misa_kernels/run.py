@@ -293,8 +293,8 @@ class Run:
         if not self.order.is_told:
             self.flags.warn_once(
                 "order",
-                f"no layer was seen to run in round {self.clock.round - 1}, as in a model that torch.compile takes as a "
-                "whole, so several stacks of layers count as run as they are registered: make the groups with "
+                f"no layer was seen to run in round {self.clock.round - 1}, as in a model under torch.compile, so its "
+                "stacks of layers count as run as they are registered: make the groups with "
                 "param_groups(model, example=...)",
             )
         return is_news

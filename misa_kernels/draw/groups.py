@@ -205,7 +205,11 @@ def _given(layers: Iterable[nn.Module], model: nn.Module) -> list[Layer]:
                 f"layers[{i}], {type(module).__name__}, must lie in the model: take it from the one given to "
                 "param_groups"
             )
-        found.append(Layer(names[id(module)], module, ""))
+        found.append(Layer(names[id(module)], module, names[id(module)]))
+    if not found:
+        raise ValueError(
+            "layers is empty and must hold the modules that are the layers, or be left out to have them found"
+        )
     return found
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
 from operator import attrgetter
 from typing import NamedTuple
@@ -11,7 +11,7 @@ from typing import NamedTuple
 from torch import nn
 
 from misa_kernels.draw.adapters import adapters
-from misa_kernels.draw.matrices import Widths, is_embedding, is_known, is_vector, matrices_of
+from misa_kernels.draw.matrices import Widths, is_embedding, is_known, is_norm, is_vector, matrices_of
 from misa_kernels.draw.tree import Node
 
 EMBEDDING = "embedding"
@@ -112,7 +112,7 @@ def _kinds_of_owner(
             yield Kind(experts[name], _stem(place, own, experts) if experts[name] == EXPERTS else module, widths)
         elif widths is None:
             yield Kind("vector" if is_vector(param) else "table", module)
-        elif not is_own and _is_table(param, beside.widths(owner)):
+        elif not is_own and _is_table(param, beside.at(owner)):
             yield Kind("table of positions or biases", module)
         else:
             yield Kind(MATRIX, module, widths)
@@ -124,40 +124,61 @@ def _stem(place: Place, own: Sequence[Place], experts: Mapping[str, str]) -> str
     return place.node.name if place.node.name and len(sizes) == 1 else place.name
 
 
-def _is_table(param: nn.Parameter, widths: Collection[int]) -> bool:
+def _is_table(param: nn.Parameter, around: _Surroundings) -> bool:
     """Whether nothing beside a tensor is as wide as one of its axes, as a matrix reads or writes it."""
+    return bool(around.widths) and not _is_diagonal(param, around) and around.widths.isdisjoint(param.shape)
+
+
+def _is_diagonal(param: nn.Parameter, around: _Surroundings) -> bool:
+    """Whether a tensor holds the blocks of a block-diagonal matrix."""
     axes = param.shape
-    # The blocks of a block-diagonal matrix.
-    is_diagonal = len(axes) == 3 and axes[1] == axes[2] and axes[0] * axes[1] in widths
-    return bool(widths) and not is_diagonal and widths.isdisjoint(axes)  # type: ignore[attr-defined]
+    return len(axes) == 3 and axes[1] == axes[2] and axes[0] * axes[1] in around.widths
 
 
 def _experts(own: Sequence[Place], beside: _Beside) -> dict[str, str]:
     """Return what the tensors of an owner are if it holds the matrices of experts, stacked along their first axis.
 
-    Three axes alone do not say so: there is a router with a number for each expert, or several such tensors, and
-    nothing in the layer reads as many features as there are experts.
+    Three axes alone do not say so: each maps between widths of the layer, there is a router with a number for each
+    expert, or several such tensors, and nothing in the layer reads as many features as there are experts.
     """
-    sizes = Counter(len(place.param) for place in own if place.param.ndim == 3)
+    sizes: dict[int, list[Place]] = {}
+    for place in own:
+        if place.param.ndim == 3 and len(place.param) > 1 and not is_vector(place.param):
+            sizes.setdefault(len(place.param), []).append(place)
     found: dict[str, str] = {}
-    for size, several in sizes.items():
-        stacked = [place for place in own if place.param.ndim == 3 and len(place.param) == size]
-        widths = beside.widths(own[0].owner)
-        is_diagonal = all(p.param.shape[1] == p.param.shape[2] and size * p.param.shape[1] in widths for p in stacked)
+    for size, stacked in sizes.items():
+        around = beside.at(own[0].owner)
         tables = [place for place in own if place.param.ndim == 2 and len(place.param) == size]
-        is_routed = beside.rows(own[0].owner)[size] > 0 or bool(tables)
-        if size < 2 or size in beside.read(own[0].owner) or is_diagonal or not (several > 1 or is_routed):
+        is_mapping = not around.widths or not any(around.widths.isdisjoint(place.param.shape[1:]) for place in stacked)
+        is_routed = len(stacked) > 1 or around.rows[size] > 0
+        is_diagonal = all(_is_diagonal(place.param, around) for place in stacked)
+        if size in around.read or is_diagonal or not (is_mapping and is_routed):
             continue
         found |= dict.fromkeys((place.own_name for place in stacked), EXPERTS)
         found |= dict.fromkeys((place.own_name for place in tables), "bias of experts")
-        # Either all of the matrices have a bias or none has, unless the router is known; what is beyond that routes.
-        routers = (
-            0 if beside.known_rows(own[0].owner)[size] else len(tables) - (several if len(tables) >= several else 0)
-        )
-        lengths = Counter(place.param.shape[1] for place in tables)
-        likely = sorted(tables, key=lambda place: -lengths[place.param.shape[1]])
-        found |= {place.own_name: MATRIX for place in likely[:routers]}
+        if not around.known_rows[size]:
+            # Either all of the matrices have a bias or none has. What is beyond that routes, and is as wide as a bias.
+            routers = len(tables) - (len(stacked) if len(tables) >= len(stacked) else 0)
+            lengths = Counter(place.param.shape[1] for place in tables)
+            likely = sorted(tables, key=lambda place: -lengths[place.param.shape[1]])
+            found |= {place.own_name: MATRIX for place in likely[:routers]}
     return found
+
+
+class _Surroundings(NamedTuple):
+    """What lies in a layer.
+
+    Attributes:
+        widths: Those between which modules of known classes map, and the lengths of vectors and of embeddings.
+        read: Those that such modules read, and the lengths of norms and of embeddings.
+        rows: How many matrices may write each width.
+        known_rows: How many of modules of known classes write it.
+    """
+
+    widths: set[int]
+    read: set[int]
+    rows: Counter[int]
+    known_rows: Counter[int]
 
 
 class _Beside:
@@ -165,51 +186,36 @@ class _Beside:
 
     def __init__(self, nodes: Sequence[Node], layers: Mapping[int, str]) -> None:
         self._nodes, self._layers = nodes, layers
-        self._modules: dict[str | None, list[nn.Module]] = {}
+        self._inside: dict[str | None, list[Node]] = {}
         self._embeddings: set[int] = set()
-        self._found: dict[str | None, tuple[set[int], set[int], Counter[int], Counter[int]]] = {}
+        self._found: dict[str | None, _Surroundings] = {}
 
-    def widths(self, owner: nn.Module) -> set[int]:
-        """Return the widths between which known modules map there, and the lengths of vectors and of embeddings."""
-        return self._at(owner)[0]
-
-    def read(self, owner: nn.Module) -> set[int]:
-        """Return the widths that known modules read there, and those of norms and of embeddings."""
-        return self._at(owner)[1]
-
-    def known_rows(self, owner: nn.Module) -> Counter[int]:
-        """Return how many matrices of known modules write each width there."""
-        return self._at(owner)[3]
-
-    def rows(self, owner: nn.Module) -> Counter[int]:
-        """Return how many matrices may write each width there."""
-        return self._at(owner)[2]
-
-    def _at(self, owner: nn.Module) -> tuple[set[int], set[int], Counter[int], Counter[int]]:
-        if not self._modules:
-            for module in (node.module for node in self._nodes):
-                self._modules.setdefault(self._layers.get(id(module)), []).append(module)
-                if isinstance(module, nn.Embedding):
-                    self._embeddings.add(module.embedding_dim)
+    def at(self, owner: nn.Module) -> _Surroundings:
+        """Return what lies in the layer of a module."""
+        if not self._inside:
+            for node in self._nodes:
+                self._inside.setdefault(self._layers.get(id(node.module)), []).append(node)
+                if isinstance(node.module, nn.Embedding):
+                    self._embeddings.add(node.module.embedding_dim)
         layer = self._layers.get(id(owner))
         if layer not in self._found:
-            self._found[layer] = self._look(self._modules[layer])
+            self._found[layer] = self._look(self._inside[layer])
         return self._found[layer]
 
-    def _look(self, modules: Sequence[nn.Module]) -> tuple[set[int], set[int], Counter[int], Counter[int]]:
-        widths, read = set(self._embeddings), set(self._embeddings)
-        rows, known_rows = Counter[int](), Counter[int]()
-        for module in modules:
-            known = matrices_of(module).values() if is_known(module) else ()
-            for found in known:
-                widths |= found.reads | found.writes
-                read |= found.reads
-                known_rows.update(found.writes)
-            own = [param for param in module._parameters.values() if param is not None]
+    def _look(self, nodes: Sequence[Node]) -> _Surroundings:
+        found = _Surroundings(set(self._embeddings), set(self._embeddings), Counter(), Counter())
+        for node in nodes:
+            known = node.matrices.values() if is_known(node.inner) else ()
+            for reads, writes in known:
+                found.widths.update(reads, writes)
+                found.read.update(reads)
+                found.rows.update(writes)
+                found.known_rows.update(writes)
+            own = [param for param in node.module._parameters.values() if param is not None]
             vectors = {len(param) for param in own if param.ndim == 1}
-            widths |= vectors
-            if not known and all(param.ndim == 1 for param in own):
-                read |= vectors
-            if not is_known(module):
-                rows.update(len(param) for param in own if param.ndim == 2)
-        return widths, read, rows + known_rows, known_rows
+            found.widths.update(vectors)
+            if is_norm(node.module):
+                found.read.update(vectors)
+            if not is_known(node.inner):
+                found.rows.update(len(param) for param in own if param.ndim == 2)
+        return found

@@ -124,7 +124,7 @@ def _beside(
         path
         for layer in stack
         for path in _above(layer.name)[1:]
-        if path.startswith(f"{layer.stack}.") or not layer.stack
+        if path and (not layer.stack or path.startswith(f"{layer.stack}."))
     }
     between: dict[int, str] = {}
     for i in outside:
