@@ -22,6 +22,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 META, CPU = torch.device("meta"), torch.device("cpu")
 INDEXING = ("index", "index_put", "index_put_", "_index_put_impl_")
 CHOOSING = ("topk", "sort", "argmax")
+GROUPED = "_grouped_mm"
+SPECIAL = {*INDEXING, *CHOOSING, GROUPED, "_local_scalar_dense"}
 # A LLaMA of 126 layers has 45,000.
 MOST_OPERATORS = 100_000
 
@@ -102,7 +104,7 @@ class Counted(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.settle()
         self.operators += 1
         if self.operators > MOST_OPERATORS:
-            raise TooLongError
+            raise TooLongError(f"Its step has more than {MOST_OPERATORS:,} operators")
         out = _run(func, args, kwargs or {})
         _mapped(out, self._see)
         return out
@@ -181,10 +183,11 @@ def step(
 
 def _run(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
     """Run an operator on the meta device; on the CPU if all that it takes has values and what it makes is no float."""
-    name = func.overloadpacket.__name__
+    name, place = func.overloadpacket.__name__, kwargs.get("device")
     given: list[Tensor] = []
-    _mapped([*args, *kwargs.values()], given.append)
-    place = kwargs.get("device")
+    _mapped((args, tuple(kwargs.values())), given.append)
+    if given and place is None and name not in SPECIAL and all(tensor.is_meta for tensor in given):
+        return func(*args, **kwargs)
     has_values = not any(tensor.is_meta for tensor in given)
     if has_values and place != META:
         try:
@@ -201,22 +204,24 @@ def _run(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         masks = [index is not None and not index.is_meta and index.dtype == torch.bool for index in args[1]]
         chosen = [i.nonzero().unbind(1) if is_mask else (i,) for i, is_mask in zip(args[1], masks, strict=True)]
         meant[1] = [index for indices in chosen for index in indices]
+    elif name == GROUPED:
+        # Its shape is known for bfloat16 alone.
+        meant = [each.bfloat16() if isinstance(each, Tensor) and _is_float(each) else each for each in args]
     options = {key: _mapped(each, _shape) for key, each in kwargs.items()}
     out = func(*_mapped(meant, _shape), **options | ({} if place is None else {"device": META}))
     if has_values and not _is_float(out):
         return func(*args, **kwargs | {"device": CPU})
     if name in CHOOSING:
         of = args[0].shape[-1]
-        out = _mapped(out, lambda made: made if _is_float(made) else _spread(made, of))
-    return args[0] if name.endswith("_") else out
+        return _mapped(out, lambda made: made if _is_float(made) else _spread(made, of))
+    return args[0] if name.endswith("_") else out.to(args[0].dtype) if name == GROUPED else out
 
 
 def _mapped(value: Any, convert: Callable[[Tensor], Any]) -> Any:
+    """Convert the tensors of a value, of its tuples and lists."""
     if isinstance(value, Tensor):
         return convert(value)
-    if isinstance(value, (list, tuple)):
-        return type(value)([_mapped(each, convert) for each in value])
-    return value
+    return type(value)([_mapped(each, convert) for each in value]) if isinstance(value, (list, tuple)) else value
 
 
 def _is_float(tensor: Tensor) -> bool:
@@ -237,7 +242,11 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
-        out = query.new_empty((*query.shape[:-1], value.shape[-1]))
+        if query.shape[-1] == value.shape[-1]:
+            # Its layout is the query's, which decides whether the next layer has to copy.
+            out = torch.empty_like(query)
+        else:
+            out = value.new_empty((*query.transpose(1, 2).shape[:-1], value.shape[-1])).transpose(1, 2)
         ctx.save_for_backward(query, key, value, mask, out, out.new_empty(out.shape[:-1], dtype=torch.float32))
         return out
 
@@ -247,7 +256,15 @@ class _Attention(torch.autograd.Function):
         return tuple(torch.empty_like(tensor) if needs else None for tensor, needs in needed)
 
 
-def _attention(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, *_: Any, **__: Any) -> Any:
+_unfused_attention = F.scaled_dot_product_attention
+
+
+def _attention(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, *rest: Any, **options: Any
+) -> Any:
+    # Keys that are broadcast over heads have no fused kernel.
+    if query.ndim != 4 or (query.shape[1] != key.shape[1] and not options.get("enable_gqa")):
+        return _unfused_attention(query, key, value, attn_mask, *rest, **options)
     return _Attention.apply(query, key, value, attn_mask)  # type: ignore[no-untyped-call]
 
 

@@ -215,7 +215,9 @@ def _of_model(method: str, model: Model, options: Setup) -> Memory:
         inside = [{n: p for n, p in params.items() if n.startswith(f"{layer}.")} for layer in model.layers]
         sizes = [sum(param.nbytes for param in layer.values()) for layer in inside]
         gradients = (sum(param.nbytes for name, param in layer.items() if name in trained) for layer in inside)
-        working += unsharded(weights - sum(sizes), max(sizes, default=0), max(gradients, default=0))
+        outside = sum(param.nbytes for param in params.values()) - sum(sizes)
+        largest = max(sizes, default=0) / max(sum(sizes), 1) * (weights - outside)
+        working += unsharded(outside, largest, max(gradients, default=0))
     moments = [(step.peak_gradients + waiting, step.peak_activations), (step.gradients / ranks, round_end)]
     peak_gradients, peak_activations = max(moments, key=sum)
     return Memory(

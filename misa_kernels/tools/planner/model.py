@@ -97,7 +97,7 @@ class Model:
         config, name = self.module.config, self.module.main_input_name
         dtype = next(self.module.parameters()).dtype
         if name == "pixel_values":
-            size = config.image_size
+            size = getattr(config, "image_size", 224)
             size = (size, size) if isinstance(size, int) else tuple(size)
             shape: tuple[int, ...] = (batch, getattr(config, "num_channels", 3), *size)
         elif name == "input_features":

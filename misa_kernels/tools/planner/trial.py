@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
 
-from misa_kernels.tools.planner.dry import META, MOST_OPERATORS, Held, TooLongError, step
+from misa_kernels.tools.planner.dry import META, Held, TooLongError, step
 from misa_kernels.tools.planner.model import Model
 
 # Tokens of a sequence, where a step that takes them one by one has too many operators.
@@ -66,11 +66,9 @@ def _tried(model: Model, trained: Mapping[str, nn.Parameter], weights: Sequence[
     try:
         try:
             found = run(batch, sequence) if model.is_whole else None
-        except TooLongError:
+        except TooLongError as error:
             found, model.is_whole = None, False
-            model.note(
-                f"Its step has more than {MOST_OPERATORS:,} operators: planned with sequences of {SHORT}, and as many tokens."
-            )
+            model.note(f"{error}: planned with sequences of {SHORT}, and as many tokens.")
         found = found or run(batch * math.ceil(sequence / SHORT), SHORT)
     except Exception as error:
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
