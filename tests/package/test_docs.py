@@ -32,7 +32,7 @@ FOLDERS = [
     *(ROOT / "misa_kernels" / room for room in ("draw", "memory", "kernels", "outside", "ranks")),
 ]
 # Modules all of whose public names are for users.
-MODULES = ("tools.plots", *(f"tools.planner.{name}" for name in ("shapes", "methods", "step", "fsdp", "cards")))
+MODULES = ("tools.plots", *(f"tools.planner.{name}" for name in ("shapes", "model", "methods", "step", "fsdp", "cards")))
 names = [str(page.relative_to(ROOT)) for page in EVERYWHERE]
 
 

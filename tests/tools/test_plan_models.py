@@ -240,7 +240,7 @@ def test_adapters_are_as_many_as_pefts() -> None:
             config = peft.LoraConfig(r=4, target_modules=targets)
         adapted = peft.get_peft_model(real, config)
         count = sum(param.numel() for param in adapted.parameters() if param.requires_grad)
-        plan = memory("LoRA", planned(name), Setup(sequence=16, rank=4))
+        plan = memory("LoRA", planned(name), Setup(sequence=16, rank=4, dtype="float32"))
         assert plan.states == 8 * count and plan.gradients == 4 * count
 
 
@@ -293,10 +293,15 @@ def test_layers_that_ids_do_not_pass_and_positions_that_end_are_told() -> None:
     llava = build(transformers.LlavaConfig(vision_config=vision, text_config=text, image_token_id=31))
     memory("AdamW", llava, Setup(sequence=16))
     memory("MISA", llava, Setup(sequence=16, delta=0.9))
-    assert [note.partition(",")[0] for note in llava.notes] == ["It is planned with input_ids alone"]
+    assert [note.partition(",")[0] for note in llava.notes] == ["Some matrices get no gradient from input_ids"]
     gpt2 = planned("GPT2LMHeadModel")
     plans = [memory("AdamW", gpt2, Setup(sequence=length, dtype="float32")) for length in (64, 2048)]
     assert plans[0] == plans[1] and gpt2.notes == ["Its positions end at 64: sequences have no more tokens."]
+
+
+def test_the_dtype_of_a_plan_is_the_models() -> None:
+    with pytest.raises(ValueError, match="dtype='bfloat16' must be the model's, 'float32': build it in"):
+        memory("AdamW", planned("GPT2LMHeadModel"), Setup())
 
 
 def test_images_and_sound_have_the_sizes_of_the_configuration() -> None:

@@ -172,6 +172,10 @@ def memory(method: str, shape: LlamaShape | Model, options: Setup) -> Memory:
 def _of_model(method: str, model: Model, options: Setup) -> Memory:
     """Return what a step of a real model takes: weights and states by its tensors, all else by a dry run of it."""
     params, matrices = dict(model.module.named_parameters()), model.matrices
+    if model.dtype != options.dtype:
+        raise ValueError(
+            f"dtype={options.dtype!r} must be the model's, {model.dtype!r}: build it in that of its training"
+        )
     narrow, wide = options.dtype == "bfloat16", state_bytes(options)
     rank, released, waiting, round_end = 0, False, 0.0, 0
     if method in ("AdamW", "AdamW 8-bit", "FlashOptim"):
@@ -208,7 +212,7 @@ def _of_model(method: str, model: Model, options: Setup) -> Memory:
     if method == "QLoRA":
         whole = [math.prod(features) * (2 if narrow else 4) for features in linears]
         weights -= sum(whole) * (1 - NF4_BYTES / (2 if narrow else 4))
-        # One at a time is whole again.
+        # One at a time is whole again, at worst when the peak is there.
         working = max(whole, default=0)
     ranks = options.world_size
     if ranks > 1:

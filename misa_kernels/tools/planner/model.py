@@ -12,6 +12,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import suppress
+from textwrap import shorten
 from typing import Any
 
 import torch
@@ -35,19 +36,22 @@ class Model:
 
     Attributes:
         module: The model.
+        dtype: That it was built in, such as "bfloat16".
         groups: What `param_groups` makes of it.
         matrices: Its sampled parameters, by name.
         layers: Names of the matrices of each layer.
         numel: All parameters, each once.
+        modules: How many modules they make.
         largest: Parameters of the largest module.
         notes: What a plan says beside its figures, one sentence each.
         held: What steps were found to hold, by what tells them apart.
         longest: Tokens of the longest sequence that it has positions for.
-        is_whole: Whether its step can be run with sequences as long as they are.
+        is_whole: Whether its step has few enough operators to be run with sequences of their own length.
     """
 
     def __init__(self, module: Any) -> None:
         self.module = module.train()
+        self.dtype = str(module.config.dtype).rpartition(".")[2]
         self.groups = param_groups(module)
         self.numel = sum(param.numel() for param in module.parameters())
         self.matrices: dict[str, nn.Parameter] = {}
@@ -184,7 +188,7 @@ def load(source: str, dtype: str = "bfloat16") -> Model | LlamaShape:
     try:
         return build(AutoConfig.from_pretrained(path, trust_remote_code=False), dtype)
     except Exception as error:
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        reason = reason_of(error)
         raise ValueError(
             f"{path} must describe a model that transformers builds, which says {reason}: install the version that "
             "knows it, or give --params with the number of parameters"
@@ -210,11 +214,20 @@ def build(config: Any, dtype: str = "bfloat16") -> Model:
     kind = next((each for each in named if each is not None), None)
     with torch.device("meta"), Counted():
         if kind is None:
-            auto = next(each for each in autos if type(config) in each._model_mapping)
+            auto = next((each for each in autos if type(config) in each._model_mapping), None)
+            if auto is None:
+                raise ValueError(
+                    f"architectures={config.architectures!r} must name a class, since none is usual for its type"
+                )
             module = auto.from_config(config, dtype=config.dtype)
         else:
             module = kind._from_config(config, dtype=config.dtype)
     return Model(module)
+
+
+def reason_of(error: Exception) -> str:
+    """Return kind and beginning of an error of others."""
+    return shorten(f"{type(error).__name__}: {error}", 120, placeholder=" ...")
 
 
 def _of_chunk(head: nn.Module, hidden: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
 
 from misa_kernels.tools.planner.dry import META, Held, TooLongError, step
-from misa_kernels.tools.planner.model import Model
+from misa_kernels.tools.planner.model import Model, reason_of
 
 # Tokens of a sequence, where a step that takes them one by one has too many operators.
 SHORT = 16
@@ -47,8 +47,7 @@ def held(
         with _checkpointed(model, checkpointing), _adapted(model, rank) as adapters:
             own = {name: params[name] for name in trained} | adapters
             model.held[key] = _tried(model, own, [*params.values(), *adapters.values()], key)
-        for param in params.values():
-            param.requires_grad_(True)
+        model.module.requires_grad_(True)
     return model.held[key]
 
 
@@ -71,16 +70,15 @@ def _tried(model: Model, trained: Mapping[str, nn.Parameter], weights: Sequence[
             model.note(f"{error}: planned with sequences of {SHORT}, and as many tokens.")
         found = found or run(batch * math.ceil(sequence / SHORT), SHORT)
     except Exception as error:
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
         model.note(
-            f"Its step cannot be run without values ({reason}): activations and peaks are lower bounds, the inputs of "
-            "trained matrices or the gradients alone."
+            f"Its step cannot be run without values ({reason_of(error)}): activations and peaks are lower bounds, the "
+            "inputs of trained matrices or the gradients alone."
         )
         return _least(model, trained, batch * sequence, checkpointing)
     if found.unused & model.matrices.keys():
         model.note(
-            f"It is planned with {model.module.main_input_name} alone, which do not pass all of its layers: "
-            "activations of the others are left out."
+            f"Some matrices get no gradient from {model.module.main_input_name}, all that it is planned with: their "
+            "activations are left out."
         )
     return found
 
@@ -100,13 +98,14 @@ def _least(model: Model, trained: Mapping[str, nn.Parameter], tokens: int, check
 @contextmanager
 def _checkpointed(model: Model, wanted: bool) -> Iterator[None]:
     module = model.module
-    if wanted and not module.supports_gradient_checkpointing:
-        model.note(f"{type(module).__name__} has no activation checkpointing: all is kept.")
-        wanted = False
     # The name until transformers 5.
     name = "activation" if hasattr(module, "activation_checkpointing_enable") else "gradient"
     if wanted:
-        getattr(module, f"{name}_checkpointing_enable")({"use_reentrant": False})
+        try:
+            getattr(module, f"{name}_checkpointing_enable")({"use_reentrant": False})
+        except ValueError:
+            wanted = False
+            model.note(f"{type(module).__name__} has no activation checkpointing: all is kept.")
     try:
         yield
     finally:
