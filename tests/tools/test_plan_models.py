@@ -278,9 +278,9 @@ def test_a_step_that_cannot_be_run_has_lower_bounds() -> None:
 
 
 def test_a_step_of_many_operators_is_planned_with_short_sequences(monkeypatch: Any) -> None:
-    options = Setup(batch=2, sequence=64, checkpointing=False, delta=0.5)
+    options = Setup(batch=2, sequence=32, checkpointing=False, delta=0.5)
     whole = memory("MISA", planned("MambaForCausalLM", "bfloat16"), options)
-    monkeypatch.setattr(dry, "MOST_OPERATORS", 2500)
+    monkeypatch.setattr(dry, "MOST_OPERATORS", 1500)
     model = planned("MambaForCausalLM", "bfloat16")
     short = memory("MISA", model, options)
     assert len(model.notes) == 1 and "sequences of 16, and as many tokens" in model.notes[0]
@@ -342,9 +342,8 @@ def test_without_transformers_sizes_are_read_where_they_are_known(tmp_path: Path
         load(str(tmp_path / "mixtral"))
 
 
-@pytest.mark.parametrize("name", ["GPT2LMHeadModel", "MixtralForCausalLM"])
-def test_the_delta_that_fits_is_nearly_the_largest(name: str) -> None:
-    model, options = planned(name, "bfloat16"), Setup(sequence=32)
+def test_the_delta_that_fits_is_nearly_the_largest() -> None:
+    model, options = planned("MixtralForCausalLM", "bfloat16"), Setup(sequence=32)
     cap = memory("MISA", model, replace(options, delta=0.5)).peak
     delta = fit(model, options, cap)
     assert delta is not None
