@@ -18,7 +18,8 @@ from typing import Any
 from misa_kernels.tools import plots
 from misa_kernels.tools.planner.cards import CARDS, RESERVED_BYTES, capacity_bytes
 from misa_kernels.tools.planner.methods import METHODS, Setup, advice, fit, memory, weights_and_states
-from misa_kernels.tools.planner.shapes import PRESETS, LlamaShape, read
+from misa_kernels.tools.planner.model import Model, load
+from misa_kernels.tools.planner.shapes import PRESETS, LlamaShape
 from misa_kernels.tools.planner.step import Memory
 
 GIB = 2**30
@@ -91,7 +92,7 @@ def run(arguments: argparse.Namespace) -> int:
             raise ValueError("--params knows no activations, so that --fit and --plot need CONFIG")
         return _print_without_shape(arguments.params, options, arguments.json)
 
-    shape = read(arguments.config)
+    shape = load(arguments.config, options.dtype)
     content: dict[str, Any] = {"model": arguments.config, "parameters": shape.numel, "gpu": arguments.gpu}
     if arguments.fit:
         assert cap is not None
@@ -108,7 +109,9 @@ def run(arguments: argparse.Namespace) -> int:
     if cap is not None:
         peaks = {method: plan.peak for method, plan in plans.items()}
         content |= {"cap_bytes": cap, "advice": advice(shape, options, peaks, cap)}
-    content |= {"options": asdict(options), "shape": asdict(shape), "errors": errors}
+    sizes = shape.summary(options.delta) if isinstance(shape, Model) else asdict(shape)
+    content |= {"options": asdict(options), "shape": sizes, "errors": errors}
+    content["notes"] = shape.notes if isinstance(shape, Model) else []
     content["methods"] = {
         method: asdict(plan) | {"peak": plan.peak, "fits": None if cap is None else plan.peak <= cap}
         for method, plan in plans.items()
@@ -122,11 +125,17 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def report(content: Mapping[str, Any], shape: LlamaShape, options: Setup, colours: bool) -> str:
+def report(content: Mapping[str, Any], shape: LlamaShape | Model, options: Setup, colours: bool) -> str:
     """Return the plan as text."""
     cap = content.get("cap_bytes")
     lines = [f"{content['model']}, {shape.numel / 1e9:.2f} billion parameters: {_setting(options)}"]
-    lines.append("GiB on one GPU, from formulas" + ("" if cap is None else _room(content["gpu"], cap)))
+    if isinstance(shape, Model):
+        lines.append(
+            "{class}: {sampled:,} parameters sampled in {modules} modules of {layers} layers, {frozen:,} frozen, "
+            "a budget of {budget:,}".format(**content["shape"])
+        )
+    how = "the operators of the model" if isinstance(shape, Model) else "formulas"
+    lines.append(f"GiB on one GPU, from {how}" + ("" if cap is None else _room(content["gpu"], cap)))
     lines += ["", f"{'':<14}" + "".join(f"{name:>13}" for name in COLUMNS)]
     for method in METHODS:
         plan = content["methods"].get(method)
@@ -147,6 +156,7 @@ def report(content: Mapping[str, Any], shape: LlamaShape, options: Setup, colour
     if options.release_gradients:
         extra = {**extra, "MISA": own + ", gradients released", "FlashOptim": ", gradients released"}
     lines += [f"  {method:<12}{what}{extra.get(method, '')}" for method, what in METHODS.items()]
+    lines += ["", *content["notes"]] if content["notes"] else []
     if cap is not None:
         lines += ["", content["advice"]]
     return "\n".join(lines)

@@ -1,5 +1,6 @@
-"""How much memory and traffic will a way of training need? Pure arithmetic, before anything is allocated.
+"""How much memory and traffic will a way of training need? Before anything is allocated.
 
-`shapes` reads the sizes of a model, `step` counts a training step on one GPU, `fsdp` what FSDP2 adds, `methods` puts
-AdamW, its relatives, LoRA, QLoRA and MISA side by side, `cards` knows how much a GPU holds.
+`shapes` reads the sizes of a LLaMA and its relatives, `step` counts a training step of one on a GPU, `fsdp` what FSDP2
+adds. `model` builds any other of transformers without bytes, `dry` runs its operators and counts, `trial` a whole step.
+`methods` puts AdamW, its relatives, LoRA, QLoRA and MISA side by side, `cards` knows how much a GPU holds.
 """

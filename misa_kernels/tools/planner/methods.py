@@ -10,12 +10,17 @@ import numpy as np
 import torch
 
 from misa_kernels.draw.rehearsal import costliest
+from misa_kernels.draw.sampler import ImportanceSampler
 from misa_kernels.draw.scores import Candidates
 from misa_kernels.memory.arena import MOVE_ELEMENTS
 from misa_kernels.memory.storage import Storage
+from misa_kernels.optimizer import MISA
 from misa_kernels.release import HELD_BYTES, LAUNCHES
+from misa_kernels.tools.planner.fsdp import unsharded
+from misa_kernels.tools.planner.model import Model
 from misa_kernels.tools.planner.shapes import LINEARS, LlamaShape
-from misa_kernels.tools.planner.step import Memory, Workload, count
+from misa_kernels.tools.planner.step import NF4_BYTES, Memory, Workload, count
+from misa_kernels.tools.planner.trial import held
 
 # What each row of a plan is, and what it assumes.
 METHODS = {
@@ -88,7 +93,7 @@ def costliest_set(shape: LlamaShape, delta: float, depth_window: int | None) -> 
     Raises:
         ValueError: If the largest matrix does not fit into δ N.
     """
-    budget, largest = math.floor(delta * shape.numel), max(shape.matrix_numel.values())
+    budget, largest = math.floor(delta * shape.numel), shape.largest
     if largest > budget:
         least = math.ceil(largest / shape.numel / DELTA_STEP) * DELTA_STEP
         raise ValueError(
@@ -106,18 +111,21 @@ def costliest_set(shape: LlamaShape, delta: float, depth_window: int | None) -> 
     return active
 
 
-def memory(method: str, shape: LlamaShape, options: Setup) -> Memory:
+def memory(method: str, shape: LlamaShape | Model, options: Setup) -> Memory:
     """Return what a step takes on one GPU.
 
     Args:
         method: A key of `METHODS`.
-        shape: Of the model.
+        shape: Of the model, or the model itself.
         options: How it is trained; transformers' own norms are assumed, and an update that needs nothing beyond its
             state, as torch's fused AdamW and MISA's step do.
 
     Raises:
-        ValueError: If MISA's δ has no room for the largest matrix.
+        ValueError: If MISA's δ has no room for the largest matrix, or the model has no layers for a method that needs
+            some.
     """
+    if isinstance(shape, Model):
+        return _of_model(method, shape, options)
     everything: Mapping[int, Set[str]] = dict.fromkeys(range(shape.layers), frozenset(LINEARS))
     wide, tokens = state_bytes(options), options.batch * options.sequence
     narrow = options.dtype == "bfloat16"
@@ -156,9 +164,88 @@ def memory(method: str, shape: LlamaShape, options: Setup) -> Memory:
             waiting=HELD_BYTES,
             alone=LAUNCHES,
             # States of modules that stay move through a buffer.
-            round_end=4 * min(MOVE_ELEMENTS, max(shape.matrix_numel.values())),
+            round_end=4 * min(MOVE_ELEMENTS, shape.largest),
         )
     return count(run)
+
+
+def _of_model(method: str, model: Model, options: Setup) -> Memory:
+    """Return what a step of a real model takes: weights and states by its tensors, all else by a dry run of it."""
+    params, matrices = dict(model.module.named_parameters()), model.matrices
+    if model.dtype != options.dtype:
+        raise ValueError(
+            f"dtype={options.dtype!r} must be the model's, {model.dtype!r}: build it in that of its training"
+        )
+    narrow, wide = options.dtype == "bfloat16", state_bytes(options)
+    rank, released, waiting, round_end = 0, False, 0.0, 0
+    if method in ("AdamW", "AdamW 8-bit", "FlashOptim"):
+        of_state = {"AdamW": wide, "AdamW 8-bit": BITSANDBYTES_BYTES, "FlashOptim": FLASHOPTIM_BYTES + narrow}[method]
+        trained, released = set(params), options.release_gradients and method == "FlashOptim"
+    elif not model.layers:
+        raise ValueError(f"{method} needs layers with matrices, of which {type(model.module).__name__} has none")
+    elif method in ("LoRA", "QLoRA"):
+        trained, rank, of_state = set(), options.rank, 8
+    elif method == "BAdam":
+        trained = max(map(set, model.layers.values()), key=lambda names: sum(matrices[name].numel() for name in names))
+        of_state = wide
+    elif method == "LISA":
+        first, *_, last = [*model.layers.values()] * 2
+        trained, of_state = {*first, *last, *model.embeddings()}, wide
+    else:
+        trained = costliest_names(model, options.delta, options.depth_window)
+        of_state = state_bytes(options, options.state_dtype, options.param_precision)
+        together = math.ceil(len(trained) / LAUNCHES) - 1
+        released = options.release_gradients
+        waiting = min(HELD_BYTES, together * min(params[name].nbytes for name in trained)) * released
+        # States of modules that stay move through a buffer.
+        round_end = 4 * min(MOVE_ELEMENTS, model.largest)
+    tokens = (options.batch, options.sequence, options.loss_chunk)
+    step = held(model, trained, rank, tokens, options.checkpointing, options.world_size, released)
+    elements = sum(params[name].numel() for name in trained)
+    if method == "MISA":
+        # Allocated once, for any draw.
+        elements = min(math.floor(options.delta * model.numel), sum(map(torch.Tensor.numel, matrices.values())))
+    linears = [(rows, columns) for _, rows, columns in model.linears()]
+    elements += rank * sum(map(sum, linears))
+    # peft makes adapters float32 unless autocast_adapter_dtype=False.
+    weights, working = sum(param.nbytes for param in params.values()) + 4 * bool(rank) * elements, 0.0
+    if method == "QLoRA":
+        whole = [math.prod(features) * (2 if narrow else 4) for features in linears]
+        weights -= sum(whole) * (1 - NF4_BYTES / (2 if narrow else 4))
+        # One at a time is whole again, at worst when the peak is there.
+        working = max(whole, default=0)
+    ranks = options.world_size
+    if ranks > 1:
+        inside = [{n: p for n, p in params.items() if n.startswith(f"{layer}.")} for layer in model.layers]
+        sizes = [sum(param.nbytes for param in layer.values()) for layer in inside]
+        gradients = (sum(param.nbytes for name, param in layer.items() if name in trained) for layer in inside)
+        outside = sum(param.nbytes for param in params.values()) - sum(sizes)
+        largest = max(sizes, default=0) / max(sum(sizes), 1) * (weights - outside)
+        working += unsharded(outside, largest, max(gradients, default=0))
+    moments = [(step.peak_gradients + waiting, step.peak_activations), (step.gradients / ranks, round_end)]
+    peak_gradients, peak_activations = max(moments, key=sum)
+    return Memory(
+        weights=weights / ranks,
+        states=elements * of_state / ranks,
+        gradients=step.gradients / ranks,
+        kept=step.kept,
+        activations=step.activations + working,
+        peak_gradients=peak_gradients,
+        peak_activations=peak_activations + working,
+    )
+
+
+def costliest_names(model: Model, delta: float, depth_window: int | None) -> set[str]:
+    """Return the names of the matrices in the admissible draw of MISA that needs the most memory.
+
+    Raises:
+        ValueError: As `MISA`, where the largest module does not fit into δ N.
+    """
+    optimizer = MISA(model.groups, delta=delta, sampler=ImportanceSampler(depth_window=depth_window))
+    optimizer.rehearse()
+    names = {name for name, param in model.module.named_parameters() if param.requires_grad}
+    optimizer.release()
+    return names
 
 
 def weights_and_states(numel: float, options: Setup) -> dict[str, tuple[float, float, float]]:
@@ -178,28 +265,32 @@ def weights_and_states(numel: float, options: Setup) -> dict[str, tuple[float, f
     }
 
 
-def fit(shape: LlamaShape, options: Setup, cap_bytes: float) -> float | None:
+def fit(shape: LlamaShape | Model, options: Setup, cap_bytes: float) -> float | None:
     """Return a δ with which MISA's peak stays within the cap, while with `DELTA_STEP` more it does not.
 
-    1 if that fits, None if no admissible δ does.
+    1 if that fits, None if no admissible δ does. Of a real model, δ may be two per cent too low.
     """
-    low = math.ceil(max(shape.matrix_numel.values()) / shape.numel / DELTA_STEP)
-    high = round(1 / DELTA_STEP)
+    low, high = math.ceil(shape.largest / shape.numel / DELTA_STEP), round(1 / DELTA_STEP)
 
-    def fits(steps: int) -> bool:
-        return memory("MISA", shape, replace(options, delta=steps * DELTA_STEP)).peak <= cap_bytes
+    def over(steps: int) -> float:
+        return memory("MISA", shape, replace(options, delta=steps * DELTA_STEP)).peak - cap_bytes
 
-    if not fits(low):
+    below, above = over(low), over(high)
+    if below > 0:
         return None
-    if fits(high):
+    if above <= 0:
         return 1.0
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle)
+    # A real model's step takes a second or two: two per cent will do.
+    while high - low > (max(1, low // 50) if isinstance(shape, Model) else 1):
+        # The peak is almost a line in δ; towards the middle, so that either end moves.
+        guess = low + 0.8 * (high - low) * below / (below - above) + 0.1 * (high - low)
+        middle = min(max(round(guess), low + 1), high - 1)
+        found = over(middle)
+        low, below, high, above = (middle, found, high, above) if found <= 0 else (low, below, middle, found)
     return round(low * DELTA_STEP, 4)
 
 
-def advice(shape: LlamaShape, options: Setup, peaks: Mapping[str, float], cap_bytes: float) -> str:
+def advice(shape: LlamaShape | Model, options: Setup, peaks: Mapping[str, float], cap_bytes: float) -> str:
     """Return in words what to take where so many bytes may be used, given the peak of each method."""
     first = "AdamW fits, and learns more a step than what trains less. " if peaks["AdamW"] <= cap_bytes else ""
     largest = fit(shape, options, cap_bytes)

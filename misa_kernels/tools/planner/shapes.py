@@ -80,6 +80,11 @@ class LlamaShape:
         """All parameters, N."""
         return self.layers * self.layer_numel + self.outside_numel
 
+    @property
+    def largest(self) -> int:
+        """Parameters of the largest matrix."""
+        return max(self.matrix_numel.values())
+
     def lora_numel(self, rank: int) -> int:
         """Return the parameters of LoRA adapters on all matrices of all layers."""
         return self.layers * rank * sum(map(sum, self.matrices.values()))
@@ -125,6 +130,20 @@ def read(source: str) -> LlamaShape:
     """
     if source in PRESETS:
         return PRESETS[source]
+    path = config_file(source)
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} must be JSON, but cannot be read: {error}") from error
+    return from_config(config if isinstance(config, dict) else {})
+
+
+def config_file(source: str) -> Path:
+    """Return the path of a configuration, given that or its folder.
+
+    Raises:
+        ValueError: If there is none.
+    """
     path = Path(source)
     path = path / "config.json" if path.is_dir() else path
     if not path.is_file():
@@ -132,11 +151,7 @@ def read(source: str) -> LlamaShape:
             f"{source!r} must be a config.json of transformers, a folder with one, or one of {', '.join(PRESETS)}: "
             "give one of these, or --params with the number of parameters"
         )
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} must be JSON, but cannot be read: {error}") from error
-    return from_config(config if isinstance(config, dict) else {})
+    return path
 
 
 def from_config(config: Mapping[str, Any]) -> LlamaShape:
@@ -151,8 +166,9 @@ def from_config(config: Mapping[str, Any]) -> LlamaShape:
     kind = config.get("model_type")
     if kind not in _TYPES:
         raise ValueError(
-            f"model_type={kind!r} must be one of {', '.join(_TYPES)}, whose sizes are known: for others give --params "
-            "with the number of parameters, which plans weights, gradients and states alone"
+            f"model_type={kind!r} must be one of {', '.join(_TYPES)}, whose sizes are known: for others install "
+            "transformers, which builds them, or give --params with the number of parameters, which plans weights, "
+            "gradients and states alone"
         )
     sizes: dict[str, Any] = {ours: _whole(config, theirs) for theirs, ours in _FIELDS.items()}
     own = dict(_TYPES[kind])
