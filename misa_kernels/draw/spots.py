@@ -107,9 +107,9 @@ def _beside(
         layer = inside.get(id(place.node.module))
         spots.append(Spot(layer, f"{kind.what} of a layer" if layer is not None else kind.what))
     outside = [i for i, spot in enumerate(spots) if spot.layer is None and kinds[i].what == MATRIX]
-    if not outside:
-        return spots
     moments = [moment for moment, spot in zip(when, spots, strict=True) if spot.layer is not None]
+    if not outside or not moments:
+        return spots
     begin, end = min(moments), max(moments)
     # When each width is written first, and read last.
     written: dict[int, int] = {}
