@@ -25,11 +25,12 @@ from misa_kernels.scores import Scores
 from misa_kernels.trained import Trained
 
 # Kept in the first group of a saved state: the position of the run, how the moments are stored, and what the run may
-# have been given otherwise. A draw depends on nothing but seed, round and scores.
+# have been given otherwise. A draw depends on nothing but seed, round, scores and `Scores.unheard`, which is kept here,
+# too, as torch's tools want the same entries in every `state`.
 NUMBERS = tuple(field.name for field in fields(Clock))
 STORED = ("state_dtype", "param_precision")
 GIVEN = ("inner_steps", "sampler", "delta")
-POSITION = (*NUMBERS, *STORED, *GIVEN)
+POSITION = (*NUMBERS, *STORED, *GIVEN, "unheard")
 # The other reason of several differences, and its remedy.
 CHANGED = (
     "; or, if layers were frozen or thawed in mid-run, construct MISA with the flags of the first time, repeat that "
@@ -37,13 +38,14 @@ CHANGED = (
 )
 
 
-def write(state_dict: dict[str, Any], trained: Trained, clock: Clock, given: Sequence[Any]) -> None:
+def write(state_dict: dict[str, Any], trained: Trained, clock: Clock, unheard: list[int], given: Sequence[Any]) -> None:
     """Make a state dict, as torch makes it, independent of the arena, and add the position of the run.
 
     Args:
         state_dict: What `torch.optim.Optimizer.state_dict` makes of the live state; modified.
         trained: The live state.
         clock: The position, with all steps skipped so far.
+        unheard: What `Scores.unheard` returns.
         given: What the run was given, in the order of `GIVEN`.
     """
     state_dict["state"] = trained.to_save(state_dict["state"])
@@ -55,6 +57,7 @@ def write(state_dict: dict[str, Any], trained: Trained, clock: Clock, given: Seq
         asdict(clock),
         **dict(zip(STORED, (stored.state_dtype, stored.param_precision), strict=True)),
         **dict(zip(GIVEN, given, strict=True)),
+        unheard=unheard,
     )
 
 
@@ -63,7 +66,8 @@ class Saved:
     """A saved state that fits an optimizer.
 
     Attributes:
-        position: What the first group carries of `NUMBERS` and, where the version that saved it did, `GIVEN`.
+        position: What the first group carries of `NUMBERS` and, where the version that saved it did, `GIVEN` and
+            "unheard".
         storage: How moments are stored in it.
         own: What it has of each parameter that may be trained.
         hyperparameters: What its groups hold beside parameters and position, copied.
@@ -116,6 +120,7 @@ def read(saved: Mapping[str, Any], groups: Sequence[dict[str, Any]], layout: Lay
     position, storage = _position(saved)
     own = _match(saved, groups, layout, layout.sizes(storage))
     active, values = scores.read(own)
+    _check_unheard(position.get("unheard", []), scores.candidates.numel.size)
     needed = int(scores.candidates.numel[active].sum())
     if needed > layout.partition.budget:
         raise ValueError(
@@ -156,6 +161,16 @@ def _position(saved: Mapping[str, Any]) -> tuple[dict[str, Any], Storage]:
             "saved it"
         )
     return position, storage
+
+
+def _check_unheard(unheard: Any, modules: int) -> None:
+    """Refuse what `Scores.unheard` does not return: a number and a count each."""
+    are_whole = isinstance(unheard, Sequence) and all(type(number) is int and number >= 0 for number in unheard)
+    if not are_whole or len(unheard) % 2 or max(unheard[::2], default=0) >= modules:
+        raise ValueError(
+            f"state dict has unheard={unheard!r}, which must be numbers below {modules} of modules, each with a whole "
+            "number >= 0 of rounds: it was changed after it was saved"
+        )
 
 
 def _match(

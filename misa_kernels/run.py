@@ -393,7 +393,7 @@ class Run:
     def complete(self, state_dict: dict[str, Any]) -> None:
         """Make a state dict, as torch makes it, independent of the arena, and add the position of the run."""
         clock = replace(self.clock, skipped_steps=self.skipped_steps)
-        checkpoint.write(state_dict, self.trained, clock, self._described())
+        checkpoint.write(state_dict, self.trained, clock, self.scores.unheard(), self._described())
 
     def _described(self) -> tuple[int, str, float]:
         return self.inner_steps, described(self.sampler), float(self.given.delta)
@@ -414,7 +414,7 @@ class Run:
             group.update(hyperparameters)
         for name in checkpoint.NUMBERS:
             setattr(self.clock, name, saved.position[name])
-        self.scores.load(saved.scores)
+        self.scores.load(saved.scores, saved.position.get("unheard", ()))
         self.trained.load(saved.own, saved.storage)
         self.scores.show(self.trained.state)
         self.show(saved.active)
