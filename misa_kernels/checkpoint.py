@@ -21,6 +21,7 @@ from misa_kernels.memory.codec import FORMATS
 from misa_kernels.memory.storage import PRECISIONS, Storage
 from misa_kernels.options import check_hyperparameters
 from misa_kernels.outside.notices import warn
+from misa_kernels.outside.wrappers import is_same, unwrapped
 from misa_kernels.scores import Scores
 from misa_kernels.trained import Trained
 
@@ -31,6 +32,8 @@ NUMBERS = tuple(field.name for field in fields(Clock))
 STORED = ("state_dtype", "param_precision")
 GIVEN = ("inner_steps", "sampler", "delta")
 POSITION = (*NUMBERS, *STORED, *GIVEN, "unheard")
+# What groups hold of names, which are those of the model here, in its wrappers.
+NAMES = ("modules", "layers", "param_names")
 # The other reason of several differences, and its remedy.
 CHANGED = (
     "; or, if layers were frozen or thawed in mid-run, construct MISA with the flags of the first time, repeat that "
@@ -70,7 +73,7 @@ class Saved:
             "unheard".
         storage: How moments are stored in it.
         own: What it has of each parameter that may be trained.
-        hyperparameters: What its groups hold beside parameters and position, copied.
+        hyperparameters: What its groups hold beside parameters, names and position, copied.
         active: int64[k], numbers of the active modules, ascending.
         scores: One number a module of what is known of it, by the names in `SCORES`.
     """
@@ -127,9 +130,9 @@ def read(saved: Mapping[str, Any], groups: Sequence[dict[str, Any]], layout: Lay
             f"state dict has {needed} active parameters but delta allows {layout.partition.budget}: use the delta "
             "it was saved with"
         )
-    hyperparameters = []
+    hyperparameters, others = [], ("params", *NAMES, *POSITION)
     for group, saved_group in zip(groups, saved["param_groups"], strict=True):
-        kept = {name: _number(value) for name, value in saved_group.items() if name not in ("params", *POSITION)}
+        kept = {name: _number(value) for name, value in saved_group.items() if name not in others}
         check_hyperparameters({**group, **kept})
         hyperparameters.append(copy.deepcopy(kept))
     return Saved(position, storage, own, hyperparameters, active, values)
@@ -184,13 +187,16 @@ def _match(
             f"state dict has param groups of {saved_counts} tensors but this optimizer has {counts}: it belongs to "
             f"another model{CHANGED}"
         )
+    for number, (group, saved_group) in enumerate(zip(groups, saved_groups, strict=True)):
+        ours, theirs = group.get("role"), saved_group.get("role")
+        if ours != theirs:
+            raise ValueError(_other_name(ours, theirs, f"role of group {number}"))
+    for key in NAMES:
+        _check_names([group.get(key) for group in groups], [group.get(key) for group in saved_groups], key)
     names = iter(layout.partition.names)
     own = {}
     strangers = []
-    for number, (group, saved_group) in enumerate(zip(groups, saved_groups, strict=True)):
-        _check_names([group.get("role")], [saved_group.get("role")], f"role of group {number}")
-        for key in ("modules", "layers", "param_names"):
-            _check_names(group.get(key), saved_group.get(key), f"{key} of group {number}")
+    for group, saved_group in zip(groups, saved_groups, strict=True):
         for param, index in zip(group["params"], saved_group["params"], strict=True):
             name, found = next(names), saved["state"].get(index, {})
             if param in sizes:
@@ -208,13 +214,22 @@ def _match(
     return own
 
 
-def _check_names(ours: list[Any] | None, theirs: list[Any] | None, what: str) -> None:
-    if ours is None or theirs is None or list(ours) == list(theirs):
+def _check_names(ours: Sequence[Any], theirs: Sequence[Any], key: str) -> None:
+    """Compare what the groups have under a key, and where that differs, without the wrappers of either model."""
+    if all(a is None or b is None or list(a) == list(b) for a, b in zip(ours, theirs, strict=True)):
         return
-    a, b = next((a, b) for a, b in zip(ours, theirs, strict=True) if a != b)
-    raise ValueError(
-        f"state dict names {b!r} in {what} where this optimizer has {a!r}: build the groups as they were when it "
-        "was saved"
+    for number, (ours_bare, theirs_bare) in enumerate(zip(unwrapped(ours), unwrapped(theirs), strict=True)):
+        if ours_bare is None or theirs_bare is None:
+            continue
+        pairs = zip(ours_bare, theirs_bare, ours[number], theirs[number], strict=True)
+        if (other := next(((a, b) for bare, there, a, b in pairs if not is_same(bare, there)), None)) is not None:
+            raise ValueError(_other_name(*other, f"{key} of group {number}"))
+
+
+def _other_name(ours: Any, theirs: Any, what: str) -> str:
+    return (
+        f"state dict names {theirs!r} in {what} where this optimizer has {ours!r}: build the groups as they were when "
+        "it was saved"
     )
 
 
