@@ -16,6 +16,7 @@ from misa_kernels.draw.scores import HEARING, SILENT, Bools, Floats, Ints
 from misa_kernels.interface import Interface
 from misa_kernels.options import Options, check_adamw_only, check_place, copied_groups
 from misa_kernels.outside.flags import LISTED
+from misa_kernels.outside.garbage import kept
 from misa_kernels.outside.tracing import not_traced
 from misa_kernels.ranks.agreement import together
 from misa_kernels.run import Run
@@ -119,6 +120,7 @@ class MISA(Interface):
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         self._begin(params, defaults, Options(**given))
 
+    @kept()
     def _begin(
         self,
         params: Params,

@@ -17,7 +17,7 @@ from misa_kernels.draw.sampler import Sampler, check_sampler
 from misa_kernels.memory.codec import FORMATS
 from misa_kernels.memory.storage import PRECISIONS, Storage
 from misa_kernels.outside.notices import warn
-from misa_kernels.ranks.shards import is_sharded
+from misa_kernels.ranks.shards import is_sharded, sharded
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -189,15 +189,26 @@ def copied_groups(params: Iterable[Any]) -> list[dict[str, Any]]:
             raise ValueError(f"group {number} has no 'params': give it a list of parameters")
         tensors = group["params"]
         group["params"] = [tensors] if isinstance(tensors, Tensor) else list(tensors)
-        for position, entry in enumerate(group["params"]):
-            param = entry[1] if isinstance(entry, tuple) else entry
-            if id(param) in seen:
-                name = entry[0] if isinstance(entry, tuple) else f"parameter {position} of group {number}"
-                raise ValueError(f"{name} is given twice: every parameter belongs to one group, once")
-            seen.add(id(param))
+        params = [entry[1] if isinstance(entry, tuple) else entry for entry in group["params"]]
+        before = len(seen)
+        seen.update(map(id, params))
+        if len(seen) - before < len(params):
+            raise ValueError(f"{_twice(grouped, number)} is given twice: every parameter belongs to one group, once")
     if not seen:
         raise ValueError("params is empty: give the model's parameters, such as param_groups(model)")
     return grouped
+
+
+def _twice(groups: Sequence[dict[str, Any]], last: int) -> str:
+    """Return the name of the first parameter that occurs again in the groups up to the last one."""
+    seen: set[int] = set()
+    for number, group in enumerate(groups[: last + 1]):
+        for position, entry in enumerate(group["params"]):
+            name, param = entry if isinstance(entry, tuple) else (f"parameter {position} of group {number}", entry)
+            if id(param) in seen:
+                return str(name)
+            seen.add(id(param))
+    raise AssertionError("no parameter occurs twice")
 
 
 def check_trainable(partition: Partition, storage: Storage) -> None:
@@ -244,17 +255,19 @@ def check_cast(dtypes: Sequence[torch.dtype], params: Sequence[Tensor], partitio
 
 def check_sharded(params: Sequence[Tensor], partition: Partition, storage: Storage, release_gradients: bool) -> None:
     """Refuse what sharded parameters, by their position in the optimizer, do not have in this version."""
-    sharded = [partition.names[block.index] for block in partition.trained if is_sharded(params[block.index])]
-    if not sharded:
+    if not sharded(params):
+        return
+    names = [partition.names[block.index] for block in partition.trained if is_sharded(params[block.index])]
+    if not names:
         return
     if storage.state_dtype not in ("fp32", "bf16"):
         raise ValueError(
-            f"state_dtype={storage.state_dtype!r} has scales for groups that shards would cut, and {sharded[0]} is "
+            f"state_dtype={storage.state_dtype!r} has scales for groups that shards would cut, and {names[0]} is "
             "sharded: use 'bf16' or 'fp32'"
         )
     if release_gradients:
         raise ValueError(
-            f"release_gradients=True needs gradients within backward, and {sharded[0]}, being sharded, gets it "
+            f"release_gradients=True needs gradients within backward, and {names[0]}, being sharded, gets it "
             "afterwards: leave it out"
         )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -90,9 +91,12 @@ class Scores:
 
     def show(self, state: State) -> None:
         """Put the scores of every sampled parameter where torch's tools look for them."""
-        for param, span in self._layout.spans.items():
-            if span.start >= self._layout.dense:
-                state[param].put({name: vector[span] for name, vector in self._shown.items()})
+        # Dense slots come first, one a parameter.
+        dense = self._layout.dense
+        state.put(
+            islice(self._layout.spans, dense, None),
+            {name: self._layout.pieces(vector)[dense:] for name, vector in self._shown.items()},
+        )
 
     def take(self, state: State) -> None:
         """Take over what somebody wrote to `optimizer.state`; what is missing there begins anew."""
@@ -122,11 +126,10 @@ class Scores:
             ValueError: If blocks belonged together otherwise, or a module is not active as a whole.
         """
         layout = self._layout
+        entries = [own[param] for param in islice(layout.spans, layout.dense, None)]
         vectors = {name: torch.zeros_like(vector) for name, vector in self._shown.items()}
-        for param, span in layout.spans.items():
-            if span.start >= layout.dense:
-                for name, vector in vectors.items():
-                    vector[span] = own[param][name].cpu()
+        for name, vector in vectors.items():
+            vector[layout.dense :] = _joined([entry[name] for entry in entries])
         differing = (vectors["module"] != self._shown["module"])[layout.dense :].nonzero()
         if len(differing):
             slot = layout.dense + int(differing[0])
@@ -153,3 +156,10 @@ class Scores:
         """Write one number a module into all its slots."""
         sampled = self._layout.module[self._layout.dense :]
         self._shown[name].numpy()[self._layout.dense :] = values[sampled]
+
+
+def _joined(values: Sequence[Tensor]) -> Tensor:
+    """Return the elements of some tensors in one vector on the CPU; from a device they come in one transfer."""
+    if len({value.device for value in values}) > 1:
+        values = [value.cpu() for value in values]
+    return torch.cat([value if value.ndim == 1 else value.reshape(-1) for value in values]).cpu()
