@@ -145,10 +145,7 @@ def partition(
     if too_large:
         raise ValueError(_too_large(too_large, delta, total_numel, granularity, oversized))
     if not modules:
-        raise ValueError(
-            f"none of the {len(members)} parameters can be sampled, and one must be: pass weight matrices "
-            "with requires_grad=True, without a role or with the role 'sampled'"
-        )
+        raise ValueError(_nothing_to_sample(members, groups, chosen))
     dense = [member for member in members if member.role == "dense"]
     # Without a layer in a group that names them, it lies behind the last.
     before_end = (member for member in dense if member.layer is not None or "layers" not in groups[member.group])
@@ -332,6 +329,33 @@ def _split(module: Module, budget: int) -> list[Module]:
 
 def _rows(param: nn.Parameter) -> int:
     return len(param) if param.ndim else 1
+
+
+def _nothing_to_sample(members: Sequence[_Member], groups: Sequence[Mapping[str, Any]], chosen: Sequence[bool]) -> str:
+    """Return the error where no parameter is sampled, which also tells what is trained, and what thawing would help."""
+    names = names_of(groups)
+    error = (
+        f"none of the {len(members)} parameters can be sampled, and one must be: pass weight matrices "
+        "with requires_grad=True, without a role or with the role 'sampled'"
+    )
+    if not (dense := [names[member.place] for member in members if member.role == "dense"]):
+        return error
+    meant = [role for group in groups for role in group.get("thawed", [group.get("role")] * len(group["params"]))]
+    frozen = [
+        names[member.place]
+        for member in members
+        if not chosen[member.place]
+        and (meant[member.place] == "sampled" or meant[member.place] is None and member.param.ndim >= 2)
+    ]
+    thaw = f", that is, set it for {_listed(frozen)}" if frozen else ""
+    return (
+        f"{error}{thaw}; or use torch.optim.AdamW, since there is nothing to sample where all that is trained is "
+        f"dense, here {_listed(dense)}"
+    )
+
+
+def _listed(names: Sequence[str]) -> str:
+    return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
 
 
 def _too_large(modules: Sequence[Module], delta: float, total: int, granularity: str, oversized: str) -> str:
