@@ -99,7 +99,8 @@ class Run:
         self._hooks: dict[Tensor, Any] = {}
         draw = self.draw()
 
-        options.notify(groups, self.layout.partition, given.delta)
+        partition = self.layout.partition
+        options.notify(groups, partition, self.storage, given.delta, draw.active.size == len(partition.modules))
         for advice in self.flags.advice:
             warn(advice)
         if given.total_steps is not None and (short := self.coverage(given.total_steps).advice) is not None:
