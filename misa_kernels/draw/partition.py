@@ -211,7 +211,9 @@ def _members(groups: Sequence[Mapping[str, Any]], delta: float, chosen: Sequence
             if id(param) in seen:
                 continue
             seen.add(id(param))
-            own_role = _role(param, names[index], thawed if chosen[index] else role, delta, chosen[index])
+            own_role = thawed if chosen[index] else role
+            if own_role != "frozen":
+                own_role = _role(param, names[index], own_role, delta, chosen[index])
             modules = (entry,) if isinstance(entry, str) else tuple(entry)
             if own_role == "sampled" and len(modules) != 1 and (not modules or _rows(param) % len(modules)):
                 raise ValueError(

@@ -81,9 +81,11 @@ class State(defaultdict[Tensor, Entry]):
 
     def put(self, params: Iterable[Tensor], values: Mapping[str, Iterable[Any]]) -> None:
         """Write as MISA, under each name one value for each of some parameters."""
-        names, put = list(values), dict.update
+        names, known = list(values), dict.get
         for param, own in zip(params, zip(*values.values(), strict=True), strict=True):
-            put(self[param], zip(names, own, strict=True))
+            if (entry := known(self, param)) is None:
+                entry = self.__missing__(param)
+            dict.update(entry, zip(names, own, strict=True))
 
     def __setitem__(self, param: Tensor, own: Mapping[str, Any]) -> None:
         """Take a copy of the entry, and note it."""
