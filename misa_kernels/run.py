@@ -28,7 +28,6 @@ from misa_kernels.meeting import Meeting
 from misa_kernels.memory.storage import Storage
 from misa_kernels.monitor import Monitor
 from misa_kernels.outside.flags import Flags
-from misa_kernels.outside.garbage import kept
 from misa_kernels.outside.notices import warn
 from misa_kernels.outside.recompiles import Recompiles
 from misa_kernels.outside.state import State
@@ -392,7 +391,6 @@ class Run:
             self.trained.adopt()
 
     @not_traced
-    @kept()
     def complete(self, state_dict: dict[str, Any]) -> None:
         """Make a state dict, as torch makes it, independent of the arena, and add the position of the run."""
         clock = replace(self.clock, skipped_steps=self.skipped_steps)
@@ -403,7 +401,6 @@ class Run:
 
     @not_traced
     @torch.no_grad()
-    @kept()
     def load(self, state_dict: dict[str, Any]) -> None:
         """Resume from a saved state; see `MISA.load_state_dict`."""
         if self.ended is not None:
