@@ -21,17 +21,21 @@ from misa_kernels.memory.codec import FORMATS
 from misa_kernels.memory.storage import PRECISIONS, Storage
 from misa_kernels.options import check_hyperparameters
 from misa_kernels.outside.notices import warn
+from misa_kernels.outside.wrappers import is_same, unwrapped
 from misa_kernels.scores import Scores
 from misa_kernels.trained import Trained
 
 # Kept in the first group of a saved state: the position of the run, how the moments are stored, and what the run may
-# have been given otherwise. A draw depends on nothing but seed, round and scores.
+# have been given otherwise. A draw depends on nothing but seed, round, scores and `Scores.unheard`, which is kept here,
+# too, as torch's tools want the same entries in every `state`.
 NUMBERS = tuple(field.name for field in fields(Clock))
 STORED = ("state_dtype", "param_precision")
 GIVEN = ("inner_steps", "sampler", "delta")
 # The layers in the order in which they were seen to run, where their registration does not tell.
 ORDER = "layer_order"
-POSITION = (*NUMBERS, *STORED, *GIVEN, ORDER)
+POSITION = (*NUMBERS, *STORED, *GIVEN, "unheard", ORDER)
+# What groups hold of names, which are those of the model here, in its wrappers.
+NAMES = ("modules", "layers", "param_names")
 # The other reason of several differences, and its remedy.
 CHANGED = (
     "; or, if layers were frozen or thawed in mid-run, construct MISA with the flags of the first time, repeat that "
@@ -40,7 +44,12 @@ CHANGED = (
 
 
 def write(
-    state_dict: dict[str, Any], trained: Trained, clock: Clock, given: Sequence[Any], order: Sequence[str] | None
+    state_dict: dict[str, Any],
+    trained: Trained,
+    clock: Clock,
+    unheard: list[int],
+    given: Sequence[Any],
+    order: Sequence[str] | None,
 ) -> None:
     """Make a state dict, as torch makes it, independent of the arena, and add the position of the run.
 
@@ -48,6 +57,7 @@ def write(
         state_dict: What `torch.optim.Optimizer.state_dict` makes of the live state; modified.
         trained: The live state.
         clock: The position, with all steps skipped so far.
+        unheard: What `Scores.unheard` returns.
         given: What the run was given, in the order of `GIVEN`.
         order: The layers as they run, where more than their registration tells.
     """
@@ -60,6 +70,7 @@ def write(
         asdict(clock),
         **dict(zip(STORED, (stored.state_dtype, stored.param_precision), strict=True)),
         **dict(zip(GIVEN, given, strict=True)),
+        unheard=unheard,
         **({} if order is None else {ORDER: list(order)}),
     )
 
@@ -69,10 +80,11 @@ class Saved:
     """A saved state that fits an optimizer.
 
     Attributes:
-        position: What the first group carries of `NUMBERS` and, where the version that saved it did, `GIVEN`.
+        position: What the first group carries of `NUMBERS` and, where the version that saved it did, `GIVEN` and
+            "unheard".
         storage: How moments are stored in it.
         own: What it has of each parameter that may be trained.
-        hyperparameters: What its groups hold beside parameters and position, copied.
+        hyperparameters: What its groups hold beside parameters, names and position, copied.
         active: int64[k], numbers of the active modules, ascending.
         scores: One number a module of what is known of it, by the names in `SCORES`.
         order: The layers as they were seen to run; None if it has none of them.
@@ -124,15 +136,16 @@ def read(saved: Mapping[str, Any], groups: Sequence[dict[str, Any]], layout: Lay
     position, storage = _position(saved)
     own = _match(saved, groups, layout, layout.sizes(storage))
     active, values = scores.read(own)
+    _check_unheard(position.get("unheard", []), scores.candidates.numel.size)
     needed = int(scores.candidates.numel[active].sum())
     if needed > layout.partition.budget:
         raise ValueError(
             f"state dict has {needed} active parameters but delta allows {layout.partition.budget}: use the delta "
             "it was saved with"
         )
-    hyperparameters = []
+    hyperparameters, others = [], ("params", *NAMES, *POSITION)
     for group, saved_group in zip(groups, saved["param_groups"], strict=True):
-        kept = {name: _number(value) for name, value in saved_group.items() if name not in ("params", *POSITION)}
+        kept = {name: _number(value) for name, value in saved_group.items() if name not in others}
         check_hyperparameters({**group, **kept})
         hyperparameters.append(copy.deepcopy(kept))
     return Saved(position, storage, own, hyperparameters, active, values, position.get(ORDER))
@@ -166,6 +179,16 @@ def _position(saved: Mapping[str, Any]) -> tuple[dict[str, Any], Storage]:
     return position, storage
 
 
+def _check_unheard(unheard: Any, modules: int) -> None:
+    """Refuse what `Scores.unheard` does not return: a number and a count each."""
+    are_whole = isinstance(unheard, Sequence) and all(type(number) is int and number >= 0 for number in unheard)
+    if not are_whole or len(unheard) % 2 or max(unheard[::2], default=0) >= modules:
+        raise ValueError(
+            f"state dict has unheard={unheard!r}, which must be numbers below {modules} of modules, each with a whole "
+            "number >= 0 of rounds: it was changed after it was saved"
+        )
+
+
 def _match(
     saved: Mapping[str, Any], groups: Sequence[dict[str, Any]], layout: Layout, sizes: dict[Tensor, dict[str, int]]
 ) -> dict[Tensor, dict[str, Any]]:
@@ -177,13 +200,16 @@ def _match(
             f"state dict has param groups of {saved_counts} tensors but this optimizer has {counts}: it belongs to "
             f"another model{CHANGED}"
         )
+    for number, (group, saved_group) in enumerate(zip(groups, saved_groups, strict=True)):
+        ours, theirs = group.get("role"), saved_group.get("role")
+        if ours != theirs:
+            raise ValueError(_other_name(ours, theirs, f"role of group {number}"))
+    for key in NAMES:
+        _check_names([group.get(key) for group in groups], [group.get(key) for group in saved_groups], key)
     names = iter(layout.partition.names)
     own = {}
     strangers = []
-    for number, (group, saved_group) in enumerate(zip(groups, saved_groups, strict=True)):
-        _check_names([group.get("role")], [saved_group.get("role")], f"role of group {number}")
-        for key in ("modules", "layers", "param_names"):
-            _check_names(group.get(key), saved_group.get(key), f"{key} of group {number}")
+    for group, saved_group in zip(groups, saved_groups, strict=True):
         for param, index in zip(group["params"], saved_group["params"], strict=True):
             name, found = next(names), saved["state"].get(index, {})
             if param in sizes:
@@ -201,13 +227,22 @@ def _match(
     return own
 
 
-def _check_names(ours: list[Any] | None, theirs: list[Any] | None, what: str) -> None:
-    if ours is None or theirs is None or list(ours) == list(theirs):
+def _check_names(ours: Sequence[Any], theirs: Sequence[Any], key: str) -> None:
+    """Compare what the groups have under a key, and where that differs, without the wrappers of either model."""
+    if all(a is None or b is None or list(a) == list(b) for a, b in zip(ours, theirs, strict=True)):
         return
-    a, b = next((a, b) for a, b in zip(ours, theirs, strict=True) if a != b)
-    raise ValueError(
-        f"state dict names {b!r} in {what} where this optimizer has {a!r}: build the groups as they were when it "
-        "was saved"
+    for number, (ours_bare, theirs_bare) in enumerate(zip(unwrapped(ours), unwrapped(theirs), strict=True)):
+        if ours_bare is None or theirs_bare is None:
+            continue
+        pairs = zip(ours_bare, theirs_bare, ours[number], theirs[number], strict=True)
+        if (other := next(((a, b) for bare, there, a, b in pairs if not is_same(bare, there)), None)) is not None:
+            raise ValueError(_other_name(*other, f"{key} of group {number}"))
+
+
+def _other_name(ours: Any, theirs: Any, what: str) -> str:
+    return (
+        f"state dict names {theirs!r} in {what} where this optimizer has {ours!r}: build the groups as they were when "
+        "it was saved"
     )
 
 

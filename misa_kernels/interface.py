@@ -13,6 +13,7 @@ from misa_kernels.draw.partition import Module, Partition
 from misa_kernels.draw.sampler import Sampler
 from misa_kernels.monitor import Monitor
 from misa_kernels.options import check_count, check_hyperparameters
+from misa_kernels.outside.garbage import kept
 from misa_kernels.run import Run
 
 if TYPE_CHECKING:
@@ -175,6 +176,12 @@ class Interface(torch.optim.Optimizer):
         """
         return self._run.thawed()
 
+    @kept()
+    def state_dict(self) -> dict[str, Any]:
+        """Return all that a run needs to go on, beside the weights: tensors and plain types, copied."""
+        return super().state_dict()
+
+    @kept()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Resume from a saved state: hyperparameters, scores, active set, position in the round, moments, masters.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -53,7 +53,6 @@ class Layout:
         slots: Those of each module.
         module: int64[slots], the module of each slot, -1 for dense ones.
         spans: The range of slots of each parameter.
-        rows: What the kernels need to know of each slot.
 
     Raises:
         TypeError: For a parameter to be trained that cannot be, by its dtype.
@@ -84,17 +83,21 @@ class Layout:
         self.dense = len(found.dense)
         self.module: npt.NDArray[np.int64] = np.array([-1] * self.dense + [n for _, n in owned], dtype=np.int64)
         self.slots: list[list[int]] = [[] for _ in found.modules]
-        for slot, number in enumerate(self.module.tolist()):
-            if number >= 0:
-                self.slots[number].append(slot)
-        self.spans: dict[Tensor, slice] = {}
-        for slot, block in enumerate(self.blocks):
-            start = self.spans[block.param].start if block.param in self.spans else slot
-            self.spans[block.param] = slice(start, slot + 1)
-        alone = [self.spans[block.param].stop - self.spans[block.param].start == 1 for block in self.blocks]
-        self._suffixes = ["" if a else f".{block.number}" for a, block in zip(alone, self.blocks, strict=True)]
-        group_of_param = [number for number, group in enumerate(groups) for _ in group["params"]]
-        self.rows = [self._row(slot, group_of_param[block.index]) for slot, block in enumerate(self.blocks)]
+        for slot, (_, number) in enumerate(owned, self.dense):
+            self.slots[number].append(slot)
+        # A parameter's blocks follow one another.
+        starts = [slot for slot, block in enumerate(self.blocks) if not block.number]
+        spans = list(map(slice, starts, [*starts[1:], len(self.blocks)]))
+        self.spans: dict[Tensor, slice] = {self.blocks[span.start].param: span for span in spans}
+        # Of the slots whose parameter has several.
+        self._numbers = {
+            slot: self.blocks[slot].number
+            for span in spans
+            if span.stop - span.start > 1
+            for slot in range(span.start, span.stop)
+        }
+        self._group_of_param = [number for number, group in enumerate(groups) for _ in group["params"]]
+        self._rows: dict[int, Row] = {}
 
     def is_like(self, other: Layout) -> bool:
         """Whether another layout has the same modules."""
@@ -127,21 +130,48 @@ class Layout:
 
     def key(self, name: str, slot: int) -> str:
         """Return the state key of one slot's tensor: "exp_avg", or "exp_avg.3" for block 3 of several."""
-        return name + self._suffixes[slot]
+        return f"{name}.{self._numbers[slot]}" if slot in self._numbers else name
 
     def sizes(self, storage: Storage) -> dict[Tensor, dict[str, int]]:
-        """Return, for every parameter, the keys that its state may have, and their numel."""
-        return {
-            param: {
-                self.key(name, slot): buffer.numel(self.blocks[slot].stop - self.blocks[slot].start)
-                for slot in range(span.start, span.stop)
-                for name, buffer in storage.buffers(param.dtype).items()
-            }
-            | dict.fromkeys((*NUMBERS, *SCORES), span.stop - span.start)
-            for param, span in self.spans.items()
-        }
+        """Return, for every parameter, the keys that its state may have, and their numel; not to be changed."""
+        buffers = {dtype: storage.buffers(dtype) for dtype in {param.dtype for param in self.spans}}
+        # Those of one slot and as many elements share what is found.
+        found: dict[tuple[torch.dtype, int], dict[str, int]] = {}
+        sizes = {}
+        for param, span in self.spans.items():
+            block = self.blocks[span.start]
+            key = param.dtype, block.stop - block.start
+            own = found.get(key) if span.start not in self._numbers else None
+            if own is None:
+                own = {
+                    self.key(name, slot): buffer.numel(self.blocks[slot].stop - self.blocks[slot].start)
+                    for slot in range(span.start, span.stop)
+                    for name, buffer in buffers[param.dtype].items()
+                } | dict.fromkeys((*NUMBERS, *SCORES), span.stop - span.start)
+                if span.start not in self._numbers:
+                    found[key] = own
+            sizes[param] = own
+        return sizes
 
-    def _row(self, slot: int, group: int) -> Row:
+    def row(self, slot: int) -> Row:
+        """Return what the kernels need to know of a slot."""
+        if slot not in self._rows:
+            self._rows[slot] = self._row(slot)
+        return self._rows[slot]
+
+    def pieces(self, vector: Tensor) -> tuple[Tensor, ...]:
+        """Return the views of a vector of one number a slot that belong to the parameters, in the order of `spans`."""
+        sizes = [span.stop - span.start for span in self.spans.values()]
+        return cast(Any, vector).split(sizes)  # type: ignore[no-any-return]
+
+    def pieces_by_address(self, vector: Tensor, address: int) -> dict[int, Tensor]:
+        """Return them by where they would lie if the vector did at an address; none of another tensor than such one."""
+        if vector.shape != (len(self.blocks),) or not address:
+            return {}
+        starts = (address + span.start * vector.itemsize for span in self.spans.values())
+        return dict(zip(starts, self.pieces(vector), strict=True))
+
+    def _row(self, slot: int) -> Row:
         block = self.blocks[slot]
         module = int(self.module[slot]) if slot >= self.dense else None
         if is_sharded(block.param):
@@ -159,7 +189,7 @@ class Layout:
             stop=start + numel,
             offset=offset,
             is_counted=is_counted,
-            group=group,
+            group=self._group_of_param[block.index],
             fellows=[slot] if module is None else self.slots[module],
             module=module,
         )

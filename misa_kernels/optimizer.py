@@ -12,8 +12,11 @@ import torch
 from torch import Tensor
 
 from misa_kernels.draw.sampler import Sampler
+from misa_kernels.draw.scores import HEARING, SILENT, Bools, Floats, Ints
 from misa_kernels.interface import Interface
 from misa_kernels.options import Options, check_adamw_only, check_place, copied_groups
+from misa_kernels.outside.flags import LISTED
+from misa_kernels.outside.garbage import kept
 from misa_kernels.outside.tracing import not_traced
 from misa_kernels.ranks.agreement import together
 from misa_kernels.run import Run
@@ -117,6 +120,7 @@ class MISA(Interface):
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         self._begin(params, defaults, Options(**given))
 
+    @kept()
     def _begin(
         self,
         params: Params,
@@ -256,16 +260,19 @@ def _step(run: Run, grad_scale: Tensor | None, found_inf: Tensor | None) -> None
 
 def end_round(run: Run) -> None:
     """Fold the scores, take over what the user froze and thawed, draw the next active set and make it active."""
-    had_gradients = _fold(run)
+    sums, counts, skipped = _fold(run)
     run.clock.round, run.clock.round_step = run.clock.round + 1, 0
     run.recompiles.check(run.clock.round)
-    run.flags.compare(is_idle=not had_gradients)
+    run.flags.compare(is_idle=not counts.any())
     # Where nothing of what is drawn may be trained, the round goes on for another one.
     is_held, layout, before = run.flags.is_suspended, None, run.layout.places_of(run.active.tolist())
     is_due = run.learn_order() or run.flags.due
     if is_due and not is_held:
         layout = run.lay_out_anew()
         is_held = layout is None
+    if not is_held:
+        # Zeros alone are none: an expert of a stacked weight has these where no token comes to it.
+        _hear(run, (counts > 0) & (sums != 0), skipped > 0)
     if layout is not None:
         run.move(layout)
     draw = run.draw()
@@ -285,8 +292,12 @@ def end_round(run: Run) -> None:
     run.record(draw)
 
 
-def _fold(run: Run) -> bool:
-    """Fold what the round has measured into the scores and its record; return whether any gradient came."""
+def _fold(run: Run) -> tuple[Floats, Ints, int]:
+    """Fold what the round has measured into the scores and its record.
+
+    Returns:
+        Scores and updates of each active module in this round, float64[k] and int64[k], and the steps skipped in it.
+    """
     read, skipped = run.trained.read_round()
     active, layout, ended = run.active, run.layout, run.monitor.current
     sums, update, weight = (layout.sum(row)[active] for row in read[[0, 3, 4]])
@@ -306,4 +317,27 @@ def _fold(run: Run) -> bool:
             f"({first}, ...), so none was trained: mostly the model is another than the one whose parameters MISA was "
             "given, or checkpointing is re-entrant; watch_backward(model, optimizer) tells",
         )
-    return bool(counts.any())
+    return sums, counts, skipped
+
+
+def _hear(run: Run, came: Bools, is_vague: bool) -> None:
+    """Note which active modules had a gradient, and say once that those without are drawn rarely.
+
+    Args:
+        run: The run.
+        came: bool[k], whether a gradient came.
+        is_vague: Whether steps were skipped, so that one that did not come may have been among these.
+    """
+    known = came | (not is_vague)
+    silent = run.scores.hear(run.active[known], came[known])
+    # Where no gradient ever came that is said, and something else is wrong.
+    if silent.size and run.scores.candidates.count.any():
+        names = [run.layout.partition.modules[number].name for number in silent]
+        more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
+        run.flags.warn_once(
+            "silent",
+            f"{', '.join(names[:LISTED])}{more} had no gradient, or zeros only, in {SILENT} rounds in which they were "
+            f"active, so such modules are drawn one at a time and once in {HEARING} rounds until one comes: freeze "
+            "with requires_grad_(False), before param_groups(model) or within `with optimizer.thawed():`, what is not "
+            "in use, or wait, as each is drawn again as before from its first gradient on",
+        )

@@ -17,7 +17,7 @@ from misa_kernels.draw.sampler import Sampler, check_sampler
 from misa_kernels.memory.codec import FORMATS
 from misa_kernels.memory.storage import PRECISIONS, Storage
 from misa_kernels.outside.notices import warn
-from misa_kernels.ranks.shards import is_sharded
+from misa_kernels.ranks.shards import is_sharded, sharded
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -189,15 +189,26 @@ def copied_groups(params: Iterable[Any]) -> list[dict[str, Any]]:
             raise ValueError(f"group {number} has no 'params': give it a list of parameters")
         tensors = group["params"]
         group["params"] = [tensors] if isinstance(tensors, Tensor) else list(tensors)
-        for position, entry in enumerate(group["params"]):
-            param = entry[1] if isinstance(entry, tuple) else entry
-            if id(param) in seen:
-                name = entry[0] if isinstance(entry, tuple) else f"parameter {position} of group {number}"
-                raise ValueError(f"{name} is given twice: every parameter belongs to one group, once")
-            seen.add(id(param))
+        params = [entry[1] if isinstance(entry, tuple) else entry for entry in group["params"]]
+        before = len(seen)
+        seen.update(map(id, params))
+        if len(seen) - before < len(params):
+            raise ValueError(f"{_twice(grouped, number)} is given twice: every parameter belongs to one group, once")
     if not seen:
         raise ValueError("params is empty: give the model's parameters, such as param_groups(model)")
     return grouped
+
+
+def _twice(groups: Sequence[dict[str, Any]], last: int) -> str:
+    """Return the name of the first parameter that occurs again in the groups up to the last one."""
+    seen: set[int] = set()
+    for number, group in enumerate(groups[: last + 1]):
+        for position, entry in enumerate(group["params"]):
+            name, param = entry if isinstance(entry, tuple) else (f"parameter {position} of group {number}", entry)
+            if id(param) in seen:
+                return str(name)
+            seen.add(id(param))
+    raise AssertionError("no parameter occurs twice")
 
 
 def check_trainable(partition: Partition, storage: Storage) -> None:
@@ -244,23 +255,35 @@ def check_cast(dtypes: Sequence[torch.dtype], params: Sequence[Tensor], partitio
 
 def check_sharded(params: Sequence[Tensor], partition: Partition, storage: Storage, release_gradients: bool) -> None:
     """Refuse what sharded parameters, by their position in the optimizer, do not have in this version."""
-    sharded = [partition.names[block.index] for block in partition.trained if is_sharded(params[block.index])]
-    if not sharded:
+    if not sharded(params):
+        return
+    names = [partition.names[block.index] for block in partition.trained if is_sharded(params[block.index])]
+    if not names:
         return
     if storage.state_dtype not in ("fp32", "bf16"):
         raise ValueError(
-            f"state_dtype={storage.state_dtype!r} has scales for groups that shards would cut, and {sharded[0]} is "
+            f"state_dtype={storage.state_dtype!r} has scales for groups that shards would cut, and {names[0]} is "
             "sharded: use 'bf16' or 'fp32'"
         )
     if release_gradients:
         raise ValueError(
-            f"release_gradients=True needs gradients within backward, and {sharded[0]}, being sharded, gets it "
+            f"release_gradients=True needs gradients within backward, and {names[0]}, being sharded, gets it "
             "afterwards: leave it out"
         )
 
 
-def notify(groups: list[dict[str, Any]], partition: Partition, delta: float) -> None:
-    """Say once what the user did not choose: default roles, and tensors that are split."""
+def notify(
+    groups: list[dict[str, Any]], partition: Partition, storage: Storage, delta: float, are_all_active: bool
+) -> None:
+    """Say once what the user may not have meant: default roles, split tensors, a draw of all, AdamW's memory.
+
+    Args:
+        groups: The param groups.
+        partition: What they are.
+        storage: How state is stored.
+        delta: As given.
+        are_all_active: Whether the first draw took every module.
+    """
     if delta < 1 and any("role" not in group for group in groups):
         sampled = sum(module.numel for module in partition.modules)
         warn(
@@ -272,6 +295,56 @@ def notify(groups: list[dict[str, Any]], partition: Partition, delta: float) -> 
         warn(
             f"oversized='split' cuts {', '.join(partition.split)} into row blocks: a block is trained at a time, but "
             "backward computes the gradient of the whole tensor"
+        )
+    if delta < 1 and are_all_active:
+        _notify_of_no_draw(partition, delta)
+    if delta < 1:
+        _notify_of_dense(partition, storage)
+
+
+def _notify_of_no_draw(partition: Partition, delta: float) -> None:
+    """Say that everything sampled is trained all the time, and with which delta it would not be."""
+    numels = [module.numel for module in partition.modules]
+    sampled, total = sum(numels), partition.total_numel
+    if sampled > partition.budget:
+        return
+    those = f"all {len(numels)} modules are" if len(numels) > 1 else "the only module is"
+    remedy = "torch.optim.AdamW does the same"
+    # As much of what is sampled as delta is of everything, and room for any module.
+    if (enough := _delta_between(max(delta * sampled, max(numels)), sampled, total)) is not None:
+        remedy = f"modules would be drawn with delta={enough:g}, {enough * total / sampled:.0%} of what is sampled"
+    warn(
+        f"delta={delta} of {total:,} parameters has room for all {sampled:,} that are sampled, so nothing is drawn and "
+        f"{those} trained all the time: {remedy}"
+    )
+
+
+def _delta_between(least: float, below: int, total: int) -> float | None:
+    """Return a delta of few digits with a budget from `least` to below `below` of so many parameters; None: none."""
+    for digits in range(2, 17):
+        step = 10.0 ** (math.floor(math.log10(least / total)) + 1 - digits)
+        found = float(f"{math.ceil(least / total / step) * step:.{digits}g}")
+        if least <= math.floor(found * total) < below:
+            return found
+    return None
+
+
+def _notify_of_dense(partition: Partition, storage: Storage) -> None:
+    """Say that what is always on takes more than half of the memory that AdamW's moments would."""
+    total = partition.total_numel
+    numel = sum(block.stop - block.start for block in partition.dense)
+    if 2 * numel <= total:
+        return
+    largest = max(partition.dense, key=lambda block: block.stop - block.start)
+    # Of float32, or of what weights of float64 have.
+    adamw_bytes = 2 * max(4, largest.param.dtype.itemsize)
+    share = numel / total * storage.moment_bytes(largest.param.dtype) / adamw_bytes
+    if share > 0.5:
+        warn(
+            f"{len(partition.dense)} dense tensors hold {numel:,} of {total:,} parameters, the largest of them "
+            f"{partition.names[largest.index]}, {largest.stop - largest.start:,}: trained at every step, they take "
+            f"{share:.0%} of the memory of AdamW's moments, whatever delta is; freeze what need not be trained, by "
+            "param_groups(model, mode='finetune'), the role 'frozen', or requires_grad_(False) before"
         )
 
 

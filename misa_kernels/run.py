@@ -103,7 +103,8 @@ class Run:
         self._hooks: dict[Tensor, Any] = {}
         draw = self.draw()
 
-        options.notify(groups, self.layout.partition, given.delta)
+        partition = self.layout.partition
+        options.notify(groups, partition, self.storage, given.delta, draw.active.size == len(partition.modules))
         for advice in self.flags.advice:
             warn(advice)
         if self.sampler.depth_window is not None and not self.order.is_known:
@@ -429,7 +430,7 @@ class Run:
         """Make a state dict, as torch makes it, independent of the arena, and add the position of the run."""
         clock = replace(self.clock, skipped_steps=self.skipped_steps)
         order = self.order.names if self.order.is_told else None
-        checkpoint.write(state_dict, self.trained, clock, self._described(), order)
+        checkpoint.write(state_dict, self.trained, clock, self.scores.unheard(), self._described(), order)
 
     def _described(self) -> tuple[int, str, float]:
         return self.inner_steps, described(self.sampler), float(self.given.delta)
@@ -452,7 +453,7 @@ class Run:
             group.update(hyperparameters)
         for name in checkpoint.NUMBERS:
             setattr(self.clock, name, saved.position[name])
-        self.scores.load(saved.scores)
+        self.scores.load(saved.scores, saved.position.get("unheard", ()))
         self.trained.load(saved.own, saved.storage)
         self.scores.show(self.trained.state)
         self.show(saved.active)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 from misa_kernels.draw.sampler import Sampler
-from misa_kernels.draw.scores import Candidates, Floats, Ints, fold, scores
+from misa_kernels.draw.scores import Bools, Candidates, Floats, Ints, fold, hear, scores
 from misa_kernels.layout import SCORES, Layout
 from misa_kernels.outside.state import State
 
@@ -53,7 +54,7 @@ class Scores:
         modules = self._layout.partition.modules
         numbers = np.array([theirs.get(module.name, -1) for module in modules], dtype=np.int64)
         known = numbers >= 0
-        for name in KNOWN.values():
+        for name in (*KNOWN.values(), "unheard"):
             getattr(self.candidates, name)[known] = getattr(other.candidates, name)[numbers[known]]
         return numbers
 
@@ -61,9 +62,19 @@ class Scores:
         """Return s of every module, float64[B]; see `scores`."""
         return scores(self.candidates, self._beta, self._norm)
 
-    def fold(self, active: Ints, mean: Floats, applied: npt.NDArray[np.bool_]) -> int:
+    def fold(self, active: Ints, mean: Floats, applied: Bools) -> int:
         """Fold what a round has measured into G; return how many scores were not finite and not used."""
         return fold(self.candidates, active, mean, applied, self._beta)
+
+    def hear(self, active: Ints, came: Bools) -> Ints:
+        """Note which modules had a gradient in a round; return those that have become silent, see `hear`."""
+        return hear(self.candidates, active, came)
+
+    def unheard(self) -> list[int]:
+        """Return for a state dict number and rounds of each module that is unheard, one after the other."""
+        numbers = np.flatnonzero(self.candidates.unheard)
+        pairs: list[int] = np.stack([numbers, self.candidates.unheard[numbers]], axis=1).reshape(-1).tolist()
+        return pairs
 
     def activate(self, active: Ints, round: int) -> None:
         """Note which modules a round trains, and publish that."""
@@ -80,9 +91,12 @@ class Scores:
 
     def show(self, state: State) -> None:
         """Put the scores of every sampled parameter where torch's tools look for them."""
-        for param, span in self._layout.spans.items():
-            if span.start >= self._layout.dense:
-                state[param].put({name: vector[span] for name, vector in self._shown.items()})
+        # Dense slots come first, one a parameter.
+        dense = self._layout.dense
+        state.put(
+            islice(self._layout.spans, dense, None),
+            {name: self._layout.pieces(vector)[dense:] for name, vector in self._shown.items()},
+        )
 
     def take(self, state: State) -> None:
         """Take over what somebody wrote to `optimizer.state`; what is missing there begins anew."""
@@ -92,11 +106,15 @@ class Scores:
                 value = state[param].get(name, -1 if name == "last_round" else 0)
                 found[span] = value.reshape(-1).cpu() if isinstance(value, Tensor) else value
             getattr(self.candidates, held)[:] = self._first(found)
+        # Of one that begins anew nothing is known.
+        self.candidates.unheard[self.candidates.last_round < 0] = 0
 
-    def load(self, saved: Mapping[str, npt.NDArray[Any]]) -> None:
-        """Take over one number a module of each, from a state dict."""
+    def load(self, saved: Mapping[str, npt.NDArray[Any]], unheard: Sequence[int]) -> None:
+        """Take over one number a module of each, from a state dict, and what `unheard` returned."""
         for name, held in KNOWN.items():
             getattr(self.candidates, held)[:] = saved[name]
+        self.candidates.unheard[:] = 0
+        self.candidates.unheard[list(unheard[::2])] = unheard[1::2]
 
     def read(self, own: Mapping[Tensor, Mapping[str, Any]]) -> tuple[Ints, dict[str, npt.NDArray[Any]]]:
         """Return the active modules of a saved state, and one number a module of each score, after checking them.
@@ -108,11 +126,10 @@ class Scores:
             ValueError: If blocks belonged together otherwise, or a module is not active as a whole.
         """
         layout = self._layout
+        entries = [own[param] for param in islice(layout.spans, layout.dense, None)]
         vectors = {name: torch.zeros_like(vector) for name, vector in self._shown.items()}
-        for param, span in layout.spans.items():
-            if span.start >= layout.dense:
-                for name, vector in vectors.items():
-                    vector[span] = own[param][name].cpu()
+        for name, vector in vectors.items():
+            vector[layout.dense :] = _joined([entry[name] for entry in entries])
         differing = (vectors["module"] != self._shown["module"])[layout.dense :].nonzero()
         if len(differing):
             slot = layout.dense + int(differing[0])
@@ -139,3 +156,10 @@ class Scores:
         """Write one number a module into all its slots."""
         sampled = self._layout.module[self._layout.dense :]
         self._shown[name].numpy()[self._layout.dense :] = values[sampled]
+
+
+def _joined(values: Sequence[Tensor]) -> Tensor:
+    """Return the elements of some tensors in one vector on the CPU; from a device they come in one transfer."""
+    if len({value.device for value in values}) > 1:
+        values = [value.cpu() for value in values]
+    return torch.cat([value if value.ndim == 1 else value.reshape(-1) for value in values]).cpu()

@@ -229,7 +229,7 @@ class Trained:
                 own.drop(self.layout.key(name, slot))
         fill = self._backend.eager
         self.arena.lend(list(self.rows), enter, clear=fill)
-        entering = {slot: self.layout.rows[slot] for slot in enter}
+        entering = {slot: self.layout.row(slot) for slot in enter}
         self.rows |= entering
         for slot, row in self.rows.items():
             self._show(row)
@@ -289,7 +289,7 @@ class Trained:
             frozen = {slot for slot in leave if blocks[slot].index not in params}
             self.switch([slot for slot in leave if slot in self.rows], [], frozen)
             self.collect()
-            held = _detached(self.state)
+            held = _detached(self.state, self.layout)
             self.forget()
             self.storage_in_state = self._storage
             for param, own in held.items():
@@ -331,15 +331,18 @@ class Trained:
         dtypes = [block.param.dtype for block in blocks]
         grad_dtypes = {getattr(block.param, "grad_dtype", None) or block.param.dtype for block in blocks}
         self._backend = select(self._options.backend, device, {*dtypes, *grad_dtypes}, self._storage)
+        whole = [block.stop - block.start for block in blocks]
+        # Of shards, the parts here.
+        rows = None if ranks is None else list(map(layout.row, range(len(blocks))))
         self.arena = Arena(
-            [row.stop - row.start for row in layout.rows],
+            whole if rows is None else [row.stop - row.start for row in rows],
             dtypes,
             range(layout.dense),
             layout.partition.budget,
             device,
             storage=self._storage,
-            whole=None if ranks is None else [block.stop - block.start for block in blocks],
-            counted=None if ranks is None else [row.is_counted for row in layout.rows],
+            whole=None if rows is None else whole,
+            counted=None if rows is None else [row.is_counted for row in rows],
         )
         loaded = {param: dict(own) for param, own in self.state.items()}
         names = [layout.name_of(slot) for slot in range(len(blocks))]
@@ -399,8 +402,7 @@ class Trained:
     def _show_numbers(self) -> None:
         """Put the numbers of every slot where torch's tools look for them."""
         assert self.arena is not None
-        for param, span in self.layout.spans.items():
-            self.state[param].put({name: vector[span] for name, vector in self.arena.vectors.items()})
+        self.state.put(self.layout.spans, {n: self.layout.pieces(v) for n, v in self.arena.vectors.items()})
 
     def _show(self, row: Row) -> None:
         """Put views of a slot's state there."""
@@ -494,7 +496,7 @@ class Trained:
         Scores are those over all ranks, and what means nothing is left out: moments and masters without an update.
         """
         self.collect()
-        copied = _detached(saved)
+        copied = _detached(saved, self.layout)
         if self.arena is None:
             return copied
         if self.layout.ranks is not None:
@@ -558,22 +560,33 @@ class Trained:
         self._arrivals = self._hyper = None
 
 
-def _detached(state: Mapping[Any, Mapping[str, Any]]) -> dict[Any, dict[str, Any]]:
+def _detached(state: Mapping[Any, Mapping[str, Any]], layout: Layout) -> dict[Any, dict[str, Any]]:
     """Return a copy of a state whose tensors share no memory with it.
 
     Views of one vector (the scores of 20,000 modules, say) remain views of one vector, so that saving them
     writes one storage.
+
+    Args:
+        state: The state, by anything.
+        layout: The layout of which its vectors are.
     """
     copies: dict[int, Tensor] = {}
+    # The pieces of the copies, by name and the address of what they are copies of: a look there takes a tenth of what
+    # `_base` and a view do.
+    pieces: dict[str, dict[int, Tensor]] = {}
 
     def copied(name: str, value: Any) -> Any:
         if not isinstance(value, Tensor):
             return value
+        piece = pieces[name].get(value.data_ptr()) if name in pieces else None
+        if piece is not None and piece.numel() == value.numel():
+            return piece
         base = value._base
         if base is None or name.split(".")[0] in KEYS:
             return value.detach().clone()
         if id(base) not in copies:
             copies[id(base)] = base.detach().clone()
+            pieces[name] = layout.pieces_by_address(copies[id(base)], base.data_ptr())
         return copies[id(base)].as_strided(value.size(), value.stride(), value.storage_offset())
 
     return {param: {name: copied(name, value) for name, value in own.items()} for param, own in state.items()}

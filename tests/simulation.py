@@ -152,6 +152,7 @@ class Simulation:
         active: sorted numbers of the candidates that the current round trains.
         states: State of each tensor that has one: those of the active candidates and the dense ones.
         G: importance of each candidate, raw. count: folds into it. last_round: -1 = never active.
+        unheard: rounds that trained each candidate since its last gradient that was not zero.
         rounds: one Round a draw, the current one last.
     """
 
@@ -176,6 +177,7 @@ class Simulation:
         self.G = np.zeros(size)
         self.count = np.zeros(size, dtype=np.int64)
         self.last_round = np.full(size, -1)
+        self.unheard = [0] * size
         self.turn = 0
         self.states = {i: self._fresh(i) for i, c in enumerate(self.candidate) if c == DENSE}
         self.active: list[int] = []
@@ -253,6 +255,10 @@ class Simulation:
             if self.updates[b]:
                 self.G[b] = beta * self.G[b] + (1 - beta) * self.S[b] / self.updates[b]
                 self.count[b] += 1
+            if self.S[b]:
+                self.unheard[b] = 0
+            elif not self.rounds[-1].skipped_steps:
+                self.unheard[b] += 1
 
     def _begin_round(self) -> None:
         """Draw the next active set, flush and drop what leaves, give newcomers fresh state."""
@@ -302,11 +308,23 @@ class Simulation:
         return scores**2 if self.options.importance_norm == "norm" else scores
 
     def _eligible(self, number: int) -> NDArray[np.bool_]:
-        """Candidates inside the depth window of the round; all of them without one."""
+        """Candidates inside the depth window of the round; without one all but those that are silent, see `_heard`."""
         width, layers = self.options.depth_window, 1 + max(self.layer)
         if width is None:
-            return np.ones(len(self.G), dtype=bool)
+            return self._heard(number)
+        assert max(self.unheard) < 3, "which layers a window has without the silent ones is not simulated"
         return np.isin(self.candidate_layer, sorted(window(layers, width, number, self.options.seed)))
+
+    def _heard(self, number: int) -> NDArray[np.bool_]:
+        """Three rounds without a gradient silence a candidate; eight rounds after one of these, the longest waiting."""
+        silent = [b for b, rounds in enumerate(self.unheard) if rounds >= 3]
+        heard = np.ones(len(self.G), dtype=bool)
+        if 0 < len(silent) < len(self.G):
+            heard[silent] = False
+            # The first by number of those that have waited equally long.
+            latest, longest = max(self.last_round[silent]), min(silent, key=lambda b: (self.last_round[b], b))
+            heard[longest] = number >= latest + 8
+        return heard
 
     def _log_probabilities(self, number: int) -> tuple[Floats, float]:
         """log p_b = eta s_b - log sum exp(eta s_j) over the eligible (-inf elsewhere), and eta."""

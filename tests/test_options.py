@@ -1,5 +1,8 @@
 """Bad input: one sentence with the value, the rule and the remedy, and nothing changed."""
 
+import re
+import warnings
+
 import numpy as np
 import pytest
 import tiny
@@ -235,3 +238,65 @@ def test_a_tensor_as_learning_rate_is_the_number_that_it_holds(backend, shape):
         optimizer.release()
         trained.append(param.detach())
     assert torch.equal(*trained) and trained[0].abs().min() > 3e-3
+
+
+class Vocabulary(nn.Module):
+    """Four layers of two matrices between two tables that dwarf them."""
+
+    def __init__(self, size=3000):
+        super().__init__()
+        self.emb = nn.Embedding(size, 16)
+        self.layers = nn.ModuleList(nn.Sequential(nn.Linear(16, 32), nn.Linear(32, 16)) for _ in range(4))
+        self.head = nn.Linear(16, size, bias=False)
+
+
+def warned(make):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        made = make()
+    return made, [str(warning.message) for warning in caught]
+
+
+@pytest.mark.parametrize("size", [3000, 3001, 150_000])
+def test_a_budget_for_all_that_is_sampled_is_said_with_a_delta_that_draws(size):
+    total = 2 * 16 * size + 4 * (2 * 512 + 48)
+    model = Vocabulary(size)
+    optimizer, said = warned(lambda: MISA(param_groups(model), delta=0.05))
+    assert len(optimizer.active) == len(optimizer.modules) == 8
+    assert len(said) == 1
+    assert f"delta=0.05 of {total:,} parameters has room for all 4,096 that are sampled, so nothing is drawn" in said[0]
+    enough = float(re.search(r"with delta=([^,]+), 1[23]% of what is sampled", said[0]).group(1))
+    optimizer.release()
+    optimizer, said = warned(lambda: MISA(param_groups(model), delta=enough))
+    assert len(optimizer.active) == 1 and said == []
+
+
+def test_a_budget_for_all_is_not_said_where_something_is_drawn_or_nothing_is_to_be():
+    model = Vocabulary()
+    for options in ({"delta": 1.0}, {"delta": 0.03}, {"delta": 0.05, "sampler": ImportanceSampler(max_per_layer=1)}):
+        optimizer, said = warned(lambda options=options: MISA(param_groups(model), **options))
+        assert said == []
+        optimizer.release()
+    alone = [{"params": [nn.Parameter(torch.ones(4, 4))], "role": "sampled"}]
+    alone.append({"params": [nn.Parameter(torch.ones(8, 4))], "role": "frozen"})
+    said = warned(lambda: MISA(alone, delta=0.5))[1]
+    assert len(said) == 1 and "the only module is trained all the time: torch.optim.AdamW does the same" in said[0]
+
+
+def test_dense_parameters_of_the_size_of_the_model_are_said_to_be_adamw():
+    model = Vocabulary()
+    optimizer, said = warned(lambda: MISA(param_groups(model, "pretrain"), delta=0.03))
+    assert len(said) == 1
+    assert "10 dense tensors hold 96,192 of 100,288 parameters, the largest of them emb.weight, 48,000" in said[0]
+    assert "96% of the memory of AdamW's moments" in said[0] and "mode='finetune'" in said[0]
+    optimizer.release()
+    # A quarter of it in 8 bits, and with delta=1 MISA is AdamW.
+    for options in ({"state_dtype": "int8", "delta": 0.03}, {"delta": 1.0}):
+        optimizer, said = warned(lambda options=options: MISA(param_groups(model, "pretrain"), **options))
+        assert said == []
+        optimizer.release()
+    # Half of it is where it begins.
+    halves = [{"params": [nn.Parameter(torch.ones(8, 4)) for _ in range(4)], "role": "sampled"}]
+    for rows, count in ((32, 0), (33, 1)):
+        dense = {"params": [nn.Parameter(torch.ones(rows, 4))], "role": "dense"}
+        assert len(warned(lambda dense=dense: MISA([*halves, dense], delta=0.2))[1]) == count

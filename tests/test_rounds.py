@@ -101,6 +101,11 @@ def second_tensors(step: int, tensor: Tensor) -> bool:
     return tensor.module.endswith("expert") and tensor.shape == (6, 3) and step % 4 != 1
 
 
+def a_tower(step: int, tensor: Tensor) -> bool:
+    """Nothing for two layers of four, until the lower one of them has gradients at last."""
+    return tensor.layer in LAYERS[1:3] and (tensor.layer == LAYERS[2] or step < 100)
+
+
 EVERYTHING = {"max_grad_norm": 0.5, "skip_nonfinite": True, "momentum_flush": True}
 
 CASES = {
@@ -111,6 +116,11 @@ CASES = {
     "default, schedule": Case(schedule=True),
     "default, clipped": Case(arguments={"max_grad_norm": 0.3}),
     "default, missing gradients": Case(missing=whole_modules),
+    "default, a tower without": Case(missing=a_tower, rounds=60),
+    "uniform, a tower without": Case(draw="uniform", missing=a_tower, delta=0.5, rounds=60),
+    "layers, a tower without": Case(
+        draw="importance", sampler={"granularity": "layer"}, by_layer=True, missing=a_tower, delta=0.6, rounds=60
+    ),
     "default, half an expert": Case(missing=second_tensors, arguments={"momentum_flush": True}, delta=0.5),
     "default, nonfinite": Case(arguments={"skip_nonfinite": True}, nonfinite=(1, 6, 7, 16, 17, 18, 19, 30)),
     "default, flush": Case(arguments={"momentum_flush": True}, delta=0.5),

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import count, pairwise
-from typing import Any, Literal
+from itertools import count, pairwise, repeat
+from typing import Any, Literal, NamedTuple
 
 from torch import nn
 
@@ -51,6 +51,8 @@ class Module:
     @property
     def numel(self) -> int:
         """Number of parameters."""
+        if len(self.blocks) == 1:
+            return self.blocks[0].stop - self.blocks[0].start
         return sum(block.stop - block.start for block in self.blocks)
 
     @property
@@ -130,33 +132,31 @@ def partition(
     layers = merged(_layer_order(members, groups), {layer: number for number, layer in enumerate(order)})
     position = {layer: number for number, layer in enumerate(layers)}
     counts = chosen if counted is None else counted
-    total_numel = sum(member.block.stop for member in members if counts[member.block.index])
+    total_numel = sum(member.numel for member in members if counts[member.place])
     budget = math.floor(delta * total_numel)
 
     modules: list[Module] = []
     split: list[Module] = []
     too_large: list[Module] = []
     for module in _modules(members, position, granularity):
-        pieces = [module]
-        if module.numel > budget:
-            pieces = _split(module, budget) if oversized == "split" else []
-            (split if pieces else too_large).append(module)
+        if module.numel <= budget:
+            modules.append(module)
+            continue
+        pieces = _split(module, budget) if oversized == "split" else []
+        (split if pieces else too_large).append(module)
         modules.extend(pieces)
     if too_large:
         raise ValueError(_too_large(too_large, delta, total_numel, granularity, oversized))
     if not modules:
-        raise ValueError(
-            f"none of the {len(members)} parameters can be sampled, and one must be: pass weight matrices "
-            "with requires_grad=True, without a role or with the role 'sampled'"
-        )
+        raise ValueError(_nothing_to_sample(members, groups, chosen))
     dense = [member for member in members if member.role == "dense"]
     # Without a layer in a group that names them, it lies behind the last.
     before_end = (member for member in dense if member.layer is not None or "layers" not in groups[member.group])
     reached = [-1 if member.layer is None else position[member.layer] for member in before_end]
     return Partition(
         modules=modules,
-        dense=[member.block for member in dense],
-        frozen=[member.block.param for member in members if member.role == "frozen"],
+        dense=[Block(member.param, member.place, 0, 0, member.numel) for member in dense],
+        frozen=[member.param for member in members if member.role == "frozen"],
         names=names_of(groups),
         total_numel=total_numel,
         budget=budget,
@@ -166,19 +166,22 @@ def partition(
     )
 
 
-@dataclass(frozen=True, slots=True)
-class _Member:
-    """A parameter of a group, all of it in one block, and what the group says of it.
+class _Member(NamedTuple):
+    """A parameter of a group, and what the group says of it.
 
     Args:
-        block: The parameter.
+        param: The parameter.
+        place: Its position in the optimizer's order.
+        numel: Its elements.
         group: Number of the group.
         role: "sampled", "dense" or "frozen".
         names: Those of the modules that its equal row blocks belong to.
         layer: Name of its layer, None if it is unknown or there is none.
     """
 
-    block: Block
+    param: nn.Parameter
+    place: int
+    numel: int
     group: int
     role: str
     names: tuple[str, ...]
@@ -202,14 +205,18 @@ def _members(groups: Sequence[Mapping[str, Any]], delta: float, chosen: Sequence
                     f"{key!r} of group {g} has {len(group[key])} entries and must have one for each of its "
                     f"{size} parameters: make the groups with param_groups(model)"
                 )
-        for i, param in enumerate(group["params"]):
+        # Where somebody thaws what a group calls frozen, it has another role.
+        meant = group["thawed"] if role == "frozen" and "thawed" in group else repeat(role)
+        entries = group["modules"] if "modules" in group else names[index + 1 :]
+        layers = group["layers"] if "layers" in group else repeat(None)
+        for param, thawed, entry, layer in zip(group["params"], meant, entries, layers, strict=False):
             index += 1
             if id(param) in seen:
                 continue
             seen.add(id(param))
-            meant = group["thawed"][i] if role == "frozen" and "thawed" in group and chosen[index] else role
-            own_role = _role(param, names[index], meant, delta, chosen[index])
-            entry = group["modules"][i] if "modules" in group else names[index]
+            own_role = thawed if chosen[index] else role
+            if own_role != "frozen":
+                own_role = _role(param, names[index], own_role, delta, chosen[index])
             modules = (entry,) if isinstance(entry, str) else tuple(entry)
             if own_role == "sampled" and len(modules) != 1 and (not modules or _rows(param) % len(modules)):
                 raise ValueError(
@@ -221,11 +228,9 @@ def _members(groups: Sequence[Mapping[str, Any]], delta: float, chosen: Sequence
                     f"{names[index]} is sharded and holds {len(modules)} modules, and must be one to be sharded: make "
                     "the groups with param_groups(model, experts='whole')"
                 )
-            layer = group["layers"][i] if "layers" in group else None
-            if layer is None and "layers" in group and own_role == "sampled":
+            if layer is None and own_role == "sampled" and "layers" in group:
                 layer = modules[0]
-            whole = Block(param, index, 0, 0, param.numel())
-            yield _Member(whole, g, own_role, modules, layer)
+            yield _Member(param, index, param.numel(), g, own_role, modules, layer)
 
 
 def _role(param: nn.Parameter, name: str, role: str | None, delta: float, is_chosen: bool) -> str:
@@ -240,12 +245,13 @@ def _role(param: nn.Parameter, name: str, role: str | None, delta: float, is_cho
         return role
     if param.is_complex():
         raise TypeError(f"{name} is {param.dtype} and must be real to be {role}: freeze it")
+    is_plain = type(param) is nn.Parameter
     # Tensors made of inner ones, such as torchao's. Plain subclasses, such as bitsandbytes', pass.
-    if hasattr(param, "__tensor_flatten__") and not is_sharded(param):
+    if not is_plain and hasattr(param, "__tensor_flatten__") and not is_sharded(param):
         raise TypeError(
             f"{name} is a {type(param).__name__} and must be a plain tensor or a DTensor to be {role}: freeze it"
         )
-    if not local(param).is_contiguous():
+    if not (param if is_plain else local(param)).is_contiguous():
         raise ValueError(
             f"{name} has strides {param.stride()} for shape {tuple(param.shape)} and must be contiguous to "
             f"be {role}: set param.data = param.data.contiguous()"
@@ -286,8 +292,7 @@ def _layer_order(members: Sequence[_Member], groups: Sequence[Mapping[str, Any]]
 
 def _modules(members: Sequence[_Member], position: Mapping[str, int], granularity: str) -> list[Module]:
     """Join the row blocks of sampled parameters by name, in order of first appearance."""
-    blocks: dict[str, list[Block]] = {}
-    lowest: dict[str, int] = {}
+    found: dict[str, tuple[int, list[Block]]] = {}
     for member in (member for member in members if member.role == "sampled"):
         names = member.names
         if granularity == "layer":
@@ -297,14 +302,14 @@ def _modules(members: Sequence[_Member], position: Mapping[str, int], granularit
                     "no 'layers': make the groups with param_groups(model)"
                 )
             names = (member.layer,)
-        whole = member.block
-        size = whole.stop // len(names)
+        size = member.numel // len(names)
         layer = -1 if member.layer is None else position[member.layer]
         for number, name in enumerate(names):
-            block = Block(whole.param, whole.index, number, number * size, (number + 1) * size)
-            blocks.setdefault(name, []).append(block)
-            lowest[name] = min(lowest.get(name, layer), layer)
-    return [Module(name, lowest[name], tuple(blocks[name])) for name in blocks]
+            block = Block(member.param, member.place, number, number * size, (number + 1) * size)
+            lowest, blocks = found.get(name, (layer, []))
+            blocks.append(block)
+            found[name] = min(lowest, layer), blocks
+    return [Module(name, lowest, tuple(blocks)) for name, (lowest, blocks) in found.items()]
 
 
 def _split(module: Module, budget: int) -> list[Module]:
@@ -329,6 +334,33 @@ def _split(module: Module, budget: int) -> list[Module]:
 
 def _rows(param: nn.Parameter) -> int:
     return len(param) if param.ndim else 1
+
+
+def _nothing_to_sample(members: Sequence[_Member], groups: Sequence[Mapping[str, Any]], chosen: Sequence[bool]) -> str:
+    """Return the error where no parameter is sampled, which also tells what is trained, and what thawing would help."""
+    names = names_of(groups)
+    error = (
+        f"none of the {len(members)} parameters can be sampled, and one must be: pass weight matrices "
+        "with requires_grad=True, without a role or with the role 'sampled'"
+    )
+    if not (dense := [names[member.place] for member in members if member.role == "dense"]):
+        return error
+    meant = [role for group in groups for role in group.get("thawed", [group.get("role")] * len(group["params"]))]
+    frozen = [
+        names[member.place]
+        for member in members
+        if not chosen[member.place]
+        and (meant[member.place] == "sampled" or meant[member.place] is None and member.param.ndim >= 2)
+    ]
+    thaw = f", that is, set it for {_listed(frozen)}" if frozen else ""
+    return (
+        f"{error}{thaw}; or use torch.optim.AdamW, since there is nothing to sample where all that is trained is "
+        f"dense, here {_listed(dense)}"
+    )
+
+
+def _listed(names: Sequence[str]) -> str:
+    return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
 
 
 def _too_large(modules: Sequence[Module], delta: float, total: int, granularity: str, oversized: str) -> str:

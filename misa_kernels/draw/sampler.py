@@ -85,7 +85,8 @@ class ImportanceSampler(Sampler):
     """MISA's draw: without replacement, p_b = exp(eta s_b) / sum_j exp(eta s_j), until nothing more fits.
 
     This p maximises sum_b p_b s_b - KL(p || uniform) / eta, s being the `scores`. Some candidates may come
-    first whatever their score (`least_recent`); the weighted draw fills what they leave of the budget.
+    first whatever their score (`least_recent`); the weighted draw fills what they leave of the budget. Those that have
+    had no gradient for three rounds of activity are left out, but for one in eight rounds, see `Candidates.heard`.
 
     Args:
         eta: concentration of p on large scores, 0 being uniform. "auto" solves for it at each draw, such that
@@ -139,7 +140,8 @@ class ImportanceSampler(Sampler):
         rng = _rng(seed, round)
         # Always both, and for all B: no option shifts the random numbers.
         gumbel, ties = rng.gumbel(size=candidates.numel.size), rng.random(candidates.numel.size)
-        eligible = _eligible(candidates.layer, self.depth_window, round, seed)
+        heard = candidates.heard(round)
+        eligible = heard[_eligible(candidates.layer[heard], self.depth_window, round, seed)]
         log_p, eta = self._log_probability(candidates, eligible, budget)
         first = self._first(candidates, eligible, budget, ties)
         # In descending order of keys: draws from p, one by one, each restricted to what is left and fits.
@@ -203,14 +205,17 @@ class CyclicSampler(Sampler):
     def draw(self, candidates: Candidates, budget: int, round: int, seed: int) -> Draw:
         """Go on where the last round ended, up to the first candidate that does not fit; the last is followed by 0.
 
-        Arguments as for `ImportanceSampler.draw`; `round` and `seed` have no effect.
+        Arguments as for `ImportanceSampler.draw`; `seed` has no effect, `round` where candidates are silent.
         """
-        size = candidates.numel.size
-        latest = candidates.last_round == candidates.last_round.max()
+        heard = candidates.heard(round)
+        last_round = candidates.last_round[heard]
+        latest = last_round == last_round.max()
         ends = np.flatnonzero(latest & ~np.roll(latest, -1))
-        order = np.roll(np.arange(size), -(ends[0] + 1) if ends.size else 0)
+        order = np.roll(heard, -(ends[0] + 1) if ends.size else 0)
         active = order[np.cumsum(candidates.numel[order]) <= budget]
-        return Draw(np.sort(active), np.full(size, 1 / size), perplexity=float(size), eta=0.0)
+        probability = np.zeros(candidates.numel.size)
+        probability[heard] = 1 / heard.size
+        return Draw(np.sort(active), probability, perplexity=float(heard.size), eta=0.0)
 
 
 def described(sampler: Sampler) -> str:

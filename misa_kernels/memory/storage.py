@@ -75,6 +75,11 @@ class Storage:
             found["residual"] = Buffer(torch.int16, 1)
         return found
 
+    def moment_bytes(self, weight: torch.dtype) -> float:
+        """Return the bytes that both moments of a parameter take."""
+        buffers = [buffer for name, buffer in self.buffers(weight).items() if name in MOMENTS]
+        return sum(buffer.numel(GROUP) * buffer.dtype.itemsize for buffer in buffers) / GROUP
+
     def decode(self, name: str, views: Mapping[str, Tensor], numel: int) -> Tensor:
         """Return a moment of shape (numel,): the stored tensor itself where it is not compressed."""
         codec = self.codecs[name]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Collection, Sequence
+from functools import cached_property
 from itertools import islice
 from typing import Any
 
@@ -31,8 +32,7 @@ class Marks:
 
     def __init__(self, names: Sequence[str], params: Sequence[Tensor]) -> None:
         self._params = params
-        self._keys = [hash((name, tuple(param.shape))) for name, param in zip(names, params, strict=True)]
-        self._order = sorted(range(len(params)), key=self._keys.__getitem__)
+        self._keys = [hash((name, param.shape)) for name, param in zip(names, params, strict=True)]
         self._whole = _joined(self._keys)
         self._chosen, self._frozen = b"", frozenset[int]()
 
@@ -61,6 +61,11 @@ class Marks:
         chosen = [key not in frozen for key in self._keys]
         return chosen, _is_equal(probe, self._probe(on, chosen))
 
+    @cached_property
+    def _order(self) -> list[int]:
+        """Return the positions in an order that the keys alone give."""
+        return sorted(range(len(self._params)), key=self._keys.__getitem__)
+
     def _round(self, on: Collection[int]) -> tuple[int, int]:
         return self._whole, _joined([self._keys[index] for index in on])
 
@@ -80,6 +85,8 @@ class Marks:
 
 def is_irregular(params: Sequence[Tensor], names: Sequence[str], layers: Sequence[Any], chosen: Sequence[bool]) -> bool:
     """Whether at least two layers have some of their matrices on, and not the same ones, as nobody chooses them."""
+    if all(chosen):
+        return False
     on: dict[str, set[str]] = {}
     off: dict[str, set[str]] = {}
     for param, name, layer, flag in zip(params, names, layers, chosen, strict=True):

@@ -22,6 +22,8 @@ def names_of(groups: Sequence[Mapping[str, Any]]) -> list[str]:
     """Return the name of every parameter, or its place where the groups have no names."""
     names: list[str] = []
     for g, group in enumerate(groups):
-        numbered = [f"group {g}, parameter {i}" for i in range(len(group["params"]))]
-        names.extend(group.get("param_names", numbered))
+        if "param_names" in group:
+            names.extend(group["param_names"])
+        else:
+            names.extend(f"group {g}, parameter {i}" for i in range(len(group["params"])))
     return names

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from types import MappingProxyType
 from typing import Any, TypeVar
 
@@ -28,8 +28,11 @@ class Entry(dict[str, Any]):
         changed: One bool, shared by all entries of a state.
     """
 
+    __slots__ = ("changed",)
+
     def __init__(self, changed: list[bool], values: Mapping[str, Any] | None = None) -> None:
-        super().__init__(values or {})
+        if values:
+            super().__init__(values)
         self.changed = changed
 
     def put(self, values: Mapping[str, Any]) -> None:
@@ -75,6 +78,14 @@ class State(defaultdict[Tensor, Entry]):
         entry = Entry(self.changed)
         dict.__setitem__(self, param, entry)
         return entry
+
+    def put(self, params: Iterable[Tensor], values: Mapping[str, Iterable[Any]]) -> None:
+        """Write as MISA, under each name one value for each of some parameters."""
+        names, known = list(values), dict.get
+        for param, own in zip(params, zip(*values.values(), strict=True), strict=True):
+            if (entry := known(self, param)) is None:
+                entry = self.__missing__(param)
+            dict.update(entry, zip(names, own, strict=True))
 
     def __setitem__(self, param: Tensor, own: Mapping[str, Any]) -> None:
         """Take a copy of the entry, and note it."""

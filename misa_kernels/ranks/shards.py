@@ -21,6 +21,15 @@ def is_sharded(tensor: Tensor) -> bool:
     return module is not None and isinstance(tensor, module.DTensor)
 
 
+def sharded(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Return those of some tensors that are DTensors."""
+    module = sys.modules.get("torch.distributed.tensor")
+    # One look at each of 100,000 types instead of a call.
+    if module is None or not any(issubclass(kind, module.DTensor) for kind in set(map(type, tensors))):
+        return []
+    return [tensor for tensor in tensors if is_sharded(tensor)]
+
+
 def local(tensor: Tensor) -> Tensor:
     """Return what lies on this rank of a tensor: all of it, unless it is sharded."""
     return cast(Any, tensor)._local_tensor if is_sharded(tensor) else tensor
@@ -116,15 +125,15 @@ def ranks_of(params: Sequence[Tensor], group: dist.ProcessGroup | None) -> Ranks
     Raises:
         ValueError: If a parameter lies on other ranks than those that train together.
     """
-    sharded = [param for param in params if is_sharded(param)]
-    if not sharded:
+    found = sharded(params)
+    if not found:
         return None
     size = 1 if group is None else dist.get_world_size(group)
-    for param in sharded:
-        if (found := cast(Any, param).device_mesh.size()) != size:
+    for param in found:
+        if (ranks := cast(Any, param).device_mesh.size()) != size:
             raise ValueError(
-                f"a DTensor of shape {tuple(param.shape)} lies on {found} ranks and must lie on all {size} that train "
+                f"a DTensor of shape {tuple(param.shape)} lies on {ranks} ranks and must lie on all {size} that train "
                 "together: shard every parameter on one mesh, or give MISA its process_group"
             )
     # A mesh of one rank has DTensors, too, and a group of one.
-    return Ranks(cast(Any, sharded[0]).device_mesh.get_group(0) if group is None else group)
+    return Ranks(cast(Any, found[0]).device_mesh.get_group(0) if group is None else group)

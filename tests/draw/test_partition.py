@@ -464,6 +464,27 @@ ERRORS = {
         ValueError,
         "none of the 2 parameters can be sampled, and one must be: pass weight matrices with requires_grad=True,",
     ),
+    "prompt tuning": (
+        [
+            {"params": [("prompt", parameter(4, 4))], "role": "dense"},
+            {
+                "params": [(name, nn.Parameter(torch.zeros(4, 4), requires_grad=False)) for name in ("emb", "q", "k")],
+                "role": "frozen",
+                "thawed": ["frozen", "sampled", "sampled"],
+            },
+        ],
+        {"delta": 1.0},
+        ValueError,
+        "with the role 'sampled', that is, set it for q and 1 more; or use torch.optim.AdamW, since there is nothing "
+        "to sample where all that is trained is dense, here prompt",
+    ),
+    "only dense": (
+        matrices((4, 4), (3,), role="dense"),
+        {},
+        ValueError,
+        "with the role 'sampled'; or use torch.optim.AdamW, since there is nothing to sample where all that is trained "
+        "is dense, here w0 and 1 more",
+    ),
     "all frozen": (matrices((4, 4), role="frozen"), {}, ValueError, "none of the 1 parameters can be sampled"),
     "complex": (COMPLEX, {}, TypeError, "w is torch.complex64 and must be real to be sampled: freeze it"),
     "integer, sampled": (
