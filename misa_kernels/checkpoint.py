@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -148,7 +148,7 @@ def read(saved: Mapping[str, Any], groups: Sequence[dict[str, Any]], layout: Lay
         kept = {name: _number(value) for name, value in saved_group.items() if name not in others}
         check_hyperparameters({**group, **kept})
         hyperparameters.append(copy.deepcopy(kept))
-    return Saved(position, storage, own, hyperparameters, active, values, position.get(ORDER))
+    return Saved(position, storage, own, hyperparameters, active, values, _order(position, layout))
 
 
 def _number(value: Any) -> Any:
@@ -179,6 +179,15 @@ def _position(saved: Mapping[str, Any]) -> tuple[dict[str, Any], Storage]:
     return position, storage
 
 
+def _order(position: dict[str, Any], layout: Layout) -> list[str] | None:
+    """Return the layers that are here in the order that was saved, under the names that they have here."""
+    if ORDER not in position:
+        return None
+    bare, here = unwrapped([position[ORDER]])[0], unwrapped([layout.partition.layers])[0]
+    known = dict(zip(cast(list[str], here), layout.partition.layers, strict=True))
+    return [known[name] for name in cast(list[str], bare) if name in known]
+
+
 def _check_unheard(unheard: Any, modules: int) -> None:
     """Refuse what `Scores.unheard` does not return: a number and a count each."""
     are_whole = isinstance(unheard, Sequence) and all(type(number) is int and number >= 0 for number in unheard)
@@ -205,7 +214,13 @@ def _match(
         if ours != theirs:
             raise ValueError(_other_name(ours, theirs, f"role of group {number}"))
     for key in NAMES:
-        _check_names([group.get(key) for group in groups], [group.get(key) for group in saved_groups], key)
+        # In which layer what is not sampled lies also depends on whether the order of the layers was known.
+        are_compared = [key != "layers" or group.get("role") in (None, "sampled") for group in groups]
+        ours, theirs = (
+            [group.get(key) if is_compared else None for group, is_compared in zip(side, are_compared, strict=True)]
+            for side in (groups, saved_groups)
+        )
+        _check_names(ours, theirs, key)
     names = iter(layout.partition.names)
     own = {}
     strangers = []

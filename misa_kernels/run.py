@@ -444,7 +444,7 @@ class Run:
         refuse_capture("load_state_dict()")
         self.follow()
         saved = checkpoint.read(state_dict, self.groups, self.layout, self.scores)
-        if saved.order is not None and saved.order != self.order.names:
+        if saved.order is not None and saved.order != self.layout.partition.layers:
             self._reorder(saved.order)
         made = f" ('auto' with total_steps={self.given.total_steps})" if self.given.inner_steps == "auto" else ""
         saved.warn_of_differences(self.storage, self._described(), made)

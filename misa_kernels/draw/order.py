@@ -137,7 +137,7 @@ class Order:
 
     def take(self, names: Sequence[str]) -> None:
         """Take over the order that another run has learned."""
-        self.names, self.is_told = list(names), True
+        self.names, self.is_told = merged(self.names, {name: number for number, name in enumerate(names)}), True
 
     def close(self) -> None:
         """Watch no longer."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -192,6 +193,18 @@ def test_a_resumed_run_draws_in_the_same_order(precision: dict[str, Any]):
     train(range(3, 15), other, resumed)
     assert resumed.active == optimizer.active
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("wrap", [nn.DataParallel, lambda model: torch.compile(model, backend="eager")])
+def test_an_order_that_was_saved_under_a_wrapper(wrap: Callable[[nn.Module], nn.Module]):
+    model = towers()
+    optimizer = MISA(param_groups(wrap(model), example=inputs()), delta=0.2)
+    resumed = make(towers())
+    resumed.load_state_dict(optimizer.state_dict())
+    assert resumed.monitor.layers == VISION + TEXT
+    back = make(wrap(towers()))
+    back.load_state_dict(resumed.state_dict())
+    assert [".".join(name.split(".")[-2:]) for name in back.monitor.layers] == VISION + TEXT
 
 
 def kept_bytes(model: nn.Module, optimizer: MISA) -> int:
