@@ -14,10 +14,11 @@ from torch import nn
 from misa_kernels.draw.adapters import trains_for_peft
 from misa_kernels.draw.found import Found, Groups
 from misa_kernels.draw.order import Trace
-from misa_kernels.draw.roles import EXPERTS, places_of
+from misa_kernels.draw.roles import EXPERTS, MATRICES, places_of
 from misa_kernels.draw.spots import BEFORE, BEHIND, spots_of
 from misa_kernels.draw.tree import Layer, Node, layers_of, nodes_of
 from misa_kernels.outside.flags import chosen_of
+from misa_kernels.outside.garbage import kept
 from misa_kernels.outside.notices import warn
 
 # Said from this share of the model on, where matrices are frozen that are neither embedding nor output head.
@@ -110,11 +111,24 @@ def param_groups(
         raise ValueError(f"mode={mode!r} must be 'finetune' (the rest is frozen) or 'pretrain' (the rest is dense)")
     if experts not in ("each", "whole"):
         raise ValueError(f"experts={experts!r} must be 'each' (an expert is a module) or 'whole' (a stack of them is)")
+    with kept():
+        return _grouped(model, mode, experts, {"sampled": sampled, "dense": dense, "frozen": frozen}, layers, example)
+
+
+def _grouped(
+    model: nn.Module,
+    mode: str,
+    experts: str,
+    lists: Mapping[str, Iterable[nn.Module | nn.Parameter]],
+    layers: Iterable[nn.Module] | None,
+    example: Any,
+) -> Groups:
+    """Return the groups; see `param_groups`."""
     nodes = nodes_of(model)
     places = places_of(nodes)
     chosen = chosen_of([place.name for place in places], [place.param for place in places])
     trained = {id(place.param) for place, is_chosen in zip(places, chosen, strict=True) if is_chosen}
-    meant = _meant({"sampled": sampled, "dense": dense, "frozen": frozen}, model, trained)
+    meant = _meant(lists, model, trained)
     stack = layers_of(nodes[0]) if layers is None else _given(layers, model)
     trace = None if example is None else Trace(model, example)
     kinds, spots, order = spots_of(nodes, places, stack, trace, is_ordered=layers is not None)
@@ -125,38 +139,29 @@ def param_groups(
     }
     thawed: list[str] = []
     found: list[Found] = []
-    for place, kind, spot in zip(places, kinds, spots, strict=True):
-        role, why = "sampled" if kind.is_matrix and spot.layer is not None else rest, spot.why
-        if id(place.param) in meant:
-            role = meant[id(place.param)]
+    for (name, param, _, _), (what, module, _), spot in zip(places, kinds, spots, strict=True):
+        role, why = "sampled" if what in MATRICES and spot.layer is not None else rest, spot.why
+        if id(param) in meant:
+            role = meant[id(param)]
             why = f"named in {role}=[...]"
-        if not place.param.is_floating_point():
-            role, why = "frozen", str(place.param.dtype).removeprefix("torch.")
-        modules: str | list[str] = place.name
-        if role == "sampled" and kind.what != EXPERTS:
-            modules = kind.module
+        if not param.is_floating_point():
+            role, why = "frozen", str(param.dtype).removeprefix("torch.")
+        modules: tuple[str, ...] = (name,)
+        if role == "sampled" and what != EXPERTS:
+            modules = (module,)
         elif role == "sampled" and experts == "each":
-            modules = [f"{kind.module}.{expert}" for expert in range(len(place.param))]
-        is_trained = id(place.param) in trained
-        group = groups[role if is_trained else "frozen"]
-        if group["role"] == "frozen":
+            modules = tuple(f"{module}.{expert}" for expert in range(len(param)))
+        if id(param) in trained:
+            group = groups[role]
+        else:
+            group, why = groups["frozen"], f"you froze it ({why})"
+        if group is groups["frozen"]:
             thawed.append(role)
-        group["params"].append((place.name, place.param))
-        group["modules"].append(modules)
+        group["params"].append((name, param))
+        group["modules"].append(modules[0] if len(modules) == 1 else list(modules))
         # What is sampled against all appearance is a layer of its own.
-        group["layers"].append(place.name if role == "sampled" and spot.layer is None else spot.lowest)
-        found.append(
-            Found(
-                name=place.name,
-                param=place.param,
-                layer=spot.layer,
-                modules=(modules,) if isinstance(modules, str) else tuple(modules),
-                role=group["role"],
-                why=why if is_trained else f"you froze it ({why})",
-                stream=spot.flow.stream,
-                part=spot.flow.part,
-            )
-        )
+        group["layers"].append(name if role == "sampled" and spot.layer is None else spot.lowest)
+        found.append(Found(name, param, spot.layer, modules, group["role"], why, *spot.flow))
     if not {"sampled", "dense"}.isdisjoint(thawed):
         groups["frozen"]["thawed"] = thawed
     _say([f for f in found if id(f.param) in trained and id(f.param) not in meant], nodes)

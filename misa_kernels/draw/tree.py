@@ -110,34 +110,36 @@ def _visit(module: nn.Module, name: str, seen: dict[int, Node], found: list[Node
     own = matrices_of(inner)
     node = seen[id(module)] = Node(name, module, inner, own)
     found.append(node)
-    # What computes a weight from others is no module of the model.
-    is_opaque = isinstance(module, ParametrizationList)
-    children = []
-    for attribute, child in module._modules.items():
-        if child is not None and id(child) not in seen:
-            part = _visit(child, f"{name}.{attribute}" if name else attribute, seen, found)
-            children.append((attribute, part))
-    if inner is not module:
-        node.parts = seen[id(inner)].parts if id(inner) in seen else []
-    elif not is_opaque:
-        node.parts = [part for _, part in children]
-    # Recurrent networks do without.
-    node.has_norm = is_norm(inner) or isinstance(inner, nn.RNNBase)
+    if is_lost(inner) or isinstance(inner, torch.jit.ScriptModule):
+        node.kind = class_of(inner), tuple(inner._parameters)
+    else:
+        node.kind = type(inner)
     node.count, node.several = len(own), sum(not is_vector(p) for p in module._parameters.values() if p is not None)
+    # Recurrent networks do without.
+    node.has_norm = not own and is_norm(inner) or isinstance(inner, nn.RNNBase)
     for widths in own.values():
         node.reads |= widths.reads
         node.writes = widths.writes
+    if not module._modules:
+        return node
+    prefix = f"{name}." if name else ""
+    for attribute, child in module._modules.items():
+        if child is not None and id(child) not in seen:
+            part = _visit(child, prefix + attribute, seen, found)
+            node.several += part.several
+            # What computes a weight from others is no module of the model, nor are adapters.
+            if inner is module and not isinstance(module, ParametrizationList):
+                node.parts.append(part)
+    if inner is not module and id(inner) in seen:
+        node.parts = seen[id(inner)].parts
     for part in node.parts:
         node.count += part.count
         node.has_norm |= part.has_norm
         node.reads |= part.reads
         node.writes = part.writes or node.writes
-    node.several += sum(part.several for _, part in children)
     if is_lost(inner):
-        names = tuple(part.name.rpartition(".")[2] for part in node.parts)
-        node.kind = names, tuple(part.kind for part in node.parts), tuple(inner._parameters)
-    else:
-        node.kind = class_of(inner) if isinstance(inner, torch.jit.ScriptModule) else type(inner)
+        names = tuple(part.name[len(prefix) :] for part in node.parts)
+        node.kind = node.kind, names, tuple(part.kind for part in node.parts)
     return node
 
 
