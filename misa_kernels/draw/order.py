@@ -6,9 +6,10 @@ Registration tells only of layers in one stack. For others an example is run, or
 from __future__ import annotations
 
 import json
+import sys
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from types import MappingProxyType
 from typing import Any, cast
@@ -193,7 +194,7 @@ class Trace:
         self._results = _Results()
         handles = [module.register_forward_pre_hook(self._note, with_kwargs=True) for module in model.modules()]
         try:
-            with torch.no_grad(), _undisturbed(model), self._results:
+            with torch.no_grad(), _uncompiled(), _undisturbed(model), self._results:
                 if isinstance(example, Mapping):
                     model(**example)
                 elif isinstance(example, (tuple, list)):
@@ -222,6 +223,11 @@ def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
             yield value
         elif isinstance(value, (tuple, list)):
             yield from _tensors(value)
+
+
+def _uncompiled() -> Any:
+    """Run what torch.compile has wrapped as it is; nothing is wrapped where dynamo is not loaded."""
+    return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
 
 
 @contextmanager

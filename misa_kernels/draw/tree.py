@@ -111,7 +111,7 @@ def _visit(module: nn.Module, name: str, seen: dict[int, Node], found: list[Node
     node = seen[id(module)] = Node(name, module, inner, own)
     found.append(node)
     if is_lost(inner) or isinstance(inner, torch.jit.ScriptModule):
-        node.kind = class_of(inner), tuple(inner._parameters)
+        node.kind = class_of(inner), tuple(name for name, _ in inner._parameters.items())
     else:
         node.kind = type(inner)
     node.count, node.several = len(own), sum(not is_vector(p) for p in module._parameters.values() if p is not None)

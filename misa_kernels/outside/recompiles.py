@@ -73,7 +73,8 @@ class Recompiles:
 
 
 def _name(frame: str, metrics: list[Any]) -> str:
-    for m in metrics:
+    # The last: numbers of frames are given anew after a reset of dynamo.
+    for m in reversed(metrics):
         if m.co_name and m.compile_id.rsplit("/", 1)[0] == frame:
             return f"{m.co_name} ({m.co_filename}:{m.co_firstlineno})"
     return "a frame"

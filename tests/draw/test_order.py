@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch._dynamo
 from torch import Tensor, nn
 
 from misa_kernels import MISA, UniformSampler, param_groups
@@ -95,6 +96,18 @@ def test_an_example_changes_nothing():
     assert torch.equal(torch.get_rng_state(), state)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert all(param.grad is None for param in model.parameters())
+
+
+def test_an_example_runs_what_is_compiled_as_it_is():
+    torch._dynamo.reset()
+    graphs: list[Any] = []
+
+    def backend(graph: Any, _inputs: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    groups = param_groups(torch.compile(towers(), backend=backend), example=inputs())
+    assert [name.removeprefix("_orig_mod.") for name in groups.layers] == VISION + TEXT and not graphs
 
 
 def test_an_example_that_fails_leaves_no_hooks():

@@ -112,6 +112,8 @@ def test_experts_of_a_stacked_weight_to_which_no_token_comes_have_gradients_of_z
         def __init__(self):
             super().__init__()
             self.weight = nn.Parameter(torch.randn(8, 4, 4) / 4)
+            # That there is a number for each makes experts of them.
+            self.router = nn.Linear(4, 8).requires_grad_(False)
 
         def forward(self, x):
             return x + sum(torch.tanh(x @ self.weight[number]) for number in (0, 5))
