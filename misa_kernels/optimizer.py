@@ -129,7 +129,7 @@ class MISA(Interface):
         known: tuple[Sequence[bool], Sequence[bool]] | None = None,
     ) -> None:
         torch.optim.Optimizer.__init__(self, copied_groups(params), defaults)
-        self._run = Run(self.param_groups, options, known, getattr(params, "order", None))
+        self._run = Run(self.param_groups, options, known)
         # Of an optimizer that nobody holds any more the model shows nothing.
         weakref.finalize(self, self._run.abandon).atexit = False
         self.register_state_dict_pre_hook(lambda optimizer: cast(MISA, optimizer)._run.prepare_to_save())

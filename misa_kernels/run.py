@@ -20,7 +20,7 @@ from torch import Tensor
 from misa_kernels import checkpoint, kernels, options
 from misa_kernels.clock import Clock
 from misa_kernels.draw.coverage import LONGEST_ROUND, Coverage, modules_a_round, most_modules_a_round, round_length
-from misa_kernels.draw.order import Order
+from misa_kernels.draw.order import recall
 from misa_kernels.draw.rehearsal import costliest, kept_inputs
 from misa_kernels.draw.sampler import Draw, ImportanceSampler, Sampler, checked, described
 from misa_kernels.draw.scores import Ints
@@ -48,7 +48,6 @@ class Run:
         groups: The optimizer's live `param_groups`.
         given: Its other arguments.
         known: The user's flags, see `Flags`.
-        order: What `param_groups` knows of the order of the layers.
 
     Attributes:
         groups: As given.
@@ -76,10 +75,9 @@ class Run:
         groups: list[dict[str, Any]],
         given: options.Options,
         known: tuple[Sequence[bool], Sequence[bool]] | None = None,
-        order: Order | None = None,
     ) -> None:
         self.groups = groups
-        self.order = Order() if order is None else order
+        self.order = recall([param for group in groups for param in group["params"]])
         self.given = given
         self.sampler: Sampler = ImportanceSampler() if given.sampler is None else given.sampler
         self.storage = Storage(given.state_dtype, given.param_precision)
@@ -382,6 +380,11 @@ class Run:
         if self.clock.steps or self.ended is not None:
             raise RuntimeError("rehearse() came after the first step(): call it right after construction")
         self.follow()
+        if not self.order.is_known:
+            warn(
+                f"rehearse() cannot know which of {len(self.order.first)} stacks of layers runs first, so later rounds "
+                "may need more memory than the first: make the groups with param_groups(model, example=...)"
+            )
         self._is_rehearsed = True
         self.scores.candidates.last_round[:] = -1
         self.show(self.costliest())

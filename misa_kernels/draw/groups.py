@@ -13,9 +13,9 @@ from torch import nn
 
 from misa_kernels.draw.adapters import trains_for_peft
 from misa_kernels.draw.found import Found, Groups
-from misa_kernels.draw.order import Trace
+from misa_kernels.draw.order import Trace, remember
 from misa_kernels.draw.roles import EXPERTS, MATRICES, places_of
-from misa_kernels.draw.spots import BEFORE, BEHIND, spots_of
+from misa_kernels.draw.spots import BEFORE, BEHIND, UNSURE, spots_of
 from misa_kernels.draw.tree import Layer, Node, layers_of, nodes_of
 from misa_kernels.outside.flags import chosen_of
 from misa_kernels.outside.garbage import kept
@@ -164,7 +164,8 @@ def _grouped(
         found.append(Found(name, param, spot.layer, modules, group["role"], why, *spot.flow))
     if not {"sampled", "dense"}.isdisjoint(thawed):
         groups["frozen"]["thawed"] = thawed
-    _say([f for f in found if id(f.param) in trained and id(f.param) not in meant], nodes)
+    _say(found, nodes, trained, set(meant))
+    remember(order, [place.param for place in places[:1]])
     return Groups((group for group in groups.values() if group["params"]), found, order)
 
 
@@ -218,24 +219,26 @@ def _given(layers: Iterable[nn.Module], model: nn.Module) -> list[Layer]:
     return found
 
 
-def _say(found: Sequence[Found], nodes: Sequence[Node]) -> None:
-    """Warn of what is frozen, and the user may not expect."""
+def _say(found: Sequence[Found], nodes: Sequence[Node], trained: set[int], meant: set[int]) -> None:
+    """Warn of what is frozen, and the user may not expect; what they froze themselves and what they named they do."""
+    total = sum(f.param.numel() for f in found if id(f.param) in trained) or 1
+    found = [f for f in found if id(f.param) in trained and id(f.param) not in meant]
     if odd := [f.name for f in found if f.param.is_complex()]:
         warn(
             f"{odd[0]}{f' and {len(odd) - 1} other tensors' if len(odd) > 1 else ''}: MISA trains real tensors; "
             "complex ones are frozen, so train them with another optimizer, or as their real and imaginary parts"
         )
-    ends = [f for f in found if f.role == "frozen" and f.why in (BEFORE, BEHIND)]
+    ends = [f for f in found if f.role == "frozen" and f.why in (BEFORE, BEHIND, UNSURE)]
     # The output head is expected.
     vocabularies = {node.module.num_embeddings for node in nodes if isinstance(node.module, nn.Embedding)}
-    ends = [f for f in ends if f.why == BEFORE or vocabularies.isdisjoint(f.param.shape)]
-    if ends and ends[-1].why == BEHIND:
-        ends.pop()
-    share = sum(f.param.numel() for f in ends) / (sum(f.param.numel() for f in found) or 1)
+    ends = [f for f in ends if vocabularies.isdisjoint(f.param.shape)]
+    share = sum(f.param.numel() for f in ends) / total
     if share > _MUCH:
         largest = max(ends, key=lambda f: f.param.numel())
+        what = f"{len(ends)} matrices" if len(ends) > 1 else "a matrix"
+        where = largest.why if largest.why == UNSURE else f"which stands {largest.why}"
         warn(
-            f"param_groups freezes {len(ends)} matrices outside of the layers, {share:.0%} of the model, the largest "
-            f"{largest.name}, which stands {largest.why}: name what is to be trained in sampled=[...] or dense=[...], "
-            "or what is meant to be frozen in frozen=[...]"
+            f"param_groups freezes {what} outside of the layers, {share:.0%} of the model, the largest {largest.name}, "
+            f"{where}: name what is to be trained in sampled=[...] or dense=[...], or what is meant to be frozen in "
+            "frozen=[...]"
         )

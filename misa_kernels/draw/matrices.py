@@ -5,6 +5,7 @@ What torch's own modules hold is known; of any other tensor its shape tells, and
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -68,12 +69,19 @@ def is_known(module: nn.Module) -> bool:
     return isinstance(module, (nn.Linear, _ConvNd, nn.RNNBase, nn.Bilinear, *_EMBEDDINGS, *_NORMS, ParametrizationList))
 
 
+def is_told(module: nn.Module, name: str) -> bool:
+    """Whether a module's class tells what one of its tensors is; subclasses may hold more."""
+    return is_known(module) and (name in ("weight", "bias") or not isinstance(module, (nn.Linear, _ConvNd)))
+
+
 def matrices_of(module: nn.Module) -> dict[str, Widths]:
     """Return the weight matrices among a module's own tensors, by the names of these."""
     if isinstance(module, nn.Linear):
         # Not the shape of the weight, which quantisation packs.
         sizes = module.in_features, module.out_features
-        return {"weight": _widths(*sizes)} if min(sizes) > 1 else {}
+        found = {"weight": _widths(*sizes)} if min(sizes) > 1 else {}
+        # A subclass may hold more.
+        return found if len(module._parameters) < 3 else found | _unknown(module, {"weight", "bias"})
     own = {name: param for name, param in module._parameters.items() if param is not None}
     if is_embedding(module) or isinstance(module, _NORMS):
         return {}
@@ -81,12 +89,19 @@ def matrices_of(module: nn.Module) -> dict[str, Widths]:
         size = (module.proj_size or module.hidden_size) * (2 if module.bidirectional else 1)
         return {name: _widths(module.input_size, size) for name, param in own.items() if not is_vector(param)}
     if isinstance(module, _ConvNd) and "weight" in own:
-        return {} if is_vector(own["weight"]) else {"weight": _widths(module.in_channels, module.out_channels)}
+        found = {} if is_vector(own["weight"]) else {"weight": _widths(module.in_channels, module.out_channels)}
+        return found if len(module._parameters) < 3 else found | _unknown(module, {"weight", "bias"})
     if not own:
         # Quantised ones hold buffers.
         reads, writes = getattr(module, "in_features", None), getattr(module, "out_features", None)
         is_linear = not module._modules and isinstance(reads, int) and isinstance(writes, int)
         return {"": _widths(reads, writes)} if is_linear else {}
+    return _unknown(module)
+
+
+def _unknown(module: nn.Module, known: Collection[str] = ()) -> dict[str, Widths]:
+    """Return the weight matrices among the tensors of a module of which its class tells nothing."""
+    own = {name: param for name, param in module._parameters.items() if param is not None and name not in known}
     vectors = {param.numel() for param in own.values() if param.ndim == 1}
     return {
         name: _guessed(param, vectors) for name, param in own.items() if not is_vector(param) and not _is_row(param)

@@ -17,6 +17,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils.weak import WeakIdKeyDictionary
 
 # Functions that keep what they return, so that what reads it has nothing more to keep.
 _KEEP_RESULT = {"relu", "relu_", "sigmoid", "tanh", "softmax", "exp", "scaled_dot_product_attention"}
@@ -58,7 +59,8 @@ class Order:
         model: The model; None where nothing is known of one.
         layers: Names and modules of its layers, as they are registered.
         stacks: Name of the stack of each; one stack runs in its order.
-        is_known: Whether `layers` are in the order in which they run.
+        is_known: Whether `layers` are in the order in which they run,
+        is_told: or some of them are.
         inputs: For weights whose inputs were seen, by name: the number of the input and its elements that are kept for
             the sake of the weight alone.
 
@@ -75,10 +77,11 @@ class Order:
         layers: Mapping[str, nn.Module] = MappingProxyType({}),
         stacks: Mapping[str, str] = MappingProxyType({}),
         is_known: bool = False,
+        is_told: bool = False,
         inputs: Mapping[str, tuple[int, int]] = MappingProxyType({}),
     ) -> None:
         self.names = list(layers)
-        self.is_told = is_known
+        self.is_told = is_known or is_told
         self.is_known = is_known or len(set(stacks.values())) < 2
         self.inputs = dict(inputs)
         self._stacks = dict(stacks)
@@ -146,6 +149,24 @@ class Order:
         _remove(self._handles)
 
 
+# The last that was made for a model, by its first parameter: whoever copies the list of groups has the same parameters.
+_orders = WeakIdKeyDictionary()
+
+
+def remember(order: Order, params: Iterable[Tensor]) -> None:
+    """Keep an order for as long as a parameter of its model lives."""
+    for param in params:
+        _orders[param] = order
+
+
+def recall(params: Iterable[Tensor]) -> Order:
+    """Return the order that is kept for some parameters; an empty one where there is none, or more than one."""
+    own = set(map(id, params))
+    pairs = list(_orders.items())  # type: ignore[no-untyped-call]
+    found: list[Order] = [order for param, order in pairs if id(param) in own]
+    return found[0] if len(found) == 1 else Order()
+
+
 def merged(names: Sequence[str], calls: Mapping[str, int]) -> list[str]:
     """Return names in the order of their calls; what was not called stays behind the one that precedes it."""
     rank, last = {}, -1
@@ -192,7 +213,12 @@ class Trace:
         self.inputs: dict[int, tuple[int, int]] = {}
         self._seen: list[Any] = []
         self._results = _Results()
-        handles = [module.register_forward_pre_hook(self._note, with_kwargs=True) for module in model.modules()]
+        handles = [
+            module.register_forward_pre_hook(self._note, with_kwargs=True)
+            for module in model.modules()
+            # TorchScript runs no hook that is not compiled.
+            if not isinstance(module, torch.jit.ScriptModule)
+        ]
         try:
             with torch.no_grad(), _uncompiled(), _undisturbed(model), self._results:
                 if isinstance(example, Mapping):
@@ -233,11 +259,14 @@ def _uncompiled() -> Any:
 @contextmanager
 def _undisturbed(model: nn.Module) -> Iterator[None]:
     """Leave buffers, such as running means, and the random numbers as they were."""
-    before = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    before = [(m._buffers, dict(m._buffers)) for m in model.modules() if len(m._buffers)]
+    values = [(buffer, buffer.clone()) for buffer in model.buffers()]
     devices = {param.device for param in model.parameters() if param.device.type == "cuda"}
     try:
         with torch.random.fork_rng(devices=list(devices)):
             yield
     finally:
-        for buffer, value in before:
+        for held, own in before:
+            held.update(own)
+        for buffer, value in values:
             buffer.copy_(value)

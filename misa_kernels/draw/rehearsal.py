@@ -89,6 +89,8 @@ def costliest(
     for number in first or [layer[layer >= 0].min(initial=layer.max())]:
         lowest = densest[layer[densest] == number]
         reach += lowest[np.argsort(numel[lowest], kind="stable")][:1].tolist()
+    # Where not all of them fit, as many as do.
+    reach.sort(key=numel.__getitem__)
     order = np.array([*reach, *inputs.values(), *largest], dtype=np.int64)
     active = pack(order, candidates, budget, max_per_layer)
     if max_per_layer is not None:

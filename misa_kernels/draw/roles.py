@@ -11,7 +11,7 @@ from typing import NamedTuple
 from torch import nn
 
 from misa_kernels.draw.adapters import adapters
-from misa_kernels.draw.matrices import Widths, is_embedding, is_known, is_norm, is_vector, matrices_of
+from misa_kernels.draw.matrices import Widths, is_embedding, is_known, is_norm, is_told, is_vector, matrices_of
 from misa_kernels.draw.tree import Node
 
 EMBEDDING = "embedding"
@@ -95,8 +95,7 @@ def _kinds_of_owner(
 ) -> Iterator[Kind]:
     owner = node.module
     matrices = node.matrices if node.inner is owner else matrices_of(owner)
-    is_own = is_known(owner)
-    experts = {} if is_own else _experts(own, beside)
+    experts = {} if is_known(owner) else _experts(own, beside)
     for place in own:
         name, param = place.own_name, place.param
         widths = matrices.get(name)
@@ -112,7 +111,7 @@ def _kinds_of_owner(
             yield Kind(experts[name], _stem(place, own, experts) if experts[name] == EXPERTS else module, widths)
         elif widths is None:
             yield Kind("vector" if is_vector(param) else "table", module)
-        elif not is_own and _is_table(param, beside.at(owner)):
+        elif not is_told(owner, name) and _is_table(param, beside.at(owner)):
             yield Kind("table of positions or biases", module)
         else:
             yield Kind(MATRIX, module, widths)
@@ -150,7 +149,7 @@ def _experts(own: Sequence[Place], beside: _Beside) -> dict[str, str]:
         around = beside.at(own[0].owner)
         tables = [place for place in own if place.param.ndim == 2 and len(place.param) == size]
         is_mapping = not around.widths or not any(around.widths.isdisjoint(place.param.shape[1:]) for place in stacked)
-        is_routed = len(stacked) > 1 or around.rows[size] > 0
+        is_routed = len(stacked) > 1 or around.rows[size] > len(tables)
         is_diagonal = all(_is_diagonal(place.param, around) for place in stacked)
         if size in around.read or is_diagonal or not (is_mapping and is_routed):
             continue

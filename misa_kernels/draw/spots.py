@@ -16,6 +16,7 @@ from misa_kernels.draw.streams import NONE, Flow, Linear, flows
 from misa_kernels.draw.tree import Layer, Node
 
 BEFORE, BEHIND = "before the first layer", "behind the last layer"
+UNSURE = "a table, or a matrix that nothing tells from one"
 
 
 @dataclass(slots=True)
@@ -114,6 +115,13 @@ def _beside(
     # When each width is written first, and read last.
     written: dict[int, int] = {}
     read: dict[int, int] = {}
+    # And what the matrix before has written.
+    latest: dict[int, frozenset[int]] = {}
+    before: frozenset[int] = frozenset()
+    for i in sorted(range(len(places)), key=when.__getitem__):
+        latest[when[i]] = before
+        if (mapped := kinds[i].widths) is not None:
+            before = mapped.writes
     for moment, place, kind in zip(when, places, kinds, strict=True):
         reads, writes = kind.widths or ((), ())
         for width in reads:
@@ -133,11 +141,13 @@ def _beside(
         # Part of a stage, it is what leads to the layers of this one or from them to the next.
         is_in_stage = any(path in staged for path in _above(place.node.name))
         if not is_known(place.owner) and widths.reads == widths.writes:
-            spots[i].why = "table, or a matrix that nothing tells from one, outside of the layers"
-        elif (when[i] < begin and not is_in_stage) or not _is_fed(widths.reads, written, when[i]):
+            spots[i].why = UNSURE
+        elif (when[i] < begin and not is_in_stage) or not (
+            _is_fed(widths.reads, written, when[i]) or _is_flattened(widths.reads, latest.get(when[i], ()))
+        ):
             # What a patch embedding reads, nothing before it has written.
             spots[i].why = BEFORE
-        elif (when[i] > end and not is_in_stage) or all(read.get(w, begin) <= when[i] for w in widths.writes):
+        elif (when[i] > end and not is_in_stage) or not _is_used(widths.writes, read, when[i]):
             # What a head writes, nothing behind it reads.
             spots[i].why = BEHIND
         else:
@@ -151,14 +161,22 @@ def _beside(
 
 
 def _is_fed(reads: Iterable[int], written: Mapping[int, int], moment: int) -> bool:
-    """Whether something of these widths was written before; two or four may be joined, and half be taken."""
-    sizes = {
-        size
-        for width in reads
-        for size in (width, width // 2, width // 4, 2 * width)
-        if width % 4 == 0 or size == width
+    """Whether something of these widths was written before; up to four may be joined, and half be taken."""
+    sizes = {2 * width for width in reads if width > 3} | {
+        width // n for width in reads for n in (1, 2, 3, 4) if width % n == 0
     }
-    return any(written.get(size, moment) < moment for size in sizes)
+    return any(written.get(size, moment) < moment for size in sizes if size > 1)
+
+
+def _is_flattened(reads: Iterable[int], before: Iterable[int]) -> bool:
+    """Whether a matrix reads all that the one before it writes at several places."""
+    return any(width % size == 0 for width in reads for size in before if size > 1)
+
+
+def _is_used(writes: Iterable[int], read: Mapping[int, int], moment: int) -> bool:
+    """Whether something behind reads these widths, or each of up to four parts of them."""
+    sizes = {width // n for width in writes for n in (1, 2, 3, 4) if width % n == 0}
+    return any(read.get(size, moment) > moment for size in sizes if size > 1)
 
 
 def _above(path: str) -> list[str]:
@@ -215,8 +233,7 @@ def _order(
         name = spots[i].layer
         if name is not None and name not in owners:
             owners[name] = modules.get(name, places[i].owner)
-            # Of a model without a stack each matrix counts as run where it is registered.
-            own = next((path for path in _above(name) if path in roots), name) if stack else ""
-            stacks.setdefault(name, own)
+            stacks.setdefault(name, next((path for path in _above(name) if path in roots), name))
     inputs = {} if trace is None else {p.name: trace.inputs[id(p.owner)] for p in places if id(p.owner) in trace.inputs}
-    return Order(model, owners, stacks, is_known=is_ordered or trace is not None, inputs=inputs)
+    is_seen = trace is not None and all(id(module) in trace.calls for module in owners.values())
+    return Order(model, owners, stacks, is_known=is_ordered or is_seen, inputs=inputs, is_told=trace is not None)

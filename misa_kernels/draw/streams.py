@@ -55,7 +55,9 @@ def flows(linears: Sequence[Linear], norms: Iterable[int]) -> list[Flow]:
     touched = Counter(width for linear in linears for side in linear.widths for width in side)
     candidates = set(norms) & touched.keys() or touched.keys()
     if candidates:
-        width = max(candidates, key=lambda size: (touched[size], size))
+        # Of two that are touched as often the one that is read first.
+        first = {width: -i for i, linear in reversed([*enumerate(linears)]) for width in linear.widths.reads}
+        width = max(candidates, key=lambda size: (touched[size], first.get(size, -len(linears)), size))
         numbers = [i for i, linear in enumerate(linears) if width in linear.widths.reads | linear.widths.writes]
         blocks = _Blocks(linears, width)
         loose, squares = blocks.gather(numbers, 0)

@@ -8,7 +8,7 @@ are the layers: the blocks of a stage, but not the experts of a layer, which has
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 
@@ -61,15 +61,28 @@ class Node:
         return isinstance(self.inner, nn.ModuleDict) or class_of(self.inner) == "ModuleDict"
 
     def follows(self, other: Node) -> bool:
-        """Whether it may read what another writes."""
-        return not self.reads.isdisjoint(other.writes)
+        """Whether it may read what another leaves: what that writes last, or leads back to a width that it has read."""
+        return not self.reads.isdisjoint(other.writes) or not self.reads.isdisjoint(other.returns())
+
+    def returns(self) -> set[int]:
+        """Return the widths that one of its matrices reads and a later one, of another width, writes."""
+        read: set[int] = set()
+        found: set[int] = set()
+        for widths in self.each():
+            if widths.reads.isdisjoint(widths.writes):
+                found |= read & widths.writes
+            read |= widths.reads
+        return found
+
+    def each(self) -> Iterator[Widths]:
+        """Yield the widths of its matrices, as they are registered."""
+        yield from self.matrices.values()
+        for part in self.parts:
+            yield from part.each()
 
     def rows(self) -> Counter[int]:
         """Return how many of its matrices may write each width."""
-        found = Counter(width for widths in self.matrices.values() for width in widths.writes)
-        for part in self.parts:
-            found.update(part.rows())
-        return found
+        return Counter(width for widths in self.each() for width in widths.writes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +111,9 @@ def layers_of(root: Node) -> list[Layer]:
     """Return the layers of a model in the order in which they are registered; none if nothing repeats in it."""
     found = _find(root)
     found = [unit for unit in found if not unit.is_spare] or found
+    # Beside layers that lead on, units that lead nowhere are heads, whatever is in them.
+    on = {unit.stack for unit in found if unit.leads_on and unit.node.count > 1}
+    found = [unit for unit in found if unit.leads_on or unit.stack in on or not on]
     # Behind layers of several matrices and norms, what has less is a head.
     large = {unit.stack for unit in found if unit.node.count > 1 and unit.node.has_norm}
     last = max((number for number, unit in enumerate(found) if unit.stack in large), default=len(found))
@@ -153,6 +169,7 @@ class _Unit:
         beside: How many units its own stack has.
         is_plain: Whether it lies in a list of several in which no class repeats.
         is_spare: Whether it counts only where there is no other stack.
+        leads_on: Whether it reads what a unit beside it leaves, or leaves what that reads.
     """
 
     node: Node
@@ -160,6 +177,7 @@ class _Unit:
     beside: int
     is_plain: bool = False
     is_spare: bool = False
+    leads_on: bool = True
 
 
 def _find(node: Node, around: str = "") -> list[_Unit]:
@@ -187,12 +205,13 @@ def _find(node: Node, around: str = "") -> list[_Unit]:
         units, names = [], set()
     is_spare = node.is_sequential and all(not unit.parts and unit.count == 1 for unit in units)
     inside = _inside(units, inner)
+    linked = _linked(units)
     found = []
     for child in node.parts:
         if child.name not in names:
             found += inner[child.name]
         elif child.name not in inside:
-            found.append(_Unit(child, node.name, len(units), is_plain, is_spare))
+            found.append(_Unit(child, node.name, len(units), is_plain, is_spare, id(child) in linked))
         elif is_list(node.inner):
             found += [replace(unit, stack=node.name) for unit in inside[child.name]]
         else:
@@ -241,9 +260,14 @@ def _is_like(end: Node, unit: Node) -> bool:
 
 def _is_chain(units: Sequence[Node]) -> bool:
     """Whether modules may run one behind the other: each reads what a neighbour writes, or has norms and matrices."""
-    pairs = [*pairwise(units)] if len(units) > 1 else [(unit, unit) for unit in units]
-    linked = {id(unit) for before, behind in pairs if behind.follows(before) for unit in (before, behind)}
+    linked = _linked(units)
     return all(id(unit) in linked or (unit.has_norm and unit.count > 1) for unit in units)
+
+
+def _linked(units: Sequence[Node]) -> set[int]:
+    """Return which modules read what the one before them leaves, or the other way round, by their identity."""
+    pairs = [*pairwise(units)] if len(units) > 1 else [(unit, unit) for unit in units]
+    return {id(unit) for before, behind in pairs if behind.follows(before) for unit in (before, behind)}
 
 
 def _is_between(node: Node, siblings: Sequence[Node]) -> bool:

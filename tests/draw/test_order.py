@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import gc
 import io
 import warnings
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -73,19 +75,47 @@ def hooks(model: nn.Module) -> int:
     return sum(len(module._forward_pre_hooks) for module in model.modules())
 
 
-@pytest.mark.parametrize(
-    ("example", "order"),
-    [
-        (inputs(), VISION + TEXT),
-        ({"tokens": inputs()[0], "pixels": inputs()[1]}, VISION + TEXT),
-        # A tower that the example leaves out stays behind the one before which it is registered.
-        (inputs()[0], TEXT + VISION),
-    ],
-    ids=["tuple", "dict", "tensor"],
-)
-def test_an_example_shows_the_order(example: Any, order: list[str]):
+@pytest.mark.parametrize("example", [inputs(), {"tokens": inputs()[0], "pixels": inputs()[1]}], ids=["tuple", "dict"])
+def test_an_example_shows_the_order(example: Any):
     groups = param_groups(towers(), example=example)
-    assert groups.layers == order and groups.order.is_known
+    assert groups.layers == VISION + TEXT and groups.order.is_known
+
+
+def test_an_example_without_a_tower_leaves_that_to_the_first_steps():
+    model = towers()
+    groups = param_groups(model, example=inputs()[0])
+    assert groups.layers == TEXT + VISION and not groups.order.is_known
+    optimizer = MISA(groups, lr=1e-2, delta=0.2, inner_steps=2)
+    step(model, optimizer, *inputs())
+    assert optimizer.monitor.layers == VISION + TEXT and hooks(model) == 0
+
+
+@pytest.mark.parametrize(
+    "copied",
+    [
+        lambda groups: [{**group, "lr": 1e-3} for group in groups],
+        list,
+        lambda groups: sorted(groups, key=lambda group: group["role"]),
+        lambda groups: [*groups[1:], groups[0]],
+    ],
+    ids=["dicts", "list", "sorted", "rotated"],
+)
+def test_copies_of_the_groups_have_the_order(copied: Callable[[Any], Any]):
+    model = towers()
+    groups = copied(param_groups(model, example=inputs()))
+    assert MISA(groups, delta=0.2).monitor.layers == VISION + TEXT
+    groups = copied(param_groups(model))
+    optimizer = MISA(groups, lr=1e-2, delta=0.2, inner_steps=2)
+    step(model, optimizer, *inputs())
+    assert optimizer.monitor.layers == VISION + TEXT
+
+
+def test_an_order_lives_no_longer_than_its_model():
+    model = towers()
+    order = weakref.ref(param_groups(model).order)
+    del model
+    gc.collect()
+    assert order() is None
 
 
 def test_an_example_changes_nothing():
@@ -96,6 +126,27 @@ def test_an_example_changes_nothing():
     assert torch.equal(torch.get_rng_state(), state)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert all(param.grad is None for param in model.parameters())
+
+
+def test_an_example_leaves_buffers_that_are_assigned():
+    class Counting(Towers):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("count", torch.zeros(()))
+
+        def forward(self, tokens: Tensor, pixels: Tensor | None = None) -> Tensor:
+            self.count = self.count + 1
+            return super().forward(tokens, pixels)
+
+    model = Counting()
+    param_groups(model, example=inputs())
+    assert model.count == 0
+
+
+def test_an_example_of_a_traced_model_runs_without_hooks():
+    tokens = torch.ones(2, 16)
+    groups = param_groups(torch.jit.trace(nn.Sequential(Block(), Block()), tokens), example=(tokens,))
+    assert groups.layers == ["0", "1"]
 
 
 def test_an_example_runs_what_is_compiled_as_it_is():

@@ -148,6 +148,30 @@ def test_experts_need_evidence(make: Callable[[], nn.Module], found: dict[str, t
     assert sampled(make, experts="whole") == whole
 
 
+class Adapted(nn.Linear):
+    """A linear layer with an adapter of its own, and a frozen weight."""
+
+    def __init__(self, reads: int, writes: int) -> None:
+        super().__init__(reads, writes)
+        self.a, self.b = nn.Parameter(torch.zeros(4, reads)), nn.Parameter(torch.zeros(writes, 4))
+        self.scale = nn.Parameter(torch.zeros(writes, 1))
+        self.weight.requires_grad_(False)
+
+
+def test_tensors_beside_the_weight_of_a_known_class():
+    assert sampled(lambda: Layer(own=Adapted(WIDTH, INNER))) == {"own.a": ("own.a",), "own.b": ("own.b",)}
+
+
+def test_splines_by_the_outputs_are_no_experts():
+    """As in efficient-kan: of two matrices and a tensor of three axes, as many rows each, nothing tells of experts."""
+    model = nn.ModuleList(
+        [Bank(base=(12, 8), spline=(12, 8, 5), scaler=(12, 8)), Bank(base=(8, 12), spline=(8, 12, 5))]
+    )
+    groups = param_groups(model)
+    assert all(len(found.modules) == 1 for found in groups.found)
+    assert {found.role for found in groups.found} == {"sampled"}
+
+
 def test_complex_tensors_are_frozen_and_said():
     model = nn.ModuleList([Layer(filters=torch.zeros(WIDTH, 3, dtype=torch.complex64)) for _ in range(2)])
     with pytest.warns(UserWarning, match=r"0\.filters and 1 other tensors: MISA trains real tensors"):
@@ -274,3 +298,9 @@ def test_parts_of_a_layer():
         "1.attention.in_proj_weight": ("reads", "qkv"),
         "1.attention.out_proj.weight": ("writes", "output"),
     }
+
+
+def test_parts_of_a_layer_without_a_norm():
+    model = nn.ModuleList([nn.ModuleDict({"up": nn.Linear(8, 32), "down": nn.Linear(32, 8)}) for _ in range(2)])
+    parts = [found.part for found in param_groups(model).found if found.role == "sampled"]
+    assert parts == ["up", "down", "up", "down"]

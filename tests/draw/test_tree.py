@@ -60,6 +60,18 @@ def head(out: int = 3) -> nn.Module:
     return nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, out))
 
 
+def normed(out: int) -> nn.Module:
+    return nn.Sequential(nn.Linear(16, 64), nn.BatchNorm1d(64), nn.ReLU(), nn.Linear(64, out))
+
+
+class Normed(nn.Module):
+    """A head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.outer = normed(12), nn.Linear(12, 5)
+
+
 def text(layers: int = 2) -> Model:
     return Model(emb=nn.Embedding(50, 16), layers=several(Block, layers), head=nn.Linear(16, 50))
 
@@ -86,9 +98,24 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], list[str]]] = {
         lambda: Model(layers=several(Block, 2), heads=several(lambda: nn.Linear(16, 5), 3)),
         ["layers.{0-1}"],
     ),
-    "box heads of norms and layers": (
+    "box heads": (
         lambda: Model(layers=several(Block, 2), heads=several(lambda: nn.Sequential(head(4)), 2)),
         ["layers.{0-1}"],
+    ),
+    "heads with norms in a list": (
+        lambda: Model(layers=several(Block, 2), heads=several(lambda: normed(5), 2)),
+        ["layers.{0-1}"],
+    ),
+    "heads with norms as attributes": (
+        lambda: Model(layers=several(Block, 2), a=Normed(), b=Normed()),
+        ["layers.{0-1}"],
+    ),
+    "a gate registered last, and no norms": (
+        lambda: Model(
+            layers=several(lambda: Model(up=nn.Linear(16, 64), down=nn.Linear(64, 16), gate=nn.Linear(16, 4)), 3),
+            head=nn.Linear(16, 50),
+        ),
+        ["layers.{0-2}"],
     ),
     "projections of several widths in a list": (
         lambda: Model(
@@ -146,7 +173,7 @@ def test_layers(make: Callable[[], nn.Module], layers: list[str]):
 
 def test_most_of_a_model_frozen_by_default_is_said():
     model = Model(stem=nn.Linear(600, 16), layers=several(Block, 2), pool=nn.Linear(16, 512), head=nn.Linear(512, 3))
-    with pytest.warns(UserWarning, match=r"freezes 2 matrices outside of the layers, 8\d% .* stem\.weight"):
+    with pytest.warns(UserWarning, match=r"freezes 3 matrices outside of the layers, 88% .* stem\.weight"):
         groups = param_groups(model)
     assert {found.name: found.why for found in groups.found if found.name.endswith(("stem.weight", "pool.weight"))} == {
         "stem.weight": "before the first layer",
@@ -179,3 +206,38 @@ def test_whole_layers_of_a_model_of_stages_fit_a_small_budget():
     optimizer = MISA(param_groups(model), delta=0.1, **lisa())
     assert len(optimizer.monitor.layers) == 13
     assert max(module.numel for module in optimizer.modules) < 0.1 * sum(p.numel() for p in model.parameters())
+
+
+class Own(nn.Linear):
+    """A linear layer of one's own."""
+
+
+@pytest.mark.parametrize(
+    ("between", "role"),
+    [
+        (nn.Linear(16, 16), "sampled"),
+        # Two outputs side by side, three parts in one, and all that several places hold.
+        (nn.Linear(32, 16), "sampled"),
+        (nn.Linear(16, 48), "sampled"),
+        (nn.Linear(16 * 9, 16), "sampled"),
+        (Own(16, 16), "sampled"),
+        (nn.Conv2d(3, 16, 4), "frozen"),
+        (nn.Linear(16, 7), "frozen"),
+    ],
+    ids=["as wide", "joined", "fused", "flattened", "an own class", "patches", "a head"],
+)
+def test_what_lies_between_two_towers(between: nn.Module, role: str):
+    model = Model(first=several(Block, 2), between=between, second=several(Block, 2))
+    (found,) = [found for found in param_groups(model).found if found.name == "between.weight"]
+    assert found.role == role
+
+
+def test_stacks_beside_one_another_are_watched_without_a_layer():
+    model = Model(ups=several(lambda: nn.Linear(16, 8), 2), downs=several(lambda: nn.Linear(8, 16), 2))
+    assert not param_groups(model).order.is_known
+
+
+def test_rehearsal_of_stacks_in_unknown_order_says_so():
+    model = Model(text=several(Block, 2), vision=several(Block, 2))
+    with pytest.warns(UserWarning, match="cannot know which of 2 stacks"):
+        MISA(param_groups(model), delta=0.3).rehearse()
