@@ -140,7 +140,7 @@ def _beside(
         widths = kind.widths or Widths(frozenset(), frozenset())
         # Part of a stage, it is what leads to the layers of this one or from them to the next.
         is_in_stage = any(path in staged for path in _above(place.node.name))
-        if not is_known(place.owner) and widths.reads == widths.writes:
+        if not is_known(place.owner) and widths.reads == widths.writes and not _has_bias(place):
             spots[i].why = UNSURE
         elif (when[i] < begin and not is_in_stage) or not (
             _is_fed(widths.reads, written, when[i]) or _is_flattened(widths.reads, latest.get(when[i], ()))
@@ -158,6 +158,12 @@ def _beside(
         if spot.layer is None and names:
             spot.layer = next((path for path in _above(place.node.name) if path in names), None)
     return spots
+
+
+def _has_bias(place: Place) -> bool:
+    """Whether a tensor is the only matrix of its module, beside a vector as long as one of its axes."""
+    vectors = {len(param) for param in place.owner._parameters.values() if param is not None and param.ndim == 1}
+    return len(place.node.matrices) == 1 and not vectors.isdisjoint(place.param.shape)
 
 
 def _is_fed(reads: Iterable[int], written: Mapping[int, int], moment: int) -> bool:

@@ -208,8 +208,13 @@ def test_whole_layers_of_a_model_of_stages_fit_a_small_budget():
     assert max(module.numel for module in optimizer.modules) < 0.1 * sum(p.numel() for p in model.parameters())
 
 
-class Own(nn.Linear):
+class Own(nn.Module):
     """A linear layer of one's own."""
+
+    def __init__(self, width: int, has_bias: bool = True) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(width, width))
+        self.bias = nn.Parameter(torch.zeros(width)) if has_bias else None
 
 
 @pytest.mark.parametrize(
@@ -220,11 +225,12 @@ class Own(nn.Linear):
         (nn.Linear(32, 16), "sampled"),
         (nn.Linear(16, 48), "sampled"),
         (nn.Linear(16 * 9, 16), "sampled"),
-        (Own(16, 16), "sampled"),
+        (Own(16), "sampled"),
+        (Own(16, has_bias=False), "frozen"),
         (nn.Conv2d(3, 16, 4), "frozen"),
         (nn.Linear(16, 7), "frozen"),
     ],
-    ids=["as wide", "joined", "fused", "flattened", "an own class", "patches", "a head"],
+    ids=["as wide", "joined", "fused", "flattened", "an own class", "or a table", "patches", "a head"],
 )
 def test_what_lies_between_two_towers(between: nn.Module, role: str):
     model = Model(first=several(Block, 2), between=between, second=several(Block, 2))
