@@ -51,6 +51,7 @@ class Kept:
         theta: The weight with all its bits, float64.
         seen: The weight as it was last found, which nobody but the user may change unless it is trained.
         m, v, age: Adam's state; None, None, 0 without one.
+        unseen: How many updates its moments have had since they were last compared.
         overwritten: Whether the user has written where no version counter shows.
         noticed: Whether a version counter, or an address, shows since the last step that the user has written.
     """
@@ -67,6 +68,7 @@ class Kept:
     m: Tensor | None = None
     v: Tensor | None = None
     age: int = 0
+    unseen: int = 0
     overwritten: bool = False
     noticed: bool = False
 
@@ -277,7 +279,7 @@ class Account:
             if kept.m is None or kept.v is None or g is None:
                 continue
             g, h = g.double(), self.hyper[kept.role]
-            kept.age += 1
+            kept.age, kept.unseen = kept.age + 1, kept.unseen + 1
             kept.m = h["beta1"] * kept.m + (1 - h["beta1"]) * g
             kept.v = h["beta2"] * kept.v + (1 - h["beta2"]) * g**2
             m_hat, v_hat = kept.m / (1 - h["beta1"] ** kept.age), kept.v / (1 - h["beta2"] ** kept.age)
@@ -351,10 +353,13 @@ class Account:
                 for key in ("m", "v"):
                     expected = getattr(kept, key)
                     value = shown[{"m": "exp_avg", "v": "exp_avg_sq"}[key]].double().view(expected.shape)
-                    # Between steps of opposite sign m cancels, but never below a rounding of what was added.
+                    # Between steps of opposite sign m cancels, but never below a rounding of what was added. Each
+                    # update since they were last compared has rounded once.
                     bound = MOMENT[moments] * (expected.abs() + kept.v.sqrt() * (key == "m")) + 1e-38
+                    bound = bound * max(kept.unseen, 1)
                     within(f"{key} of {name}", value, expected, bound)
                     setattr(kept, key, value.clone())
+            kept.unseen = 0
 
 
 def within(what: str, found: Tensor, expected: Tensor, bound: Tensor | float) -> None:
