@@ -179,7 +179,9 @@ class MISA(Interface):
 
         Which modules are drawn decides how deep backward runs and which activations are kept; a run whose
         first two steps fit after this call fits to the end (the state is allocated at the end of the first, which also
-        takes, for a moment, what the end of a round takes). The rounds that follow are drawn as always.
+        takes, for a moment, what the end of a round takes). The rounds that follow are drawn as always. Of a model
+        whose layers lie in several stacks this holds if it is known which runs first, from an example given to
+        `param_groups`; a warning says where it is not.
 
         Raises:
             RuntimeError: After the first step.
