@@ -974,7 +974,7 @@ def counted(self, weights, *args, **kwargs):
 
 
 native.CpuTable.step = counted
-test_user.play_on(examples=40)
+test_user.play_on(examples=80)
 print(len(steps), "steps on", native.library("cpu")._name)
 """
 
