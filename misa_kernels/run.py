@@ -77,7 +77,7 @@ class Run:
         known: tuple[Sequence[bool], Sequence[bool]] | None = None,
     ) -> None:
         self.groups = groups
-        self.order = recall([param for group in groups for param in group["params"]])
+        self.order = recall(groups)
         self.given = given
         self.sampler: Sampler = ImportanceSampler() if given.sampler is None else given.sampler
         self.storage = Storage(given.state_dtype, given.param_precision)

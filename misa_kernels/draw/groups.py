@@ -165,7 +165,8 @@ def _grouped(
     if not {"sampled", "dense"}.isdisjoint(thawed):
         groups["frozen"]["thawed"] = thawed
     _say(found, nodes, trained, set(meant))
-    remember(order, [place.param for place in places[:1]])
+    if places:
+        remember(order, places[0].param)
     return Groups((group for group in groups.values() if group["params"]), found, order)
 
 

@@ -149,22 +149,29 @@ class Order:
         _remove(self._handles)
 
 
-# The last that was made for a model, by its first parameter: whoever copies the list of groups has the same parameters.
+# Those of a model and of its parts, by the first parameter: whoever copies the list of groups has the same parameters.
 _orders = WeakIdKeyDictionary()
 
 
-def remember(order: Order, params: Iterable[Tensor]) -> None:
-    """Keep an order for as long as a parameter of its model lives."""
-    for param in params:
-        _orders[param] = order
+def remember(order: Order, param: Tensor) -> None:
+    """Keep an order for as long as the first parameter of its model lives."""
+    known = _orders.get(param, [])  # type: ignore[no-untyped-call]
+    others = [other for other in known if set(other.names) != set(order.names)]
+    _orders[param] = [*others, order]
 
 
-def recall(params: Iterable[Tensor]) -> Order:
-    """Return the order that is kept for some parameters; an empty one where there is none, or more than one."""
-    own = set(map(id, params))
+def recall(groups: Sequence[Mapping[str, Any]]) -> Order:
+    """Return the order that is kept of the layers that param groups name; an empty one where there is none."""
+    layers = {layer for group in groups for layer in group.get("layers", ())} - {None}
+    # What is sampled against all appearance is a layer under its own name.
+    own = {name for group in groups for name in group.get("param_names", ())}
+    params = {id(param) for group in groups for param in group["params"]}
     pairs = list(_orders.items())  # type: ignore[no-untyped-call]
-    found: list[Order] = [order for param, order in pairs if id(param) in own]
-    return found[0] if len(found) == 1 else Order()
+    for order in (order for param, orders in pairs if id(param) in params for order in reversed(orders)):
+        names = set(order.names)
+        if layers & names and layers - names <= own:
+            return cast(Order, order)
+    return Order()
 
 
 def merged(names: Sequence[str], calls: Mapping[str, int]) -> list[str]:

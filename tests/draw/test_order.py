@@ -110,6 +110,25 @@ def test_copies_of_the_groups_have_the_order(copied: Callable[[Any], Any]):
     assert optimizer.monitor.layers == VISION + TEXT
 
 
+def test_the_order_of_a_part_is_not_that_of_the_model():
+    model = towers()
+    groups = param_groups(model, example=inputs(), sampled=[model.norm.weight])
+    param_groups(model.text)
+    layers = MISA(groups, delta=0.2).monitor.layers
+    # The norm is a layer of its own.
+    assert [name for name in layers if name != "norm.weight"] == VISION + TEXT
+
+
+def test_parameters_without_layers_are_not_watched():
+    model = towers()
+    groups = param_groups(model)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "MISA samples")
+        optimizer = MISA(model.parameters(), delta=0.2)
+        optimizer.rehearse()
+    assert hooks(model) == 0 and not groups.order.is_known
+
+
 def test_an_order_lives_no_longer_than_its_model():
     model = towers()
     order = weakref.ref(param_groups(model).order)

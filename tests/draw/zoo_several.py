@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 import transformers
+from architectures import llava, qwen2_vl
 from torch import nn
 from zoo import Kind, Row
 from zoo_text import BART, BART_CROSS, BERT, BERT_CROSS, LLAMA, OUT_PROJ, SEQ2SEQ, SIZES, TEXT, TOKENS, of
@@ -14,20 +15,6 @@ CONVOLUTIONS = {"conv_dim": [8, 8, 8], "conv_kernel": [3, 3, 3], "conv_stride": 
 CONVOLUTIONS |= {"num_conv_pos_embeddings": 4, "num_conv_pos_embedding_groups": 2}
 SHORT = {"max_position_embeddings": 8}
 PIXELS = torch.ones(1, 3, 8, 8)
-
-
-def llava() -> nn.Module:
-    vision, text = transformers.CLIPVisionConfig(**VISION), transformers.LlamaConfig(**TEXT)
-    config = transformers.LlavaConfig(vision_config=vision, text_config=text, image_token_id=31)
-    config.vision_feature_layer = -1
-    return transformers.LlavaForConditionalGeneration(config)
-
-
-def qwen2_vl() -> nn.Module:
-    rope = {"rope_type": "default", "mrope_section": [1, 1, 0]}
-    vision = {"depth": 2, "embed_dim": 16, "hidden_size": 16, "num_heads": 4, "mlp_ratio": 2, "patch_size": 4}
-    config = transformers.Qwen2VLConfig(text_config={**TEXT, "rope_scaling": rope}, vision_config=vision)
-    return transformers.Qwen2VLForConditionalGeneration(config)
 
 
 def blip2() -> nn.Module:

@@ -152,6 +152,8 @@ def report(content: Mapping[str, Any], shape: LlamaShape | Model, options: Setup
     if options.dtype == "bfloat16":
         own += {"master": ", masters", "split": ", split weights"}.get(options.param_precision, ", stochastic rounding")
     own += f", window of {options.depth_window} layers" if options.depth_window else ""
+    if isinstance(shape, Model) and not shape.groups.order.is_known:
+        own += f", some in the first layer of each of {len(shape.groups.order.first)} stacks, as any may run first"
     extra = {"MISA": own, "LoRA": f", rank {options.rank}"}
     if options.release_gradients:
         extra = {**extra, "MISA": own + ", gradients released", "FlashOptim": ", gradients released"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Mapping, Set
 from dataclasses import dataclass, replace
 
@@ -241,8 +242,11 @@ def costliest_names(model: Model, delta: float, depth_window: int | None) -> set
     Raises:
         ValueError: As `MISA`, where the largest module does not fit into δ N.
     """
-    optimizer = MISA(model.groups, delta=delta, sampler=ImportanceSampler(depth_window=depth_window))
-    optimizer.rehearse()
+    with warnings.catch_warnings():
+        # It asks for an example, which the user of a plan does not have.
+        warnings.filterwarnings("ignore", "rehearse.. cannot know|depth_window=")
+        optimizer = MISA(model.groups, delta=delta, sampler=ImportanceSampler(depth_window=depth_window))
+        optimizer.rehearse()
     names = {name for name, param in model.module.named_parameters() if param.requires_grad}
     optimizer.release()
     return names
