@@ -53,6 +53,8 @@ class PeakMemory:
 
     def __enter__(self) -> PeakMemory:
         """Begin to count, after garbage of before is gone: it would count as given back here."""
+        # What the first pass frees may hold the last of something else.
+        gc.collect()
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
