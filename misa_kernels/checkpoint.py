@@ -143,7 +143,7 @@ def read(saved: Mapping[str, Any], groups: Sequence[dict[str, Any]], layout: Lay
             f"state dict has {needed} active parameters but delta allows {layout.partition.budget}: use the delta "
             "it was saved with"
         )
-    hyperparameters, others = [], ("params", *NAMES, *POSITION)
+    hyperparameters, others = [], ("params", "slices", *NAMES, *POSITION)
     for group, saved_group in zip(groups, saved["param_groups"], strict=True):
         kept = {name: _number(value) for name, value in saved_group.items() if name not in others}
         check_hyperparameters({**group, **kept})

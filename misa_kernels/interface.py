@@ -7,10 +7,12 @@ from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 import torch
+from torch import Tensor
 
 from misa_kernels.draw.coverage import Coverage
 from misa_kernels.draw.partition import Module, Partition
 from misa_kernels.draw.sampler import Sampler
+from misa_kernels.gradients.slices import Slice
 from misa_kernels.monitor import Monitor
 from misa_kernels.options import check_count, check_hyperparameters
 from misa_kernels.outside.garbage import kept
@@ -53,6 +55,19 @@ class Interface(torch.optim.Optimizer):
     def active(self) -> list[int]:
         """Numbers of the active modules, ascending; `optimizer.modules[i].name` is the name of one."""
         return cast(list[int], self._run.active.tolist())
+
+    @property
+    def trained(self) -> dict[Tensor, Slice | None]:
+        """What is trained in this round, dense parameters included, and of a slice where it lies; else None."""
+        run = self._run
+        slices = {block.index: block for block in run.layout.slices_of(run.active.tolist())}
+        return {
+            run.flags.params[index]: Slice(block.axis, *block.ends)
+            if (block := slices.get(index)) is not None and block.axis is not None
+            else None
+            for index in sorted(run.layout.indices_of(run.active.tolist()))
+            if run.flags.chosen[index]
+        }
 
     @property
     def monitor(self) -> Monitor:
@@ -213,12 +228,14 @@ class Interface(torch.optim.Optimizer):
         """Say in one line what is trained now."""
         run, partition, share = self._run, self._partition, self.monitor.current.active_fraction
         layers = f" in {len(partition.layers)} layers" if partition.layers else ""
+        what = "modules" if partition.slicing is None else "slices"
         return (
-            f"MISA({len(run.active)} of {len(partition.modules)} modules{layers} active, {share:.2%} of "
+            f"MISA({len(run.active)} of {len(partition.modules)} {what}{layers} active, {share:.2%} of "
             f"{partition.total_numel:,} parameters; round {run.clock.round}, step {run.clock.round_step} of "
             f"{run.inner_steps})"
         )
 
     def __str__(self) -> str:
-        """Add the modules, the active and the most important ones first; waits for the device."""
-        return f"{self!r}\n{self.monitor}"
+        """Add what is sliced, and the modules, the active and the most important first; waits for the device."""
+        slicing = self._partition.slicing
+        return "\n".join([repr(self), *([] if slicing is None else [f"slices: {slicing}"]), str(self.monitor)])

@@ -70,7 +70,9 @@ class Layout:
         order: Sequence[str] = (),
     ) -> None:
         params: list[Tensor] = [param for group in groups for param in group["params"]]
-        found = partition(groups, options.delta, sampler.granularity, sampler.oversized, chosen, counted, order)
+        found = partition(
+            groups, options.delta, sampler.granularity, sampler.oversized, chosen, counted, order, sampler.slices
+        )
         check_trainable(found, storage)
         check_sharded(params, found, storage, options.release_gradients)
         self.partition = found
@@ -116,6 +118,12 @@ class Layout:
         found = {block.index for number in numbers for block in self.partition.modules[number].blocks}
         return found | {block.index for block in self.partition.dense}
 
+    def slices_of(self, numbers: Sequence[int]) -> list[Block]:
+        """Return the slices among some modules."""
+        if self.partition.slicing is None:
+            return []
+        return [block for number in numbers for block in self.partition.modules[number].blocks]
+
     def places_of(self, numbers: Sequence[int]) -> set[tuple[int, int]]:
         """Return position of the parameter and first element of each block of some modules: the same in any layout."""
         modules = self.partition.modules
@@ -125,7 +133,8 @@ class Layout:
         """Return where the blocks of each parameter end, by its position."""
         cuts: dict[int, list[int]] = {}
         for block in self.blocks:
-            cuts.setdefault(block.index, []).append(block.stop)
+            # Slices may overlap.
+            cuts.setdefault(block.index, []).extend([block.stop] if block.axis is None else [block.start, block.stop])
         return cuts
 
     def key(self, name: str, slot: int) -> str:
@@ -140,11 +149,11 @@ class Layout:
         sizes = {}
         for param, span in self.spans.items():
             block = self.blocks[span.start]
-            key = param.dtype, block.stop - block.start
+            key = param.dtype, block.numel
             own = found.get(key) if span.start not in self._numbers else None
             if own is None:
                 own = {
-                    self.key(name, slot): buffer.numel(self.blocks[slot].stop - self.blocks[slot].start)
+                    self.key(name, slot): buffer.numel(self.blocks[slot].numel)
                     for slot in range(span.start, span.stop)
                     for name, buffer in buffers[param.dtype].items()
                 } | dict.fromkeys((*NUMBERS, *SCORES), span.stop - span.start)
@@ -192,6 +201,9 @@ class Layout:
             group=self._group_of_param[block.index],
             fellows=[slot] if module is None else self.slots[module],
             module=module,
+            width=block.width,
+            pitch=block.pitch,
+            is_slice=block.axis is not None,
         )
 
     def sum(self, values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:

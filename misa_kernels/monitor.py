@@ -153,7 +153,9 @@ class Monitor:
             self.rounds.pop()
         chosen = [self._partition.modules[i] for i in active]
         dense = self._partition.dense
-        trained = {block.param for module in chosen for block in module.blocks} | {block.param for block in dense}
+        blocks = [*(block for module in chosen for block in module.blocks), *dense]
+        whole = {block.param for block in blocks if block.axis is None}
+        gradients = sum(param.numel() for param in whole) + sum(b.numel for b in blocks if b.axis is not None)
         lowest = [module.layer for module in chosen]
         if self._partition.dense_layer is not None:
             lowest.append(self._partition.dense_layer)
@@ -168,8 +170,8 @@ class Monitor:
                 perplexity=perplexity,
                 perplexity_fraction=perplexity / len(self.names),
                 active_fraction=sum(module.numel for module in chosen) / total,
-                dense_fraction=sum(block.stop - block.start for block in dense) / total,
-                gradient_fraction=sum(param.numel() for param in trained) / total,
+                dense_fraction=sum(block.numel for block in dense) / total,
+                gradient_fraction=gradients / total,
                 backward_depth=None if -1 in lowest else len(self.layers) - min(lowest),
             )
         )

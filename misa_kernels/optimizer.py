@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from misa_kernels.draw.linears import find
 from misa_kernels.draw.sampler import Sampler
 from misa_kernels.draw.scores import HEARING, SILENT, Bools, Floats, Ints
 from misa_kernels.interface import Interface
@@ -209,14 +210,21 @@ class MISA(Interface):
                 "optimizer.state_dict(), and load it into a MISA constructed on the copy"
             )
         rest = run.to_copy(self.state_dict)
-        return type(self)._copied, (self.param_groups, self.defaults, run.given, *rest)
+        return type(self)._copied, (self.param_groups, self.defaults, run.given, run.linears(), *rest)
 
     @classmethod
     def _copied(
-        cls, groups: list[dict[str, Any]], defaults: dict[str, Any], options: Options, held: dict[str, Any], *rest: Any
+        cls,
+        groups: list[dict[str, Any]],
+        defaults: dict[str, Any],
+        options: Options,
+        layers: list[nn.Module],
+        held: dict[str, Any],
+        *rest: Any,
     ) -> MISA:
-        """Return the copy of an optimizer on copies of its parameters."""
+        """Return the copy of an optimizer on copies of its parameters and of the layers that it trains slices of."""
         optimizer = cls.__new__(cls)
+        find(layers)
         with warnings.catch_warnings():
             # Said when the original was constructed.
             warnings.simplefilter("ignore", UserWarning)

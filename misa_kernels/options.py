@@ -14,10 +14,14 @@ from torch import Tensor
 from misa_kernels import kernels
 from misa_kernels.draw.partition import Partition
 from misa_kernels.draw.sampler import Sampler, check_sampler
+from misa_kernels.draw.slices import Slicing
 from misa_kernels.memory.codec import FORMATS
 from misa_kernels.memory.storage import PRECISIONS, Storage
 from misa_kernels.outside.notices import warn
 from misa_kernels.ranks.shards import is_sharded, sharded
+
+# Of what is sampled, the share that slices may leave alone without a word.
+_MUCH = 0.2
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -296,10 +300,27 @@ def notify(
             f"oversized='split' cuts {', '.join(partition.split)} into row blocks: a block is trained at a time, but "
             "backward computes the gradient of the whole tensor"
         )
-    if delta < 1 and are_all_active:
+    if partition.slicing is not None:
+        _notify_of_slices(partition.slicing)
+    elif delta < 1 and are_all_active:
         _notify_of_no_draw(partition, delta)
     if delta < 1:
         _notify_of_dense(partition, storage)
+
+
+def _notify_of_slices(slicing: Slicing) -> None:
+    """Say where it is not seen what leads back to the residual stream, and where much cannot be sliced."""
+    if not slicing.is_known:
+        warn(
+            "granularity='slice' does not see which matrices lead back to the residual stream, so it takes rows of "
+            "all: say in 'slices' of the groups that param_groups makes which are 'down', and their axis"
+        )
+    if slicing.uncut > _MUCH * (slicing.unsliced + slicing.numel):
+        warn(
+            f"granularity='slice' leaves {slicing.uncut:,} sampled parameters alone that are no weights of linear "
+            "layers, such as stacked experts, convolutions and adapters: draw modules with granularity='module' to "
+            "train them"
+        )
 
 
 def _notify_of_no_draw(partition: Partition, delta: float) -> None:
@@ -332,17 +353,17 @@ def _delta_between(least: float, below: int, total: int) -> float | None:
 def _notify_of_dense(partition: Partition, storage: Storage) -> None:
     """Say that what is always on takes more than half of the memory that AdamW's moments would."""
     total = partition.total_numel
-    numel = sum(block.stop - block.start for block in partition.dense)
+    numel = sum(block.numel for block in partition.dense)
     if 2 * numel <= total:
         return
-    largest = max(partition.dense, key=lambda block: block.stop - block.start)
+    largest = max(partition.dense, key=lambda block: block.numel)
     # Of float32, or of what weights of float64 have.
     adamw_bytes = 2 * max(4, largest.param.dtype.itemsize)
     share = numel / total * storage.moment_bytes(largest.param.dtype) / adamw_bytes
     if share > 0.5:
         warn(
             f"{len(partition.dense)} dense tensors hold {numel:,} of {total:,} parameters, the largest of them "
-            f"{partition.names[largest.index]}, {largest.stop - largest.start:,}: trained at every step, they take "
+            f"{partition.names[largest.index]}, {largest.numel:,}: trained at every step, they take "
             f"{share:.0%} of the memory of AdamW's moments, whatever delta is; freeze what need not be trained, by "
             "param_groups(model, mode='finetune'), the role 'frozen', or requires_grad_(False) before"
         )

@@ -43,6 +43,15 @@ def badam(**overrides: Any) -> dict[str, Any]:
     return {"sampler": CyclicSampler(granularity="layer"), "keep_states": "none"} | overrides
 
 
+def slices(**overrides: Any) -> dict[str, Any]:
+    """A thin part of every layer for the whole run: the same columns of each matrix, drawn once at random.
+
+    Args:
+        **overrides: Keyword arguments of `MISA` that win over the preset.
+    """
+    return {"sampler": UniformSampler(granularity="slice")} | overrides
+
+
 def lisa(**overrides: Any) -> dict[str, Any]:
     """LISA (arXiv 2403.17919): whole layers at random, as many as `delta` has room for.
 

@@ -15,15 +15,17 @@ from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from misa_kernels import checkpoint, kernels, options
 from misa_kernels.clock import Clock
+from misa_kernels.draw import linears
 from misa_kernels.draw.coverage import LONGEST_ROUND, Coverage, modules_a_round, most_modules_a_round, round_length
 from misa_kernels.draw.order import recall
 from misa_kernels.draw.rehearsal import costliest, kept_inputs
-from misa_kernels.draw.sampler import Draw, ImportanceSampler, Sampler, checked, described
+from misa_kernels.draw.sampler import Draw, ImportanceSampler, Sampler, checked, described, rounds_held
 from misa_kernels.draw.scores import Ints
+from misa_kernels.gradients.slices import Slice, SliceGradients
 from misa_kernels.layout import SCORES, Layout, form_of
 from misa_kernels.meeting import Meeting
 from misa_kernels.memory.storage import Storage
@@ -33,7 +35,7 @@ from misa_kernels.outside.notices import warn
 from misa_kernels.outside.recompiles import Recompiles
 from misa_kernels.outside.state import State
 from misa_kernels.outside.tracing import not_traced, refuse_capture
-from misa_kernels.ranks.agreement import refuse_engines, together
+from misa_kernels.ranks.agreement import refuse_engines, together, wrapper_of
 from misa_kernels.scores import Scores
 from misa_kernels.trained import Trained
 
@@ -57,6 +59,7 @@ class Run:
         inner_steps: Steps T in a round.
         clock: The position.
         flags: Who set `requires_grad`.
+        gradients: What makes those of slices.
         order: What is known of the order of the layers.
         layout: What can be drawn.
         scores: What is known of it.
@@ -83,6 +86,7 @@ class Run:
         self.storage = Storage(given.state_dtype, given.param_precision)
         self.clock = Clock(int(given.seed))
         self.flags = Flags(groups, known)
+        self.gradients = SliceGradients()
         refuse_engines(self.flags.params)
         try:
             self.layout = self._lay_out()
@@ -129,7 +133,7 @@ class Run:
         inner_steps, total_steps = self.given.inner_steps, self.given.total_steps
         if not isinstance(inner_steps, str):
             return int(inner_steps)
-        if total_steps is None:
+        if total_steps is None or self.layout.partition.slicing is not None:
             return LONGEST_ROUND
         candidates, budget = self.scores.candidates, self.layout.partition.budget
         return round_length(total_steps, candidates.numel.size, modules_a_round(candidates, budget, self.sampler))
@@ -144,6 +148,8 @@ class Run:
             modules_a_round=modules_a_round(candidates, partition.budget, self.sampler),
             most_a_round=most_modules_a_round(candidates, self.sampler),
             delta=partition.budget / partition.total_numel,
+            held_rounds=rounds_held(self.sampler),
+            slicing=partition.slicing,
         )
 
     @property
@@ -179,7 +185,8 @@ class Run:
         self.trained.allocate(self.layout.slots_of(self.active.tolist()))
         if self.given.backend == "auto" and self.trained.backend == "reference":
             params = [block.param for block in self.layout.blocks]
-            if (reason := kernels.why_plain(params, self.storage)) is not None:
+            pitched = any(block.axis is not None and block.width for block in self.layout.blocks)
+            if (reason := kernels.why_plain(params, self.storage, pitched=pitched)) is not None:
                 self.flags.warn_once("backend", reason)
         if self._is_rehearsed and not self.clock.steps:
             partition = self.layout.partition
@@ -206,6 +213,12 @@ class Run:
         # Not at construction: other ranks may never come to construct a MISA.
         if group is not None:
             self.follow()
+            if self.layout.partition.slicing is not None and wrapper_of(self.flags.params) is not None:
+                raise RuntimeError(
+                    "DistributedDataParallel averages gradients of whole parameters, and with granularity='slice' "
+                    "there are none: train the model itself and average with "
+                    "misa_kernels.distributed.replicate(model, optimizer)"
+                )
             self.meeting = Meeting(group, self.layout, self.clock, self.active, self.sampler, self.inner_steps)
         self.has_met = True
 
@@ -231,12 +244,29 @@ class Run:
 
     def show(self, active: Ints) -> None:
         """Make a set the active one for all that look: toggle `requires_grad`, show what is active."""
-        chosen = self.flags.chosen
-        self.flags.train({index for index in self.layout.indices_of(active.tolist()) if chosen[index]})
+        chosen, slices = self.flags.chosen, self.layout.slices_of(active.tolist())
+        sliced = {block.index for block in slices if chosen[block.index]}
+        whole = self.layout.indices_of(active.tolist()).difference(block.index for block in slices)
+        self.flags.train({index for index in whole if chosen[index]}, sliced)
         self.active = active
+        self._slice()
         self.scores.activate(active, self.clock.round)
         if self.meeting is not None:
             self.meeting.begin_round()
+
+    def _slice(self) -> None:
+        """Let backward make the gradients of the active slices, as far as the user wants them trained."""
+        slices: dict[nn.Parameter, tuple[Slice, list[nn.Module]]] = {}
+        for block in self.layout.slices_of(self.active.tolist()):
+            if block.index in self.flags.sliced and block.axis is not None:
+                slices[block.param] = Slice(block.axis, *block.ends), linears.linears_of(block.param)
+        if lost := [param for param, (_, modules) in slices.items() if not modules]:
+            name = self.layout.name_of(self.layout.spans[lost[0]].start)
+            raise RuntimeError(
+                f"granularity='slice' finds no linear layer with the weight {name}: make the groups with "
+                "param_groups(model), of the model that is trained, and keep that"
+            )
+        self.gradients.train(slices)
 
     def record(self, draw: Draw) -> None:
         """Begin the record of a round."""
@@ -270,6 +300,7 @@ class Run:
         if not is_same:
             # accelerate's FSDP2 puts its own tensors into `param_groups`.
             options.check_exchanged(before, now, self.given.release_gradients)
+            linears.exchange(before, now)
             options.check_cast([dtype for _, dtype in self.layout.form], now, self.layout.partition)
         self.flags.compare()
         layout, earlier, places = self._lay_out(), self.layout, self.layout.places_of(self.active.tolist())
@@ -365,6 +396,8 @@ class Run:
         self.follow()
         with self.flags.thawed():
             yield
+        if self.ended is None and self.layout.partition.slicing is not None:
+            self._slice()
         self.follow()
 
     def put_back(self) -> None:
@@ -412,6 +445,7 @@ class Run:
     def _end(self, why: str, is_late: bool = False) -> None:
         self.ended = why
         self.order.close()
+        self.gradients.close()
         for handle in self._hooks.values():
             handle.remove()
         self.trained.forget()
@@ -473,6 +507,12 @@ class Run:
         """Return what `resume_copy` needs: flags, whether the run was rehearsed, and its state unless it has ended."""
         saved = None if self.ended is not None else state_dict()
         return *self.flags.choices(), self._is_rehearsed, saved
+
+    def linears(self) -> list[nn.Module]:
+        """Return the layers that slices are trained in, which a copy must know before it begins."""
+        if self.layout.partition.slicing is None:
+            return []
+        return [module for param in self.layout.spans for module in linears.linears_of(param)]
 
     def resume_copy(
         self, held: dict[str, Any], shown: set[int], is_rehearsed: bool, state_dict: dict[str, Any] | None

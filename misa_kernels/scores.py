@@ -33,9 +33,9 @@ class Scores:
 
     def __init__(self, layout: Layout, sampler: Sampler) -> None:
         modules = layout.partition.modules
-        self.candidates = Candidates.fresh(
-            np.array([module.numel for module in modules]), np.array([module.layer for module in modules])
-        )
+        numel, layer = [module.numel for module in modules], [module.layer for module in modules]
+        rival = None if layout.partition.slicing is None else np.array([module.rival for module in modules])
+        self.candidates = Candidates.fresh(np.array(numel), np.array(layer), rival)
         self._layout = layout
         self._beta, self._norm = sampler.importance_beta, sampler.importance_norm
         # One number a slot, on the host, whose parts the entries of `optimizer.state` are.

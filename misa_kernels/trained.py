@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 from misa_kernels.clock import Clock
+from misa_kernels.draw.partition import Block
+from misa_kernels.gradients.sliced import SlicedGradient, part_of
 from misa_kernels.kernels import Backend, Row, Settings, Step, prepare, select
 from misa_kernels.kernels.table import ADOPT, ALL, FLUSH, NONE, WRITE_BACK
 from misa_kernels.layout import SCORES, Layout
@@ -100,7 +102,7 @@ class Trained:
             self._hyper = None
         self._adopt()
         params, rows = self._weights.params, ALL
-        grads = [param.grad for param in params]
+        grads = self._grads(ALL)
         if self.layout.ranks is not None:
             grads = [None if g is None else _part_of_grad(g, p) for g, p in zip(grads, params, strict=True)]
         if self._arrivals:
@@ -146,7 +148,15 @@ class Trained:
         """Update what all gradients of have come, and free these."""
         for rows in self._arrivals.use() if self._arrivals is not None else ():
             self._adopt(rows)
-            self._run([param.grad for param in self._weights.params[rows]], rows)
+            self._run(self._grads(rows), rows)
+
+    def _grads(self, rows: slice) -> list[Tensor | None]:
+        """Return the gradients of some rows, of slices those of their own."""
+        grads = [param.grad for param in self._weights.params[rows]]
+        if self.layout.partition.slicing is None:
+            return grads
+        own = zip(list(self.rows)[rows], grads, strict=True)
+        return [None if grad is None else _part_in(grad, self.layout.blocks[slot]) for slot, grad in own]
 
     def _hyper_now(self) -> list[Hyper]:
         if self._hyper is None:
@@ -330,12 +340,13 @@ class Trained:
         device = devices.pop()
         dtypes = [block.param.dtype for block in blocks]
         grad_dtypes = {getattr(block.param, "grad_dtype", None) or block.param.dtype for block in blocks}
-        self._backend = select(self._options.backend, device, {*dtypes, *grad_dtypes}, self._storage)
-        whole = [block.stop - block.start for block in blocks]
+        pitched = any(block.axis is not None and block.width for block in blocks)
+        self._backend = select(self._options.backend, device, {*dtypes, *grad_dtypes}, self._storage, pitched=pitched)
+        whole = [block.numel for block in blocks]
         # Of shards, the parts here.
         rows = None if ranks is None else list(map(layout.row, range(len(blocks))))
         self.arena = Arena(
-            whole if rows is None else [row.stop - row.start for row in rows],
+            whole if rows is None else [row.numel for row in rows],
             dtypes,
             range(layout.dense),
             layout.partition.budget,
@@ -388,7 +399,7 @@ class Trained:
                 views[name].copy_(value)
         elif "exp_avg" in saved:
             key = noise_key(self._clock.seed, 2 * self._clock.steps + 1, row.index)
-            convert(saved, self.storage_in_state, views, self._storage, weight, row.start, key)
+            convert(saved, self.storage_in_state, views, self._storage, weight, row.noise_start, key)
 
     def _begin(self, row: Row) -> None:
         """Let a slot that is trained begin anew, at age 0."""
@@ -407,8 +418,8 @@ class Trained:
     def _show(self, row: Row) -> None:
         """Put views of a slot's state there."""
         assert self.arena is not None
-        held, shown, numel = local(row.param), {}, row.stop - row.start
-        shape = held.shape if numel == held.numel() else (-1, *held.shape[1:])
+        held, shown, numel = local(row.param), {}, row.numel
+        shape = held.shape if numel == held.numel() else (-1, row.width) if row.width else (-1, *held.shape[1:])
         for name, view in self.arena.views(row.slot).items():
             shaped = view.view(shape) if view.numel() == numel else view
             shown[self.layout.key(name, row.slot)] = like(shaped, row.param)
@@ -597,6 +608,15 @@ def _part_of_grad(grad: Tensor, param: Tensor) -> Tensor:
     part = local(grad) if is_sharded(grad) and grad.placements == param.placements else local_like(grad, param)  # type: ignore[attr-defined]
     # A part without elements has no address, by which the kernels know that there is a gradient.
     return part if part.numel() else part.new_zeros(4)
+
+
+def _part_in(grad: Tensor, block: Block) -> Tensor:
+    """Return the part of a gradient that belongs to a slice; all of it where it is no slice, and dense."""
+    if block.axis is None or isinstance(grad, SlicedGradient):
+        return part_of(grad)
+    # Somebody has made that of the whole weight.
+    first, last = block.ends
+    return grad.narrow(block.axis, first, last - first).contiguous()
 
 
 def _take(place: Tensor, value: Any, param: Tensor) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -10,6 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from misa_kernels.gradients.sliced import SlicedGradient, part_of
+from misa_kernels.gradients.slices import Slice
 from misa_kernels.memory.arena import host, sent
 from misa_kernels.optimizer import MISA
 from misa_kernels.ranks.agreement import group_of
@@ -69,6 +72,7 @@ class Replica:
 
     def __init__(self, model: nn.Module, optimizer: MISA, group: dist.ProcessGroup) -> None:
         self._group = group
+        self._optimizer = optimizer
         self._size = dist.get_world_size(group)
         # Gradients arrive in about this order.
         self._params = [param for group in optimizer.param_groups for param in group["params"]][::-1]
@@ -129,7 +133,8 @@ class Replica:
                 self._send(bucket)
 
     def _begin(self) -> None:
-        self._pending = _buckets([param for param in self._params if param.requires_grad])
+        self._slices = {param: own for param, own in self._optimizer.trained.items() if own is not None}
+        self._pending = _buckets([p for p in self._params if p.requires_grad or p in self._slices], self._slices)
         self._bucket_of = {param: bucket for bucket in self._pending for param in bucket.params}
 
     def _catch_up(self, optimizer: Any, args: Any, kwargs: Any) -> None:
@@ -145,13 +150,20 @@ class Replica:
         for param in bucket.params:
             if param.grad is not None and param.grad.layout is not torch.strided:
                 raise TypeError(f"a gradient of shape {tuple(param.shape)} is sparse: MISA trains dense gradients")
-            grads.append(torch.zeros_like(param) if param.grad is None else param.grad)
+            grads.append(part_of(self._zeros(param) if param.grad is None else param.grad))
         alone = len(grads) == 1 and grads[0].is_contiguous()
         bucket.flat = grads[0].view(-1) if alone else torch.cat([grad.reshape(-1) for grad in grads])
         bucket.alone = alone
         bucket.flat.div_(self._size)
         bucket.work = dist.all_reduce(bucket.flat, group=self._group, async_op=True)
         self.reduced_bytes += bucket.flat.nbytes
+
+    def _zeros(self, param: Tensor) -> Tensor:
+        """Return a gradient of zeros, of a slice where only that is trained."""
+        own = self._slices.get(param)
+        if own is None:
+            return torch.zeros_like(param)
+        return SlicedGradient(param.new_zeros(own.shape_of(param)), param.shape, own.axis, own.first)
 
     def _finish(self) -> None:
         """Send what is left, wait for everything, and put the averages into the gradients (at the end of backward)."""
@@ -173,36 +185,42 @@ class Replica:
         for bucket in buckets:
             assert bucket.work is not None and bucket.flat is not None
             bucket.work.wait()
-            pieces = torch.split(bucket.flat, [param.numel() for param in bucket.params])
+            pieces = torch.split(bucket.flat, bucket.numels)
             for param, piece in zip(bucket.params, pieces, strict=True):
                 if param in missing:
-                    param.grad = piece.view_as(param).clone()
-                elif param.grad is not None and not bucket.alone:
-                    param.grad.copy_(piece.view_as(param))
+                    param.grad = self._zeros(param)
+                if param in missing or (param.grad is not None and not bucket.alone):
+                    own = part_of(param.grad)
+                    own.copy_(piece.view_as(own))
 
 
 class _Bucket:
     """Gradients that travel together."""
 
-    def __init__(self, params: list[Tensor]) -> None:
+    def __init__(self, params: list[Tensor], numels: list[int]) -> None:
         self.params = params
+        self.numels = numels
         self.waiting = set(params)
         self.flat: Tensor | None = None
         self.alone = False
         self.work: Any = None
 
 
-def _buckets(params: Sequence[Tensor]) -> list[_Bucket]:
+def _buckets(params: Sequence[Tensor], slices: Mapping[Tensor, Slice]) -> list[_Bucket]:
     """Cut parameters, in their order, into what travels together: one dtype, and few bytes or one tensor."""
-    cut: list[list[Tensor]] = []
+    cut: list[_Bucket] = []
     held = 0
     for param in params:
-        if not cut or param.dtype != cut[-1][0].dtype or held + param.nbytes > BUCKET_BYTES:
-            cut.append([])
+        numel = math.prod(slices[param].shape_of(param)) if param in slices else param.numel()
+        nbytes = numel * param.element_size()
+        if not cut or param.dtype != cut[-1].params[0].dtype or held + nbytes > BUCKET_BYTES:
+            cut.append(_Bucket([], []))
             held = 0
-        cut[-1].append(param)
-        held += param.nbytes
-    return [_Bucket(part) for part in cut]
+        cut[-1].params.append(param)
+        cut[-1].numels.append(numel)
+        cut[-1].waiting.add(param)
+        held += nbytes
+    return cut
 
 
 def _hooked(param: Tensor, hook: Any) -> Any:

@@ -5,8 +5,11 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import numpy as np
+
 from misa_kernels.draw.sampler import Sampler, admissible, windows
 from misa_kernels.draw.scores import Candidates
+from misa_kernels.draw.slices import Slicing
 
 # Measured in the specification's runs: what matters is that modules are visited; below three visits most of a model
 # has hardly been trained.
@@ -26,6 +29,8 @@ class Coverage:
         modules_a_round: How many of them a round trains on average.
         most_a_round: How many it could train, however large the budget: the sampler may allow few a layer.
         delta: Budget δ, as a fraction of the parameters.
+        held_rounds: For how many rounds a set stays, None for all of them.
+        slicing: Where the modules are slices, of what and how wide.
     """
 
     total_steps: int
@@ -34,11 +39,18 @@ class Coverage:
     modules_a_round: float
     most_a_round: float
     delta: float
+    held_rounds: int | None = 1
+    slicing: Slicing | None = None
 
     @property
     def rounds(self) -> int:
         """Rounds that begin in the run."""
         return math.ceil(self.total_steps / self.inner_steps)
+
+    @property
+    def sets(self) -> int:
+        """Sets that are drawn in the run."""
+        return 1 if self.held_rounds is None else math.ceil(self.rounds / self.held_rounds)
 
     @property
     def visits(self) -> float:
@@ -47,8 +59,9 @@ class Coverage:
 
     @property
     def advice(self) -> str | None:
-        """A sentence with what would make it three visits, or None where they are three or more."""
-        if self.visits >= ENOUGH_VISITS:
+        """A sentence with what would make it three visits, or None where they are three or more, or of slices."""
+        # A thin part of every layer is enough, and so is a set that shall stay.
+        if self.visits >= ENOUGH_VISITS or self.slicing is not None or self.held_rounds is None:
             return None
         # Just three visits are enough, whatever a division makes of them.
         rounds = math.ceil(ENOUGH_VISITS * self.modules / self.modules_a_round - 1e-9)
@@ -89,4 +102,6 @@ def modules_a_round(candidates: Candidates, budget: int, sampler: Sampler) -> fl
 def most_modules_a_round(candidates: Candidates, sampler: Sampler) -> float:
     """Return how many modules a round could train on average, however large the budget."""
     layer = candidates.layer
+    if candidates.rival.size:
+        return float(np.unique(candidates.rival).size)
     return admissible(layer, sampler.max_per_layer) / len(windows(layer, sampler.depth_window))

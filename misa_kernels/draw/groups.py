@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from misa_kernels.draw import linears
 from misa_kernels.draw.adapters import trains_for_peft
 from misa_kernels.draw.found import Found, Groups
 from misa_kernels.draw.order import Trace, remember
@@ -89,6 +90,8 @@ def param_groups(
           is E modules' equal row blocks along its first axis; equal names form one module;
         - "layers": for each parameter the name of the lowest layer that backward must run through to train
           it: the one that it lies in, else the next one, None behind the last;
+        - "slices": for each parameter how it is cut with `granularity="slice"`: its part, such as "down", and the
+          axis, 0 for rows and 1 for columns of the tensor; None where it is not;
         - "thawed", where the user has frozen some: the role of each frozen one if it is thawed in mid-run.
 
     Raises:
@@ -135,10 +138,12 @@ def _grouped(
     rest = "dense" if mode == "pretrain" or trains_for_peft(node.module for node in nodes) else "frozen"
 
     groups: dict[str, dict[str, Any]] = {
-        role: {"params": [], "role": role, "modules": [], "layers": []} for role in ("sampled", "dense", "frozen")
+        role: {"params": [], "role": role, "modules": [], "layers": [], "slices": []}
+        for role in ("sampled", "dense", "frozen")
     }
     thawed: list[str] = []
     found: list[Found] = []
+    axes = linears.find(node.module for node in nodes)
     for (name, param, _, _), (what, module, _), spot in zip(places, kinds, spots, strict=True):
         role, why = "sampled" if what in MATRICES and spot.layer is not None else rest, spot.why
         if id(param) in meant:
@@ -161,6 +166,10 @@ def _grouped(
         group["modules"].append(modules[0] if len(modules) == 1 else list(modules))
         # What is sampled against all appearance is a layer of its own.
         group["layers"].append(name if role == "sampled" and spot.layer is None else spot.lowest)
+        # What leads back to the stream is cut along its inner features, all else along its outer ones.
+        part, axis = spot.flow.part, axes.get(id(param))
+        is_inner = part in ("down", "output")
+        group["slices"].append(None if axis is None else (part, axis if is_inner else 1 - axis))
         found.append(Found(name, param, spot.layer, modules, group["role"], why, *spot.flow))
     if not {"sampled", "dense"}.isdisjoint(thawed):
         groups["frozen"]["thawed"] = thawed

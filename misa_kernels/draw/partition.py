@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import count, pairwise, repeat
@@ -11,13 +12,14 @@ from typing import Any, Literal, NamedTuple
 from torch import nn
 
 from misa_kernels.draw.order import merged
+from misa_kernels.draw.slices import Matrix, Slicing, slicing, starts_of
 from misa_kernels.outside.notices import names_of
 from misa_kernels.ranks.shards import is_sharded, local
 
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """A contiguous range of rows of one parameter; mostly all of it.
+    """A contiguous range of rows of one parameter, mostly all of it, or a slice of its columns.
 
     Args:
         param: The parameter; no part of the value.
@@ -25,6 +27,7 @@ class Block:
         number: Which of the parameter's blocks this is, from 0, by rising `start`.
         start: First element of `param.view(-1)`.
         stop: One past the last element.
+        axis: Of a slice the axis that it is a range of, 0 for rows and 1 for columns; None where it is none.
     """
 
     param: nn.Parameter = field(repr=False, compare=False)
@@ -32,6 +35,35 @@ class Block:
     number: int
     start: int
     stop: int
+    axis: int | None = None
+
+    @property
+    def pitch(self) -> int:
+        """Elements from one line of a slice of columns to the next; 0 where it is contiguous."""
+        return self.param.shape[1] if self.axis == 1 and self.width else 0
+
+    @property
+    def width(self) -> int:
+        """Elements of such a line; 0 where it is contiguous."""
+        if self.axis != 1:
+            return 0
+        rows, columns = self.param.shape
+        width = self.stop - self.start - (rows - 1) * columns
+        return 0 if width == columns else width
+
+    @property
+    def numel(self) -> int:
+        """Number of parameters."""
+        width = 0 if self.axis is None else self.width
+        return len(self.param) * width if width else self.stop - self.start
+
+    @property
+    def ends(self) -> tuple[int, int]:
+        """First and last of the columns or rows that a slice is, the last not included."""
+        rows, columns = self.param.shape
+        if self.axis == 1:
+            return self.start, self.stop - (rows - 1) * columns
+        return self.start // columns, self.stop // columns
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,14 +83,17 @@ class Module:
     @property
     def numel(self) -> int:
         """Number of parameters."""
-        if len(self.blocks) == 1:
-            return self.blocks[0].stop - self.blocks[0].start
-        return sum(block.stop - block.start for block in self.blocks)
+        return sum(block.numel for block in self.blocks)
 
     @property
     def width(self) -> int:
         """Longest last axis among its tensors: the input features that a linear layer keeps for backward."""
-        return max(block.param.shape[-1] if block.param.ndim else 1 for block in self.blocks)
+        return max(block.width or (block.param.shape[-1] if block.param.ndim else 1) for block in self.blocks)
+
+    @property
+    def rival(self) -> int | None:
+        """Position of the parameter of which this is a slice, and no other one is active then; None: of none."""
+        return self.blocks[0].index if self.blocks[0].axis is not None else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +111,7 @@ class Partition:
         dense_layer: Number of the lowest layer that backward must reach for the sake of dense parameters; None
             where they need none, -1 where a group does not tell.
         split: Names of the modules that were cut into row blocks, being larger than the budget.
+        slicing: Where the modules are slices, of what.
     """
 
     modules: list[Module]
@@ -87,6 +123,7 @@ class Partition:
     layers: list[str]
     dense_layer: int | None
     split: list[str]
+    slicing: Slicing | None = None
 
     @property
     def trained(self) -> list[Block]:
@@ -97,11 +134,12 @@ class Partition:
 def partition(
     groups: Sequence[Mapping[str, Any]],
     delta: float,
-    granularity: Literal["module", "layer"],
+    granularity: Literal["module", "layer", "slice"],
     oversized: Literal["error", "split"],
     chosen: Sequence[bool] | None = None,
     counted: Sequence[bool] | None = None,
     order: Sequence[str] = (),
+    slices: Literal["auto", "down", "output", "all"] = "auto",
 ) -> Partition:
     """Cut param groups into modules, and sort out what is dense or frozen.
 
@@ -111,11 +149,13 @@ def partition(
             more are sampled and the others frozen, or dense if `delta` is 1; without "modules" every tensor
             is a module. A sampled tensor behind the last layer is a layer of its own.
         delta: Fraction of the parameters that may be active, in (0, 1].
-        granularity: "module" joins tensors with equal entries in "modules", "layer" those in "layers".
+        granularity: "module" joins tensors with equal entries in "modules", "layer" those in "layers"; "slice" makes
+            slices of what has an entry in "slices", and freezes the rest.
         oversized: What becomes of a module larger than the budget: "error", or "split" into row blocks.
         chosen: Whether the user wants each parameter trained, by its position; None: its `requires_grad`.
         counted: Whether it belongs to N; None: as `chosen`.
         order: Names of layers in the order in which they run, where that is known; others follow those before them.
+        slices: Of which matrices slices are made, see `slicing`.
 
     Returns:
         The partition. No parameter is changed.
@@ -138,7 +178,12 @@ def partition(
     modules: list[Module] = []
     split: list[Module] = []
     too_large: list[Module] = []
-    for module in _modules(members, position, granularity):
+    sampled = [member for member in members if member.role == "sampled"]
+    are_sliced = granularity == "slice" and bool(sampled)
+    plan = _slicing(sampled, budget, slices) if are_sliced else None
+    if plan is not None:
+        modules = list(_slices(sampled, plan, position))
+    for module in () if are_sliced else _modules(sampled, position, granularity):
         if module.numel <= budget:
             modules.append(module)
             continue
@@ -156,13 +201,15 @@ def partition(
     return Partition(
         modules=modules,
         dense=[Block(member.param, member.place, 0, 0, member.numel) for member in dense],
-        frozen=[member.param for member in members if member.role == "frozen"],
+        frozen=[member.param for member in members if member.role == "frozen"]
+        + [member.param for member, width in zip(sampled, plan.widths if plan else (), strict=False) if not width],
         names=names_of(groups),
         total_numel=total_numel,
         budget=budget,
         layers=layers,
         dense_layer=min(reached, default=None),
         split=[module.name for module in split],
+        slicing=plan,
     )
 
 
@@ -177,6 +224,7 @@ class _Member(NamedTuple):
         role: "sampled", "dense" or "frozen".
         names: Those of the modules that its equal row blocks belong to.
         layer: Name of its layer, None if it is unknown or there is none.
+        slices: Part and axis if it may be sliced, else None.
     """
 
     param: nn.Parameter
@@ -186,6 +234,7 @@ class _Member(NamedTuple):
     role: str
     names: tuple[str, ...]
     layer: str | None
+    slices: tuple[str | None, int] | None
 
 
 def _members(groups: Sequence[Mapping[str, Any]], delta: float, chosen: Sequence[bool]) -> Iterator[_Member]:
@@ -199,7 +248,7 @@ def _members(groups: Sequence[Mapping[str, Any]], delta: float, chosen: Sequence
             raise ValueError(
                 f"role={role!r} of group {g} must be 'sampled', 'dense' or 'frozen': give it one of these or none"
             )
-        for key in ("modules", "layers", "thawed"):
+        for key in ("modules", "layers", "slices", "thawed"):
             if key in group and len(group[key]) != size:
                 raise ValueError(
                     f"{key!r} of group {g} has {len(group[key])} entries and must have one for each of its "
@@ -209,7 +258,8 @@ def _members(groups: Sequence[Mapping[str, Any]], delta: float, chosen: Sequence
         meant = group["thawed"] if role == "frozen" and "thawed" in group else repeat(role)
         entries = group["modules"] if "modules" in group else names[index + 1 :]
         layers = group["layers"] if "layers" in group else repeat(None)
-        for param, thawed, entry, layer in zip(group["params"], meant, entries, layers, strict=False):
+        slices = group["slices"] if "slices" in group else repeat(None)
+        for param, thawed, entry, layer, cut in zip(group["params"], meant, entries, layers, slices, strict=False):
             index += 1
             if id(param) in seen:
                 continue
@@ -230,7 +280,7 @@ def _members(groups: Sequence[Mapping[str, Any]], delta: float, chosen: Sequence
                 )
             if layer is None and own_role == "sampled" and "layers" in group:
                 layer = modules[0]
-            yield _Member(param, index, param.numel(), g, own_role, modules, layer)
+            yield _Member(param, index, param.numel(), g, own_role, modules, layer, cut)
 
 
 def _role(param: nn.Parameter, name: str, role: str | None, delta: float, is_chosen: bool) -> str:
@@ -290,10 +340,51 @@ def _layer_order(members: Sequence[_Member], groups: Sequence[Mapping[str, Any]]
     return layers
 
 
-def _modules(members: Sequence[_Member], position: Mapping[str, int], granularity: str) -> list[Module]:
+def _slicing(sampled: Sequence[_Member], budget: int, reach: str) -> Slicing:
+    """Return how wide the slices are that a budget makes of sampled parameters."""
+    shared = Counter(name for member in sampled for name in member.names)
+    matrices = [_matrix(member, shared[member.names[0]] > 1) for member in sampled]
+    return slicing(matrices, [member.numel for member in sampled], budget, reach)
+
+
+def _matrix(member: _Member, is_part: bool) -> Matrix | None:
+    """Return how a parameter may be sliced; None where it is part of a module, or more than one."""
+    if member.slices is None or is_part or len(member.names) > 1:
+        return None
+    part, axis = member.slices
+    if is_sharded(member.param):
+        raise ValueError(
+            f"granularity='slice' needs whole tensors, and {member.names[0]} is sharded: draw modules with "
+            "granularity='module', or replicate the model with misa_kernels.distributed.replicate"
+        )
+    if axis not in (0, 1) or member.param.ndim != 2:
+        raise ValueError(
+            f"'slices' of {member.names[0]} is {member.slices!r} for shape {tuple(member.param.shape)} and must be "
+            "None, or the part and 0 for rows or 1 for columns of a matrix"
+        )
+    return Matrix(part, axis, member.param.shape[axis], member.param.shape[1 - axis])
+
+
+def _slices(sampled: Sequence[_Member], plan: Slicing, position: Mapping[str, int]) -> Iterator[Module]:
+    """Give the slices of each sliced parameter, one behind the other."""
+    for member, width in zip(sampled, plan.widths, strict=True):
+        if not width or member.slices is None:
+            continue
+        param, axis, layer = member.param, member.slices[1], -1 if member.layer is None else position[member.layer]
+        rows, columns = param.shape
+        for number, first in enumerate(starts_of(param.shape[axis], width)):
+            ends = f"{first}:{first + width}"
+            start, stop = first * columns, (first + width) * columns
+            if axis:
+                start, stop = first, (rows - 1) * columns + first + width
+            block = Block(param, member.place, number, start, stop, axis)
+            yield Module(f"{member.names[0]}[{':, ' if axis else ''}{ends}]", layer, (block,))
+
+
+def _modules(sampled: Sequence[_Member], position: Mapping[str, int], granularity: str) -> list[Module]:
     """Join the row blocks of sampled parameters by name, in order of first appearance."""
     found: dict[str, tuple[int, list[Block]]] = {}
-    for member in (member for member in members if member.role == "sampled"):
+    for member in sampled:
         names = member.names
         if granularity == "layer":
             if member.layer is None:

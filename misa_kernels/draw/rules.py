@@ -52,7 +52,15 @@ RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
         lambda x: x is None or (_is_integer(x) and x >= 1),
         "None or an integer from 1 on: how many candidates of one layer may be active, None for no limit",
     ),
-    "granularity": (lambda x: x in ("module", "layer"), "'module' or 'layer': what is drawn as one"),
+    "granularity": (lambda x: x in ("module", "layer", "slice"), "'module', 'layer' or 'slice': what is drawn as one"),
+    "slices": (
+        lambda x: x in ("auto", "down", "output", "all"),
+        "'auto', 'down', 'output' or 'all': the matrices that slices are made of",
+    ),
+    "hold_rounds": (
+        lambda x: x in ("auto", "run") or (_is_integer(x) and x >= 1),
+        "'auto', 'run' or an integer from 1 on: for how many rounds a set is trained",
+    ),
     "oversized": (lambda x: x in ("error", "split"), "'error' or 'split': for modules above the budget"),
 }
 

@@ -18,6 +18,8 @@ from misa_kernels.draw.scores import Candidates, Floats, Ints, scores
 
 # Scores this near to the largest, relatively, tie with it: rounding in G and its correction ranks nothing.
 TIE = 1e-12
+# What samplers are by default in options that they did not have before 0.3.
+_NEW = ", slices='auto', hold_rounds='auto'"
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,8 +67,10 @@ class Sampler(Protocol):
     importance_norm: Literal["sum", "norm"] = "sum"
     depth_window: int | None = None
     max_per_layer: int | None = None
-    granularity: Literal["module", "layer"] = "module"
+    granularity: Literal["module", "layer", "slice"] = "module"
     oversized: Literal["error", "split"] = "error"
+    slices: Literal["auto", "down", "output", "all"] = "auto"
+    hold_rounds: int | Literal["auto", "run"] = "auto"
 
     def draw(self, candidates: Candidates, budget: int, round: int, seed: int) -> Draw:
         """Return the active set of a round; `candidates` is not changed.
@@ -102,8 +106,13 @@ class ImportanceSampler(Sampler):
             lowest of them; every layer comes up once a cycle. None: all layers.
         max_per_layer: at most so many active candidates of one layer. With 1, layers that are compiled one by one
             need a handful of graphs in all, however many rounds there are. None: no limit.
-        granularity: what the optimizer makes a candidate of, "module" or "layer".
+        granularity: what the optimizer makes a candidate of: "module", "layer" or "slice", a range of columns or rows
+            of a matrix, of which a round trains one of each matrix, all equally wide.
         oversized: what the optimizer does with a module above the budget, "error" or "split" into row blocks.
+        slices: of which matrices slices are made: "down", the last ones of feed-forward networks; "output", the last
+            ones of attentions, too; "all"; or "auto", the first of these of which the budget is at most half.
+        hold_rounds: for how many rounds a set stays once it is drawn: a number, "run" for all of them, or "auto", 1,
+            and with slices "run".
 
     Raises:
         ValueError: An option out of range, `exponent_clip` with eta="auto", or `max_per_layer` with
@@ -119,8 +128,10 @@ class ImportanceSampler(Sampler):
     least_recent_share: float = 0.5
     depth_window: int | None = None
     max_per_layer: int | None = None
-    granularity: Literal["module", "layer"] = "module"
+    granularity: Literal["module", "layer", "slice"] = "module"
     oversized: Literal["error", "split"] = "error"
+    slices: Literal["auto", "down", "output", "all"] = "auto"
+    hold_rounds: int | Literal["auto", "run"] = "auto"
 
     def __post_init__(self) -> None:
         _check_own(self)
@@ -143,7 +154,7 @@ class ImportanceSampler(Sampler):
         heard = candidates.heard(round)
         eligible = heard[_eligible(candidates.layer[heard], self.depth_window, round, seed)]
         log_p, eta = self._log_probability(candidates, eligible, budget)
-        first = self._first(candidates, eligible, budget, ties)
+        first = np.append(held(self, candidates, round), self._first(candidates, eligible, budget, ties))
         # In descending order of keys: draws from p, one by one, each restricted to what is left and fits.
         order = eligible[np.argsort(-(log_p + gumbel[eligible]), kind="stable")]
         active = np.sort(pack(np.append(first, order), candidates, budget, self.max_per_layer))
@@ -178,8 +189,10 @@ class UniformSampler(Sampler):
 
     depth_window: int | None = None
     max_per_layer: int | None = None
-    granularity: Literal["module", "layer"] = "module"
+    granularity: Literal["module", "layer", "slice"] = "module"
     oversized: Literal["error", "split"] = "error"
+    slices: Literal["auto", "down", "output", "all"] = "auto"
+    hold_rounds: int | Literal["auto", "run"] = "auto"
 
     def __post_init__(self) -> None:
         _check_own(self)
@@ -187,7 +200,12 @@ class UniformSampler(Sampler):
     def draw(self, candidates: Candidates, budget: int, round: int, seed: int) -> Draw:
         """Draw the active set of a round; arguments and errors as for `ImportanceSampler.draw`."""
         uniform = ImportanceSampler(
-            eta=0.0, least_recent=0, depth_window=self.depth_window, max_per_layer=self.max_per_layer
+            eta=0.0,
+            least_recent=0,
+            depth_window=self.depth_window,
+            max_per_layer=self.max_per_layer,
+            granularity=self.granularity,
+            hold_rounds=self.hold_rounds,
         )
         return uniform.draw(candidates, budget, round, seed)
 
@@ -196,8 +214,10 @@ class UniformSampler(Sampler):
 class CyclicSampler(Sampler):
     """Candidates in turn: BAdam's draw, with granularity="layer". Options as for `ImportanceSampler`."""
 
-    granularity: Literal["module", "layer"] = "module"
+    granularity: Literal["module", "layer", "slice"] = "module"
     oversized: Literal["error", "split"] = "error"
+    slices: Literal["auto", "down", "output", "all"] = "auto"
+    hold_rounds: int | Literal["auto", "run"] = "auto"
 
     def __post_init__(self) -> None:
         _check_own(self)
@@ -209,10 +229,16 @@ class CyclicSampler(Sampler):
         """
         heard = candidates.heard(round)
         last_round = candidates.last_round[heard]
-        latest = last_round == last_round.max()
-        ends = np.flatnonzero(latest & ~np.roll(latest, -1))
-        order = np.roll(heard, -(ends[0] + 1) if ends.size else 0)
-        active = order[np.cumsum(candidates.numel[order]) <= budget]
+        kept = held(self, candidates, round)
+        if self.granularity == "slice" or kept.size:
+            # Of each matrix the slice behind the last one, which has waited longest.
+            order = np.append(kept, heard[np.argsort(last_round, kind="stable")])
+            active = pack(order, candidates, budget, None)
+        else:
+            latest = last_round == last_round.max()
+            ends = np.flatnonzero(latest & ~np.roll(latest, -1))
+            order = np.roll(heard, -(ends[0] + 1) if ends.size else 0)
+            active = order[np.cumsum(candidates.numel[order]) <= budget]
         probability = np.zeros(candidates.numel.size)
         probability[heard] = 1 / heard.size
         return Draw(np.sort(active), probability, perplexity=float(heard.size), eta=0.0)
@@ -220,7 +246,26 @@ class CyclicSampler(Sampler):
 
 def described(sampler: Sampler) -> str:
     """Return what tells one sampler from another, the same in every process."""
-    return repr(sampler) if is_dataclass(sampler) else type(sampler).__qualname__
+    # Options of 0.3 that are as all were before it: a state of 0.2 is one of the same sampler.
+    return repr(sampler).replace(_NEW, "") if is_dataclass(sampler) else type(sampler).__qualname__
+
+
+def rounds_held(sampler: Sampler) -> int | None:
+    """Return for how many rounds a set stays; None for all of them."""
+    hold = sampler.hold_rounds
+    if hold == "auto":
+        return None if sampler.granularity == "slice" else 1
+    return None if hold == "run" else int(hold)
+
+
+def held(sampler: Sampler, candidates: Candidates, round: int) -> Ints:
+    """Return what was active in the round before, hears gradients and stays in this one: candidates, ascending."""
+    rounds = rounds_held(sampler)
+    if rounds == 1:
+        return np.zeros(0, dtype=np.int64)
+    is_due = round == 0 if rounds is None else round % rounds == 0
+    heard = candidates.heard(round)
+    return heard[candidates.last_round[heard] >= (round if is_due else max(round - 1, 0))]
 
 
 def check_sampler(sampler: Any) -> None:
@@ -244,6 +289,14 @@ def check_sampler(sampler: Any) -> None:
 def _check_own(sampler: ImportanceSampler | UniformSampler | CyclicSampler) -> None:
     # A subclass may have options of its own.
     rules.check(sampler, [field.name for field in fields(sampler) if field.name in rules.RULES])
+    for name in ("max_per_layer", "depth_window"):
+        if sampler.granularity == "slice" and getattr(sampler, name, None) is not None:
+            raise ValueError(
+                f"{name}={getattr(sampler, name)!r} must be None with granularity='slice', which trains a slice of "
+                "every layer at once: leave it out, or draw modules with granularity='module'"
+            )
+    if isinstance(sampler, CyclicSampler):
+        return
     if sampler.max_per_layer is not None and sampler.granularity == "layer":
         raise ValueError(
             f"max_per_layer={sampler.max_per_layer!r} must be None with granularity='layer', whose candidates are "
@@ -263,6 +316,11 @@ def checked(draw: Draw, candidates: Candidates, budget: int, sampler: Sampler) -
         raise ValueError(
             f"{type(sampler).__name__}.draw returned active={active!r} and must return ascending numbers of the "
             f"{size} candidates, one at least, and a probability for each of these"
+        )
+    if candidates.rival.size and np.unique(candidates.rival[active]).size < len(active):
+        raise ValueError(
+            f"{type(sampler).__name__}.draw returned active={active!r} and must return at most one of those that have "
+            "the same number in candidates.rival: two slices of one matrix"
         )
     if (numel := int(candidates.numel[active].sum())) > budget:
         raise ValueError(
@@ -298,18 +356,20 @@ def check_layers(layer: Ints, depth_window: int | None, max_per_layer: int | Non
 def pack(order: Ints, candidates: Candidates, room: int, max_per_layer: int | None) -> Ints:
     """Go through `order`, take what still fits into `room` parameters and its layer's quota, and skip the others.
 
-    A candidate that occurs again is passed over.
+    A candidate that occurs again, or has a rival that was taken, is passed over.
     """
     quota = math.inf if max_per_layer is None else max_per_layer
-    taken: dict[int, None] = {}
+    # By what stands for them and their rivals.
+    taken: dict[int, int] = {}
     of_layer: dict[int, int] = {}
     sizes, layers = candidates.numel[order].tolist(), candidates.layer[order].tolist()
-    for b, size, layer in zip(order.tolist(), sizes, layers, strict=True):
-        if size <= room and b not in taken and of_layer.get(layer, 0) < quota:
-            taken[b] = None
+    rivals = candidates.rival[order].tolist() if candidates.rival.size else order.tolist()
+    for b, rival, size, layer in zip(order.tolist(), rivals, sizes, layers, strict=True):
+        if size <= room and rival not in taken and of_layer.get(layer, 0) < quota:
+            taken[rival] = b
             of_layer[layer] = of_layer.get(layer, 0) + 1
             room -= size
-    return np.array(list(taken), dtype=np.int64)
+    return np.array(list(taken.values()), dtype=np.int64)
 
 
 def _rng(seed: int, stream: int) -> np.random.Generator:

@@ -6,7 +6,7 @@ A candidate is whatever is drawn as one: a module, or all modules of a layer. Fo
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,6 +32,8 @@ class Candidates:
         count: int64[B], number of rounds folded into G.
         last_round: int64[B], the last round in which it was active; -1 if never.
         unheard: int64[B], rounds in which it was active since its last gradient, or all; 0 where it is not given.
+        rival: int64[B], those with equal numbers are never active together: slices of one matrix, of which a round
+            trains one; empty where each is its own.
     """
 
     numel: Ints
@@ -40,16 +42,18 @@ class Candidates:
     count: Ints
     last_round: Ints
     unheard: Ints = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
+    rival: Ints = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
 
     def __post_init__(self) -> None:
         if not self.unheard.size:
             self.unheard = np.zeros(self.numel.size, dtype=np.int64)
 
     @classmethod
-    def fresh(cls, numel: Ints, layer: Ints) -> Candidates:
+    def fresh(cls, numel: Ints, layer: Ints, rival: Ints | None = None) -> Candidates:
         """Return candidates of which nothing is known yet."""
         size = numel.size
-        return cls(numel, layer, np.zeros(size), np.zeros(size, dtype=np.int64), np.full(size, -1))
+        found = cls(numel, layer, np.zeros(size), np.zeros(size, dtype=np.int64), np.full(size, -1))
+        return found if rival is None else replace(found, rival=rival)
 
     def heard(self, round: int) -> Ints:
         """Return which candidates a draw should choose from, int64[E], ascending: those that training reaches.

@@ -104,8 +104,7 @@ class MISACallback(TrainerCallback):
         kept = []
         if args.load_best_model_at_end and state.best_model_checkpoint is not None:
             # Loaded by now; the flush, and the rounding of masters, would move them.
-            trained = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
-            kept = [(param, param.detach().clone()) for param in trained]
+            kept = [(param, param.detach().clone()) for param in optimizer.trained]
         optimizer.release()
         with torch.no_grad():
             for param, best in kept:

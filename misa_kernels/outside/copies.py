@@ -18,8 +18,9 @@ REMEMBERED = 1000
 # Parameters that are off, of which one element tells a copy from another model with the same flags.
 PROBED = 3
 
-# By what tells a model and its active set: the keys of what its user had frozen, and what `_probe` read.
-_rounds: OrderedDict[tuple[int, int], tuple[frozenset[int], Tensor | None]] = OrderedDict()
+# By what tells a model and its active set: the keys of what its user had frozen and of what is trained in slices, and
+# what `_probe` read.
+_rounds: OrderedDict[tuple[int, int], tuple[frozenset[int], frozenset[int], Tensor | None]] = OrderedDict()
 
 
 class Marks:
@@ -36,17 +37,19 @@ class Marks:
         self._whole = _joined(self._keys)
         self._chosen, self._frozen = b"", frozenset[int]()
 
-    def remember(self, on: Collection[int], chosen: Sequence[bool]) -> None:
+    def remember(self, on: Collection[int], chosen: Sequence[bool], sliced: Collection[int] = ()) -> None:
         """Note a round.
 
         Args:
             on: Positions of what requires a gradient.
             chosen: What the user wants trained.
+            sliced: Positions of what is trained all the same.
         """
         if (now := bytes(chosen)) != self._chosen:
             self._chosen = now
             self._frozen = frozenset(key for key, flag in zip(self._keys, chosen, strict=True) if not flag)
-        _rounds[self._round(on)] = self._frozen, self._probe(on, chosen)
+        written = frozenset(self._keys[index] for index in sliced)
+        _rounds[self._round(on)] = self._frozen, written, self._probe(on, chosen, written)
         if len(_rounds) > REMEMBERED:
             _rounds.popitem(last=False)
 
@@ -55,11 +58,11 @@ class Marks:
 
         Also whether that is certain: it is not where weights differ that MISA leaves alone in a round.
         """
-        frozen, probe = _rounds.get(self._round(on), (None, None))
+        frozen, written, probe = _rounds.get(self._round(on), (None, frozenset[int](), None))
         if frozen is None:
             return None
         chosen = [key not in frozen for key in self._keys]
-        return chosen, _is_equal(probe, self._probe(on, chosen))
+        return chosen, _is_equal(probe, self._probe(on, chosen, written))
 
     @cached_property
     def _order(self) -> list[int]:
@@ -69,9 +72,10 @@ class Marks:
     def _round(self, on: Collection[int]) -> tuple[int, int]:
         return self._whole, _joined([self._keys[index] for index in on])
 
-    def _probe(self, on: Collection[int], chosen: Sequence[bool]) -> Tensor | None:
+    def _probe(self, on: Collection[int], chosen: Sequence[bool], written: Collection[int]) -> Tensor | None:
         """Return an element of each of some that are off and not frozen: nothing writes to them in a round."""
-        off = islice((self._params[i] for i in self._order if chosen[i] and i not in on), PROBED)
+        still = (i for i in self._order if chosen[i] and i not in on and self._keys[i] not in written)
+        off = islice((self._params[i] for i in still), PROBED)
         plain = [param for param in off if param.numel() and not (param.is_meta or is_sharded(param))]
         if len({(param.device, param.dtype) for param in plain}) != 1:
             return None

@@ -57,6 +57,7 @@ class Flags:
         counted: Whether the user wanted it trained at any time: what N is the size of.
         laid_out: `chosen` and `counted` at the last `settle`.
         due: Whether `chosen` has changed since then.
+        sliced: Positions of what is off and gets gradients of a slice.
         sentinel: One that is off though chosen; None where there is none. Where it is on, somebody has switched it on.
         lent: How many blocks of `thawed` show the user's flags now.
         is_suspended: Whether all that should be trained was off at the last `compare`: mostly somebody has frozen the
@@ -79,6 +80,8 @@ class Flags:
         # Positions of what MISA has left on, and of what it switched on when the round began.
         self._on = self._now()
         self._drawn: set[int] = set()
+        # Of what is off and trained all the same, by slices.
+        self.sliced: frozenset[int] = frozenset()
         self.sentinel: Tensor | None = None
         self.is_suspended = False
         self.lent = 0
@@ -142,9 +145,15 @@ class Flags:
         self.params = list(params)
         self._marks = Marks(self._names, self.params)
 
-    def train(self, indices: set[int]) -> None:
-        """Switch these parameters on, and all others off; what is as it should be is left alone."""
+    def train(self, indices: set[int], sliced: Collection[int] = ()) -> None:
+        """Switch these parameters on, and all others off; what is as it should be is left alone.
+
+        Args:
+            indices: Positions of what is trained as a whole, or in row blocks.
+            sliced: Positions of what gets gradients of a slice, which nobody else drops while it is off.
+        """
         before, self._on, self._drawn = self._on, set(indices), indices
+        self.sliced = frozenset(sliced)
         if self.lent:
             return
         # As `_switch_off`, but without a call for each of 100,000.
@@ -157,7 +166,7 @@ class Flags:
         first = next((index for index, flag in enumerate(self.chosen) if flag and index not in indices), None)
         self.sentinel = None if first is None else self.params[first]
         if first is not None:
-            self._marks.remember(indices, self.chosen)
+            self._marks.remember(indices, self.chosen, self.sliced)
 
     def put_back(self) -> None:
         """Switch off again what somebody switched on, if one look at one parameter says so: cheap enough for a step."""
@@ -185,7 +194,7 @@ class Flags:
         self._put_back(stray)
         if are_all_meant:
             self._presumed.update(frozen)
-        self.is_suspended = not (frozen or thawed) and self._on.isdisjoint(now)
+        self.is_suspended = bool(self._on) and not (frozen or thawed) and self._on.isdisjoint(now)
         for index in frozen:
             self.chosen[index] = False
             self._switch_off(index)
@@ -257,11 +266,14 @@ class Flags:
             self.counted[index] = self.counted[index] or index in now
         # What was frozen in this round, and is thawed again, goes on.
         self._on = self._on - changed | changed & now & self._drawn
+        self.sliced -= changed
 
     def _take_back(self) -> None:
         for index, param in enumerate(self.params):
             if index in self._on:
                 _set(param, True)
+            elif index in self.sliced:
+                _set(param, False)
             else:
                 self._switch_off(index)
 

@@ -137,7 +137,8 @@ class BackwardWatch:
             self.close()
             return
         self._round = optimizer.monitor.current
-        self._trainable = {number for part, number in self._number.items() if _trains(part)}
+        self._sliced = {id(param) for param, own in optimizer.trained.items() if own is not None}
+        self._trainable = {number for part, number in self._number.items() if self._trains(part)}
         # Backward need not go below this layer; into all of them where that of something active is unknown.
         self._lowest = len(self._names) - (self._round.backward_depth or len(self._names))
         self._with_gradients = torch.is_grad_enabled()
@@ -168,7 +169,7 @@ class BackwardWatch:
             self._blind.discard(part)
             if self._flows:
                 self._kept.add(number)
-        elif self._with_gradients and not self._flows and part.training and _trains(part):
+        elif self._with_gradients and not self._flows and part.training and self._trains(part):
             self._blind.add(part)
 
     def _after_forward(self, *_: object) -> None:
@@ -194,6 +195,9 @@ class BackwardWatch:
             self.close()
         elif not self._handles and self._judged is not optimizer.monitor.current:
             self._look()
+
+    def _trains(self, module: nn.Module) -> bool:
+        return any(param.requires_grad or id(param) in self._sliced for param in module.parameters())
 
     def _say(self, cause: str, layers: set[int]) -> None:
         if layers and cause in self._unsaid:
@@ -249,10 +253,6 @@ def _find(model: nn.Module, names: list[str]) -> dict[int, nn.Module]:
 def _in_backward() -> bool:
     # What torch's own checkpointing asks; torch has no public name for it.
     return bool(torch._C._current_graph_task_id() != -1)
-
-
-def _trains(module: nn.Module) -> bool:
-    return any(param.requires_grad for param in module.parameters())
 
 
 def _requiring_grad(value: Any) -> Tensor | None:

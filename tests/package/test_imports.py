@@ -20,6 +20,7 @@ ORDER = [
     ["reference", "clock", "moved"],
     ["ranks"],
     ["outside"],
+    ["gradients"],
     ["memory", "draw"],
     ["kernels"],
     ["options"],
