@@ -20,7 +20,7 @@ ORDER = [
     ["reference", "clock", "moved"],
     ["ranks"],
     ["outside"],
-    ["memory", "draw"],
+    ["memory", "draw", "gradients"],
     ["kernels"],
     ["options"],
     ["layout", "release", "monitor"],
