@@ -1,0 +1,258 @@
+"""How does backward come to make the gradient of a slice of a linear layer's weight, and nothing of the rest?
+
+The weight requires no gradient, so that autograd keeps nothing for it. A forward hook of its layer passes the output
+through a function that keeps the columns of the input which the slice reads, and has a leaf of the slice's shape as an
+input.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+from torch.utils.hooks import RemovableHandle
+
+from misa_kernels.gradients.sliced import SlicedGradient
+from misa_kernels.outside.notices import warn
+from misa_kernels.outside.tracing import not_traced
+
+
+class Slice(NamedTuple):
+    """A range of a weight's columns or rows.
+
+    Attributes:
+        axis: Of the weight as it is stored, 0 or 1.
+        first: Where the range begins on this axis.
+        last: Where it ends, exclusive.
+    """
+
+    axis: int
+    first: int
+    last: int
+
+    def shape_of(self, weight: Tensor) -> tuple[int, int]:
+        """Return the shape of the slice."""
+        width = self.last - self.first
+        return (width, weight.shape[1]) if self.axis == 0 else (weight.shape[0], width)
+
+
+def input_axis(module: nn.Module) -> int | None:
+    """Return which axis of a module's weight its input has; None where its weight is not known to be multiplied by it.
+
+    That is axis 1 for torch's linear layers, 0 for `Conv1D` of transformers. Not known is what computes its output in a
+    way of its own, holds its weight packed, or is not called by the module around it, as in torch's attention.
+    """
+    weight = module._parameters.get("weight")
+    if weight is None or weight.ndim != 2 or "forward" in vars(module):
+        return None
+    kind: Any = type(module)
+    if isinstance(module, nn.Linear):
+        is_plain = kind.forward is nn.Linear.forward and not isinstance(module, NonDynamicallyQuantizableLinear)
+        return 1 if is_plain and weight.shape == (module.out_features, module.in_features) else None
+    for base in kind.__mro__:
+        if base.__name__ == "Conv1D" and base.__module__ == "transformers.pytorch_utils":
+            return 0 if kind.forward is base.forward else None
+    return None
+
+
+class SliceGradients:
+    """Which slices get gradients: in backward `weight.grad` becomes a `SlicedGradient`."""
+
+    def __init__(self) -> None:
+        self._trained: dict[nn.Parameter, _Trained] = {}
+
+    def train(
+        self,
+        slices: Mapping[nn.Parameter, tuple[Slice, Sequence[nn.Module]]],
+        names: Mapping[nn.Parameter, str] | None = None,
+    ) -> None:
+        """Let these slices get gradients, and no others.
+
+        Those that stay keep their hooks and gradients; the gradients of those that leave are set to None. While a
+        weight requires a gradient itself, autograd makes all of it, and this nothing.
+
+        Args:
+            slices: By weight, the slice and all modules that are called with this weight.
+            names: Of weights, for what is said to the user.
+        """
+        for weight, (piece, modules) in slices.items():
+            if not 0 <= piece.first < piece.last <= weight.shape[piece.axis]:
+                raise ValueError(f"{piece} must be a range within a weight of shape {tuple(weight.shape)}")
+            for module in modules:
+                if input_axis(module) is None:
+                    raise ValueError(
+                        f"a {type(module).__name__} cannot be trained in slices, which only linear layers of torch and "
+                        "transformers' Conv1D can: sample its weight as a whole"
+                    )
+        for weight, trained in list(self._trained.items()):
+            if weight not in slices or trained.piece != slices[weight][0]:
+                trained.leave()
+                del self._trained[weight]
+        for weight, (piece, modules) in slices.items():
+            if weight not in self._trained:
+                self._trained[weight] = _Trained(weight, piece, (names or {}).get(weight))
+            self._trained[weight].hook(modules)
+
+    def close(self) -> None:
+        """Remove all hooks, and the gradients of slices."""
+        self.train({})
+
+
+class _Trained:
+    """A slice that gets gradients.
+
+    Args:
+        weight: The parameter that it is a slice of.
+        piece: The slice.
+        name: Of the weight, or None.
+    """
+
+    def __init__(self, weight: nn.Parameter, piece: Slice, name: str | None) -> None:
+        self.weight, self.piece = weight, piece
+        self._name = name
+        self._hooks: dict[nn.Module, RemovableHandle] = {}
+        self._leaf: Tensor | None = None
+        self._has_warned = False
+
+    def hook(self, modules: Sequence[nn.Module]) -> None:
+        """Hook these modules, and no others."""
+        for module in [module for module in self._hooks if module not in modules]:
+            self._hooks.pop(module).remove()
+        for module in modules:
+            if module not in self._hooks:
+                hook = _Hook(self)
+                self._hooks[module] = module.register_forward_hook(hook, with_kwargs=True, prepend=True)
+
+    def leave(self) -> None:
+        """Remove all hooks, and the gradient."""
+        self.hook(())
+        # What a backward that is still to come makes is dropped.
+        self._leaf = self.weight.grad = None
+
+    def tie(self, module: nn.Module, x: Tensor, out: Tensor) -> Tensor | None:
+        """Return the output of a module, tied to the slice; None where the slice is not to be trained."""
+        weight, (axis, first, last) = self.weight, self.piece
+        if not torch.is_grad_enabled():
+            return None
+        if module._parameters.get("weight") is not weight or last > weight.shape[axis]:
+            self._say()
+            return None
+        if weight.requires_grad:
+            return None
+        is_input = axis == input_axis(module)
+        kept = x.detach()
+        if is_input and last - first < x.shape[-1]:
+            # A copy always: a view would keep all of the input alive.
+            kept = kept[..., first:last].to(out.dtype, memory_format=torch.contiguous_format, copy=True)
+        columns = None if is_input else (first, last)
+        is_input_first = axis == 0 if is_input else axis == 1
+        tied: Tensor = _Tie.apply(out, kept, self._leaf_now(), columns, is_input_first)  # type: ignore[no-untyped-call]
+        return tied
+
+    def _leaf_now(self) -> Tensor:
+        """Return the leaf, anew where the weight was moved or cast."""
+        weight, leaf = self.weight, self._leaf
+        shape = self.piece.shape_of(weight)
+        if leaf is None or (leaf.shape, leaf.dtype, leaf.device) != (shape, weight.dtype, weight.device):
+            # One element stands for all: nobody reads it.
+            leaf = weight.detach().new_zeros(1).expand(shape).requires_grad_()
+            own = weakref.ref(self)
+
+            def arrived(leaf: Tensor) -> None:
+                trained = own()
+                grad, leaf.grad = leaf.grad, None
+                if trained is not None and grad is not None:
+                    trained.take(leaf, grad)
+
+            leaf.register_post_accumulate_grad_hook(arrived)  # type: ignore[no-untyped-call]
+            self._leaf = leaf
+        return leaf
+
+    @torch.no_grad()
+    def take(self, leaf: Tensor, grad: Tensor) -> None:
+        """Add what backward made for a leaf to the weight's gradient, and tell those who wait for it."""
+        if leaf is not self._leaf:
+            return
+        weight, piece = self.weight, self.piece
+        made = SlicedGradient(grad.contiguous(), weight.shape, piece.axis, piece.first)
+        if weight.grad is None:
+            weight.grad = made
+        elif made.fits(weight.grad):
+            weight.grad.add_(made)
+        elif isinstance(weight.grad, SlicedGradient):
+            weight.grad = weight.grad + made
+        else:
+            made.within(weight.grad).add_(made.part)
+        for hook in tuple((weight._post_accumulate_grad_hooks or {}).values()):
+            hook(weight)
+
+    def _say(self) -> None:
+        if not self._has_warned:
+            self._has_warned = True
+            warn(
+                f"{self._name or 'a weight'} is trained in slices, and its layer is called with another weight than "
+                "when the round began (exchanged, resized, or computed by a parametrization): the slice gets no "
+                "gradient; make a new MISA of the model as it is now"
+            )
+
+
+class _Hook:
+    """The forward hook of one layer; a copy of it, in a copy of the model, removes itself.
+
+    Args:
+        trained: The slice.
+    """
+
+    def __init__(self, trained: _Trained | None = None) -> None:
+        self._own = trained
+
+    @not_traced
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], out: Tensor) -> Any:
+        if self._own is not None:
+            return self._own.tie(module, args[0] if args else next(iter(kwargs.values())), out)
+        for number in [number for number, hook in module._forward_hooks.items() if hook is self]:
+            module._forward_hooks.pop(number, None)
+            module._forward_hooks_with_kwargs.pop(number, None)
+        return None
+
+    def __copy__(self) -> _Hook:
+        return _Hook()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Hook:
+        return _Hook()
+
+    def __reduce__(self) -> tuple[type[_Hook], tuple[()]]:
+        return _Hook, ()
+
+
+class _Tie(torch.autograd.Function):
+    """out → out, and backward beside it: the gradient of a slice, G the gradient of the output, X what was kept.
+
+    Gᵀ X, or Xᵀ G where the input's axis comes first; of G the columns of the slice, where it is one of outputs.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, out: Tensor, kept: Tensor, leaf: Tensor, columns: tuple[int, int] | None, is_input_first: bool
+    ) -> Tensor:
+        """Return the output, which may be written to as ever: a view would forbid that."""
+        ctx.save_for_backward(kept)
+        ctx.columns, ctx.is_input_first, ctx.dtype = columns, is_input_first, leaf.dtype
+        return out.detach()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, Tensor, None, None]:
+        """Pass the gradient on, and make that of the slice."""
+        (kept,) = ctx.saved_tensors
+        own = grad if ctx.columns is None else grad[..., slice(*ctx.columns)]
+        left, right = own.flatten(0, -2) if own.ndim > 1 else own[None], kept.to(own.dtype)
+        right = right.flatten(0, -2) if right.ndim > 1 else right[None]
+        if ctx.is_input_first:
+            left, right = right, left
+        return grad, None, (left.T @ right).to(ctx.dtype), None, None
