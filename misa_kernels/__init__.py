@@ -8,7 +8,7 @@ from misa_kernels.draw.groups import param_groups
 from misa_kernels.draw.sampler import CyclicSampler, Draw, ImportanceSampler, Sampler, UniformSampler
 from misa_kernels.draw.scores import Candidates
 from misa_kernels.optimizer import MISA
-from misa_kernels.presets import authors, badam, lisa, paper
+from misa_kernels.presets import authors, badam, lisa, paper, slices
 from misa_kernels.tools.backward import watch_backward
 
 __version__ = "0.2.0"
@@ -27,5 +27,6 @@ __all__ = [
     "lisa",
     "paper",
     "param_groups",
+    "slices",
     "watch_backward",
 ]
