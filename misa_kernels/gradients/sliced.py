@@ -22,6 +22,7 @@ _POINTWISE = frozenset(
 _SCALES = frozenset(("mul", "div"))
 # Over lists, and what they take beside the list is one number.
 _EACH = frozenset(("_foreach_mul_", "_foreach_div_", "_foreach_zero_", "_foreach_norm"))
+_SHARES = frozenset(("allreduce_", "allreduce_coalesced_", "broadcast_", "reduce_"))
 _SINGLE = {"norm": aten.linalg_vector_norm}
 
 
@@ -67,8 +68,8 @@ class SlicedGradient(torch.Tensor):
         if name.startswith("_foreach_"):
             return _foreach(func, name, args, kwargs)
         # Ranks that average their gradients have drawn the same slices.
-        is_averaged = func.namespace == "c10d" and name.startswith("allreduce")
-        if is_averaged or name == "_amp_foreach_non_finite_check_and_unscale_":
+        is_shared = func.namespace == "c10d" and name in _SHARES
+        if is_shared or name == "_amp_foreach_non_finite_check_and_unscale_":
             return func(*tree_map(part_of, args), **tree_map(part_of, kwargs))
         own = args[0] if args else None
         if isinstance(own, SlicedGradient):

@@ -19,7 +19,7 @@ from torch.utils.hooks import RemovableHandle
 
 from misa_kernels.gradients.sliced import SlicedGradient
 from misa_kernels.outside.notices import warn
-from misa_kernels.outside.tracing import not_traced
+from misa_kernels.outside.tracing import guard_hooks, not_traced
 
 
 class Slice(NamedTuple):
@@ -93,6 +93,8 @@ class SliceGradients:
             if weight not in slices or trained.piece != slices[weight][0]:
                 trained.leave()
                 del self._trained[weight]
+        if slices:
+            guard_hooks()
         for weight, (piece, modules) in slices.items():
             if weight not in self._trained:
                 self._trained[weight] = _Trained(weight, piece, (names or {}).get(weight))
@@ -137,7 +139,7 @@ class _Trained:
     def tie(self, module: nn.Module, x: Tensor, out: Tensor) -> Tensor | None:
         """Return the output of a module, tied to the slice; None where the slice is not to be trained."""
         weight, (axis, first, last) = self.weight, self.piece
-        if not torch.is_grad_enabled():
+        if not torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():
             return None
         if module._parameters.get("weight") is not weight or last > weight.shape[axis]:
             self._say()
@@ -182,12 +184,12 @@ class _Trained:
         made = SlicedGradient(grad.contiguous(), weight.shape, piece.axis, piece.first)
         if weight.grad is None:
             weight.grad = made
-        elif made.fits(weight.grad):
-            weight.grad.add_(made)
-        elif isinstance(weight.grad, SlicedGradient):
-            weight.grad = weight.grad + made
-        else:
+        elif not isinstance(weight.grad, SlicedGradient):
             made.within(weight.grad).add_(made.part)
+        elif made.fits(weight.grad):
+            weight.grad.part.add_(made.part)
+        else:
+            weight.grad = weight.grad + made
         for hook in tuple((weight._post_accumulate_grad_hooks or {}).values()):
             hook(weight)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from functools import wraps
 from typing import Any, TypeVar, cast
@@ -26,6 +27,15 @@ def not_traced(method: Method) -> Method:
         return (method if dynamo_callback() is None else disabled)(*args, **kwargs)
 
     return cast(Method, guarded)
+
+
+def guard_hooks() -> None:
+    """Let dynamo compile anew where a module has got its first hook, which it takes for impossible unless told."""
+    dynamo = importlib.import_module("torch._dynamo")
+    if getattr(dynamo.config, "skip_nnmodule_hook_guards", False):
+        dynamo.config.skip_nnmodule_hook_guards = False
+        # What was compiled before would not look.
+        dynamo.reset()
 
 
 def refuse_capture(what: str = "") -> None:
