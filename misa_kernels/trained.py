@@ -12,7 +12,7 @@ from torch import Tensor
 
 from misa_kernels.clock import Clock
 from misa_kernels.draw.partition import Block
-from misa_kernels.gradients.sliced import SlicedGradient, part_of
+from misa_kernels.gradients.sliced import SlicedGradient
 from misa_kernels.kernels import Backend, Row, Settings, Step, prepare, select
 from misa_kernels.kernels.table import ADOPT, ALL, FLUSH, NONE, WRITE_BACK
 from misa_kernels.layout import SCORES, Layout
@@ -612,8 +612,10 @@ def _part_of_grad(grad: Tensor, param: Tensor) -> Tensor:
 
 def _part_in(grad: Tensor, block: Block) -> Tensor:
     """Return the part of a gradient that belongs to a slice; all of it where it is no slice, and dense."""
-    if block.axis is None or isinstance(grad, SlicedGradient):
-        return part_of(grad)
+    if block.axis is None:
+        return grad
+    if isinstance(grad, SlicedGradient):
+        return grad.part
     # Somebody has made that of the whole weight.
     first, last = block.ends
     return grad.narrow(block.axis, first, last - first).contiguous()

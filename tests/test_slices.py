@@ -111,8 +111,8 @@ def test_whole_rounds_are_those_of_masked_gradients(backend, reach, kind):
 
 def test_of_each_linear_layer_what_leads_back_by_columns_and_the_others_by_rows():
     model = build(hidden=48)
-    found = {name: place for name, place in _places(model, sliced(model, reach="all", delta=0.3)).items() if "s.0" in name}
-    assert {name.split(".")[-2]: place.axis for name, place in found.items()} == {
+    places = _places(model, sliced(model, reach="all", delta=0.3))
+    assert {name.split(".")[-2]: place.axis for name, place in places.items() if "blocks.0" in name} == {
         "q": 0, "k": 0, "v": 0, "o": 1, "gate": 0, "up": 0, "down": 1,
     }  # fmt: skip
 
@@ -279,13 +279,12 @@ def test_checkpointing_changes_nothing(reentrant):
 def test_released_gradients_give_the_same_weights(kind):
     configs = {
         "llama": lambda: LlamaForCausalLM(
-            LlamaConfig(
-                vocab_size=32, hidden_size=32, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4
-            )
+            LlamaConfig(vocab_size=32, hidden_size=32, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4)
         ),
         "gpt2": lambda: GPT2LMHeadModel(
-            GPT2Config(n_embd=32, n_layer=3, n_head=4, vocab_size=32, n_positions=16, resid_pdrop=0, embd_pdrop=0,
-                       attn_pdrop=0)  # fmt: skip
+            GPT2Config(
+                n_embd=32, n_layer=3, n_head=4, vocab_size=32, n_positions=16, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0
+            )  # fmt: skip
         ),
     }
     trained = []

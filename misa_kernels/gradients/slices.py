@@ -65,6 +65,7 @@ class SliceGradients:
 
     def __init__(self) -> None:
         self._trained: dict[nn.Parameter, _Trained] = {}
+        self._arrivals = _Arrivals()
 
     def train(
         self,
@@ -97,12 +98,43 @@ class SliceGradients:
             guard_hooks()
         for weight, (piece, modules) in slices.items():
             if weight not in self._trained:
-                self._trained[weight] = _Trained(weight, piece, (names or {}).get(weight))
+                self._trained[weight] = _Trained(weight, piece, (names or {}).get(weight), self._arrivals)
             self._trained[weight].hook(modules)
 
     def close(self) -> None:
         """Remove all hooks, and the gradients of slices."""
         self.train({})
+
+
+class _Arrivals:
+    """Tells those who wait for a weight's gradient, one gradient later than it is there.
+
+    They may write to the weight, which its layer still needs for the gradient of its input: that is made right behind the
+    gradient of the slice, and so before that of any other. The last ones are told at the end of backward.
+    """
+
+    def __init__(self) -> None:
+        self._waiting: list[nn.Parameter] = []
+        self._backward = -1
+
+    def note(self, weight: nn.Parameter) -> None:
+        """Tell of what came before, and later of this weight."""
+        if not weight._post_accumulate_grad_hooks:
+            return
+        now = torch._C._current_graph_task_id()
+        if now != self._backward:
+            # One within another, as of re-entrant checkpointing, ends before the outer goes on.
+            self._backward = now
+            torch.autograd.Variable._execution_engine.queue_callback(self._tell)
+        self._tell()
+        self._waiting.append(weight)
+
+    def _tell(self) -> None:
+        waiting, self._waiting = self._waiting, []
+        # A backward that failed may have left some whose gradient is gone.
+        for weight in (weight for weight in waiting if weight.grad is not None):
+            for hook in tuple((weight._post_accumulate_grad_hooks or {}).values()):
+                hook(weight)
 
 
 class _Trained:
@@ -112,9 +144,11 @@ class _Trained:
         weight: The parameter that it is a slice of.
         piece: The slice.
         name: Of the weight, or None.
+        arrivals: Tells of its gradients.
     """
 
-    def __init__(self, weight: nn.Parameter, piece: Slice, name: str | None) -> None:
+    def __init__(self, weight: nn.Parameter, piece: Slice, name: str | None, arrivals: _Arrivals) -> None:
+        self._arrivals = arrivals
         self.weight, self.piece = weight, piece
         self._name = name
         self._hooks: dict[nn.Module, RemovableHandle] = {}
@@ -190,8 +224,7 @@ class _Trained:
             weight.grad.part.add_(made.part)
         else:
             weight.grad = weight.grad + made
-        for hook in tuple((weight._post_accumulate_grad_hooks or {}).values()):
-            hook(weight)
+        self._arrivals.note(weight)
 
     def _say(self) -> None:
         if not self._has_warned:
