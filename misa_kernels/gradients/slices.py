@@ -8,7 +8,7 @@ input.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -151,7 +151,8 @@ class _Trained:
         self._arrivals = arrivals
         self.weight, self.piece = weight, piece
         self._name = name
-        self._hooks: dict[nn.Module, RemovableHandle] = {}
+        # A module holds its hook, and so this: weakly, to be freed when it goes.
+        self._hooks: MutableMapping[nn.Module, RemovableHandle] = weakref.WeakKeyDictionary()
         self._leaf: Tensor | None = None
         self._has_warned = False
 
