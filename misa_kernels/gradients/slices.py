@@ -256,12 +256,7 @@ class _Hook:
             module._forward_hooks_with_kwargs.pop(number, None)
         return None
 
-    def __copy__(self) -> _Hook:
-        return _Hook()
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> _Hook:
-        return _Hook()
-
+    # Copies are made by this, too.
     def __reduce__(self) -> tuple[type[_Hook], tuple[()]]:
         return _Hook, ()
 
@@ -269,7 +264,8 @@ class _Hook:
 class _Tie(torch.autograd.Function):
     """out → out, and backward beside it: the gradient of a slice, G the gradient of the output, X what was kept.
 
-    Gᵀ X, or Xᵀ G where the input's axis comes first; of G the columns of the slice, where it is one of outputs.
+    Gᵀ X, or Xᵀ G where the input's axis comes first; of G the columns of the slice, where it is one of outputs. Autograd
+    casts it to the leaf's dtype.
     """
 
     @staticmethod
@@ -278,7 +274,7 @@ class _Tie(torch.autograd.Function):
     ) -> Tensor:
         """Return the output, which may be written to as ever: a view would forbid that."""
         ctx.save_for_backward(kept)
-        ctx.columns, ctx.is_input_first, ctx.dtype = columns, is_input_first, leaf.dtype
+        ctx.columns, ctx.is_input_first = columns, is_input_first
         return out.detach()
 
     @staticmethod
@@ -291,4 +287,4 @@ class _Tie(torch.autograd.Function):
         right = right.flatten(0, -2) if right.ndim > 1 else right[None]
         if ctx.is_input_first:
             left, right = right, left
-        return grad, None, (left.T @ right).to(ctx.dtype), None, None
+        return grad, None, left.T @ right, None, None
