@@ -257,16 +257,21 @@ class Run:
     def _slice(self) -> None:
         """Let backward make the gradients of the active slices, as far as the user wants them trained."""
         slices: dict[nn.Parameter, tuple[Slice, list[nn.Module]]] = {}
+        names: dict[nn.Parameter, str] = {}
         for block in self.layout.slices_of(self.active.tolist()):
             if block.index in self.flags.sliced and block.axis is not None:
                 slices[block.param] = Slice(block.axis, *block.ends), linears.linears_of(block.param)
-        if lost := [param for param, (_, modules) in slices.items() if not modules]:
-            name = self.layout.name_of(self.layout.spans[lost[0]].start)
-            raise RuntimeError(
-                f"granularity='slice' finds no linear layer with the weight {name}: make the groups with "
-                "param_groups(model), of the model that is trained, and keep that"
+                names[block.param] = self.layout.partition.names[block.index]
+        for param in [param for param, (_, modules) in slices.items() if not modules]:
+            del slices[param]
+            sentence = (
+                f"granularity='slice' finds no linear layer with the weight {names[param]}: make the groups with "
+                "param_groups(model), of the model that is trained, and keep that and its layers"
             )
-        self.gradients.train(slices)
+            if not self.clock.steps:
+                raise RuntimeError(sentence)
+            self.flags.warn_once("lost", f"{sentence}; no slice of it is trained from now on")
+        self.gradients.train(slices, names)
 
     def record(self, draw: Draw) -> None:
         """Begin the record of a round."""

@@ -614,10 +614,12 @@ def _part_in(grad: Tensor, block: Block) -> Tensor:
     """Return the part of a gradient that belongs to a slice; all of it where it is no slice, and dense."""
     if block.axis is None:
         return grad
-    if isinstance(grad, SlicedGradient):
-        return grad.part
-    # Somebody has made that of the whole weight.
     first, last = block.ends
+    if isinstance(grad, SlicedGradient):
+        if (grad.axis, grad.first, grad.part.shape[block.axis]) == (block.axis, first, last - first):
+            return grad.part
+        # Somebody has put one of an earlier round back.
+        grad = grad.dense()
     return grad.narrow(block.axis, first, last - first).contiguous()
 
 

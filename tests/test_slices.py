@@ -458,6 +458,39 @@ def test_a_model_is_cast_and_layers_replaced_before_the_first_step():
         train(model, optimizer, 12, 1)
 
 
+def test_a_weight_exchanged_within_its_layer_is_noticed_at_once():
+    model = build(hidden=48)
+    optimizer = sliced(model, "run", "down")
+    train(model, optimizer, 1)
+    model.blocks[1].down.weight = nn.Parameter(torch.zeros(WIDTH, 48))
+    with pytest.warns(UserWarning, match="blocks.1.down.weight is trained in slices, and its layer is called with ano"):
+        loss_of(model, batch(0)).backward()
+    assert sum(param.grad is not None for param in optimizer.trained) == 3
+
+
+def test_a_gradient_of_an_earlier_slice_trains_nothing_of_this_one():
+    model = build(hidden=48)
+    optimizer = sliced(model, 1, "down", CyclicSampler, inner_steps=1)
+    loss_of(model, batch(0)).backward()
+    earlier = {param: param.grad for param in optimizer.trained}
+    optimizer.step()
+    before = weights(model)
+    for param, grad in earlier.items():
+        param.grad = grad
+    optimizer.param_groups[0]["weight_decay"] = 0.0
+    places = _places(model, optimizer)
+    optimizer.step()
+    for name, param in model.named_parameters():
+        changed = (param != before[name]).nonzero()[:, -1].unique().tolist()
+        if name in places:
+            # What this slice has in common with that one.
+            grad, place = earlier[param], places[name]
+            common = range(max(grad.first, place.first), min(grad.first + grad.part.shape[1], place.last))
+            assert changed == list(common)
+        else:
+            assert not changed
+
+
 def test_autocast():
     model, full = build(hidden=48), build(hidden=48)
     optimizer = sliced(model, "run", "all")

@@ -90,16 +90,15 @@ class SliceGradients:
                         f"a {type(module).__name__} cannot be trained in slices, which only linear layers of torch and "
                         "transformers' Conv1D can: sample its weight as a whole"
                     )
-        for weight, trained in list(self._trained.items()):
-            if weight not in slices or trained.piece != slices[weight][0]:
-                trained.leave()
-                del self._trained[weight]
-        if slices:
+        for weight in self._trained.keys() - slices.keys():
+            self._trained.pop(weight).leave()
+        if slices.keys() - self._trained.keys():
             guard_hooks()
         for weight, (piece, modules) in slices.items():
             if weight not in self._trained:
                 self._trained[weight] = _Trained(weight, piece, (names or {}).get(weight), self._arrivals)
             self._trained[weight].hook(modules)
+            self._trained[weight].move(piece)
 
     def close(self) -> None:
         """Remove all hooks, and the gradients of slices."""
@@ -154,7 +153,7 @@ class _Trained:
         # A module holds its hook, and so this: weakly, to be freed when it goes.
         self._hooks: MutableMapping[nn.Module, RemovableHandle] = weakref.WeakKeyDictionary()
         self._leaf: Tensor | None = None
-        self._has_warned = False
+        self._has_warned = self._has_left = False
 
     def hook(self, modules: Sequence[nn.Module]) -> None:
         """Hook these modules, and no others."""
@@ -165,16 +164,26 @@ class _Trained:
                 hook = _Hook(self)
                 self._hooks[module] = module.register_forward_hook(hook, with_kwargs=True, prepend=True)
 
+    def move(self, piece: Slice) -> None:
+        """Go on with another slice, or the same; the hooks stay, as what was compiled with them goes on calling them."""
+        if piece != self.piece:
+            self.piece = piece
+            self._forget()
+
     def leave(self) -> None:
         """Remove all hooks, and the gradient."""
         self.hook(())
+        self._has_left = True
+        self._forget()
+
+    def _forget(self) -> None:
         # What a backward that is still to come makes is dropped.
         self._leaf = self.weight.grad = None
 
     def tie(self, module: nn.Module, x: Tensor, out: Tensor) -> Tensor | None:
         """Return the output of a module, tied to the slice; None where the slice is not to be trained."""
         weight, (axis, first, last) = self.weight, self.piece
-        if not torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():
+        if self._has_left or not torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():
             return None
         if module._parameters.get("weight") is not weight or last > weight.shape[axis]:
             self._say()

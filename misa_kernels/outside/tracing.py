@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
+import sys
 from collections.abc import Callable
 from functools import wraps
 from typing import Any, TypeVar, cast
@@ -31,8 +31,9 @@ def not_traced(method: Method) -> Method:
 
 def guard_hooks() -> None:
     """Let dynamo compile anew where a module has got its first hook, which it takes for impossible unless told."""
-    dynamo = importlib.import_module("torch._dynamo")
-    if getattr(dynamo.config, "skip_nnmodule_hook_guards", False):
+    dynamo = sys.modules.get("torch._dynamo")
+    # Where it was not loaded nothing is compiled yet.
+    if dynamo is not None and getattr(dynamo.config, "skip_nnmodule_hook_guards", False):
         dynamo.config.skip_nnmodule_hook_guards = False
         # What was compiled before would not look.
         dynamo.reset()
