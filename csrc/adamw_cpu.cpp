@@ -14,6 +14,10 @@ namespace {
 // 128 kB of float32: four of them stay in an L2 cache between `fill` and the update, and a row of the
 // smallest matrices worth two threads has several.
 constexpr std::int64_t CHUNK = 32768;
+// Elements of a weight in lines that are gathered at a time: whole blocks of a sum, and few enough for an L1
+// cache.
+constexpr std::int64_t PIECE = 4096;
+static_assert(PIECE % BLOCK == 0 && PIECE % GROUP == 0, "sums and scales would be others");
 // Fewer elements than this take longer to hand out than to update.
 constexpr std::int64_t ALONE = 32768;
 
@@ -77,10 +81,17 @@ Chunk gradient_of(const MisaRow& row, std::int64_t begin, float unscale) {
   return chunk;
 }
 
+double sum_of(const double* sums) {
+  double total = 0.0;
+  for (int lane = 0; lane < LANES; ++lane) total += sums[lane];
+  return total;
+}
+
 double norm_chunk(const ChunkFunctions& functions, const MisaRow& row, std::int64_t index, float unscale) {
   if (row.grad == nullptr) return 0.0;
-  const std::int64_t begin = (index - row.first_chunk) * CHUNK;
-  return functions.sq_norm[row.grad_dtype](gradient_of(row, begin, unscale));
+  double sums[LANES] = {};
+  functions.sq_norm[row.grad_dtype](gradient_of(row, (index - row.first_chunk) * CHUNK, unscale), sums);
+  return sum_of(sums);
 }
 
 // The scalars of the chunk before: they are those of many small tensors in a row, and take longer than 16
@@ -98,11 +109,21 @@ struct LastScalars {
   }
 };
 
-// Weight and state of a chunk, and where it is in its parameter.
-void point(Chunk& chunk, const MisaStep& step, const MisaRow& row, std::int64_t index) {
-  const std::int64_t begin = (index - row.first_chunk) * CHUNK;
+// Whether not all elements of its weight are neighbours.
+bool has_gaps(const MisaRow& row) { return row.width < row.pitch && row.width < row.numel; }
+
+// Where weight and state of a row are from an element on, and what that counts as in its noise.
+void point(Chunk& chunk, const MisaStep& step, const MisaRow& row, std::int64_t begin) {
   const MisaState& state = step.state[row.weight_dtype];
-  chunk.weight = static_cast<char*>(row.weight) + begin * bytes_of(row.weight_dtype);
+  std::int64_t element = begin;
+  if (has_gaps(row)) {
+    const std::int64_t column = begin % row.width;
+    element = begin / row.width * row.pitch + column;
+    chunk.width = row.width;
+    chunk.left = row.width - column;
+    chunk.gap = row.pitch - row.width;
+  }
+  chunk.weight = static_cast<char*>(row.weight) + element * bytes_of(row.weight_dtype);
   const std::int64_t at = row.offset + begin;
   chunk.m = static_cast<char*>(state.exp_avg) + at * code_bytes(step.format);
   chunk.v = static_cast<char*>(state.exp_avg_sq) + at * code_bytes(step.format);
@@ -111,21 +132,69 @@ void point(Chunk& chunk, const MisaStep& step, const MisaRow& row, std::int64_t 
   if (state.master != nullptr) chunk.master = state.master + at;
   if (state.residual != nullptr) chunk.residual = state.residual + at;
   chunk.first = static_cast<std::uint64_t>(row.start + begin);
+}
+
+// The same of a chunk, and what holds for all of its elements.
+void point(Chunk& chunk, const MisaStep& step, const MisaRow& row, std::int64_t begin, std::int64_t index) {
+  point(chunk, step, row, begin);
   chunk.key = static_cast<std::uint32_t>(row.key);
   chunk.fresh = step.age[index] == 0;
+}
+
+// Copies the weight of a chunk, which is in lines, to or from memory without gaps.
+template <bool GATHERS>
+void move_lines(const Chunk& chunk, std::int64_t size, char* packed) {
+  char* line = static_cast<char*>(chunk.weight);
+  for (std::int64_t left = chunk.numel, n = chunk.left; left > 0; n = chunk.width) {
+    const auto bytes = static_cast<std::size_t>((n < left ? n : left) * size);
+    std::memcpy(GATHERS ? packed : line, GATHERS ? line : packed, bytes);
+    packed += bytes;
+    left -= n;
+    if (left > 0) line += (n + chunk.gap) * size;
+  }
+}
+
+// Calls `work` with a chunk whose weight is in lines, piece by piece: each gathered before it, and brought
+// back after it where `work` writes.
+template <class Work>
+void in_pieces(const Chunk& chunk, const MisaStep& step, const MisaRow& row, std::int64_t begin, bool writes,
+               Work work) {
+  alignas(64) char packed[PIECE * sizeof(float)];
+  const std::int64_t size = bytes_of(row.weight_dtype);
+  Chunk piece = chunk;
+  for (std::int64_t at = 0; at < chunk.numel; at += PIECE) {
+    const std::int64_t left = chunk.numel - at;
+    point(piece, step, row, begin + at);
+    piece.numel = left < PIECE ? left : PIECE;
+    if (chunk.grad != nullptr) {
+      piece.grad = static_cast<const char*>(chunk.grad) + at * bytes_of(row.grad_dtype);
+    }
+    Chunk gathered = piece;
+    gathered.weight = packed;
+    move_lines<true>(piece, size, packed);
+    work(gathered);
+    if (writes) move_lines<false>(piece, size, packed);
+  }
 }
 
 void update_chunk(const ChunkFunctions& functions, const MisaStep& step, const MisaRow& row,
                   std::int64_t index, float unscale, bool controlled, LastScalars& last) {
   if (row.grad == nullptr) return;
-  Chunk chunk = gradient_of(row, (index - row.first_chunk) * CHUNK, unscale);
-  point(chunk, step, row, index);
+  const std::int64_t begin = (index - row.first_chunk) * CHUNK;
+  Chunk chunk = gradient_of(row, begin, unscale);
+  point(chunk, step, row, begin, index);
   chunk.coefficient = controlled ? step.control[0] : 1.0f;
   chunk.scalars = last.of(step, row.group, step.age[index]);
+  const bool gaps = has_gaps(row), in_place = gaps && row.width % LANES == 0 && !chunk.fresh;
   const auto update =
-      functions.update[step.format][kind_of(row, step.state[row.weight_dtype])][row.grad_dtype];
-  const double sq_norm = update(chunk);
-  step.sq_sum[index] += controlled ? step.partial[index] : sq_norm;
+      functions.update[step.format][kind_of(row, step.state[row.weight_dtype])][row.grad_dtype][in_place];
+  double sums[LANES] = {};
+  if (gaps && !in_place) {
+    in_pieces(chunk, step, row, begin, true, [&](const Chunk& piece) { update(piece, sums); });
+  } else {
+    update(chunk, sums);
+  }
+  step.sq_sum[index] += controlled ? step.partial[index] : sum_of(sums);
   ++step.age[index];
 }
 
@@ -180,15 +249,22 @@ void close_chunk(const ChunkFunctions& functions, const MisaStep& step, const Mi
   const std::int64_t begin = (index - row.first_chunk) * CHUNK, left = row.numel - begin;
   Chunk chunk{};
   chunk.numel = left < CHUNK ? left : CHUNK;
-  double sums[2] = {};
+  double updates[LANES] = {}, weights[LANES] = {}, step_size = 0.0;
   if (chunk.numel > 0) {
-    point(chunk, step, row, index);
+    point(chunk, step, row, begin, index);
     const auto close = functions.close[step.format][kind_of(row, step.state[row.weight_dtype])];
-    close(chunk, row.action, closing(step.hyper[row.group], step.age[index]), sums);
+    const Closing shared = closing(step.hyper[row.group], step.age[index]);
+    const auto work = [&](const Chunk& piece) { close(piece, row.action, shared, updates, weights); };
+    if (has_gaps(row)) {
+      in_pieces(chunk, step, row, begin, !chunk.fresh && (row.action & MISA_WRITE_BACK) != 0, work);
+    } else {
+      work(chunk);
+    }
+    if (!chunk.fresh) step_size = shared.step_size;
   }
   if ((row.action & MISA_MEASURE) == 0) return;
-  moved[index] = sums[0];
-  moved[step.chunk_count + index] = sums[1];
+  moved[index] = step_size * step_size * sum_of(updates);
+  moved[step.chunk_count + index] = sum_of(weights);
 }
 
 int close(const MisaStep& step, double* moved, [[maybe_unused]] int threads) {

@@ -104,6 +104,12 @@ bool float32_moments(const MisaStep& step) {
   return step.format == MISA_STATE_FP32 && step.state[MISA_BFLOAT16].residual == nullptr;
 }
 
+// What it has no kernel for.
+bool any_pitched(const MisaStep& step) {
+  return std::any_of(step.rows, step.rows + step.row_count,
+                     [](const MisaRow& row) { return row.width != 0; });
+}
+
 __host__ __device__ bool controlled(const MisaStep& step) {
   return (step.flags & (MISA_CLIP | MISA_SKIP_NONFINITE)) != 0;
 }
@@ -517,6 +523,7 @@ int misa_cuda_step(const MisaStep* step, int device, void* stream) {
   const int status = misa::check_step(step, misa::CHUNK);
   if (status != MISA_OK || step->row_count == 0) return status;
   if (!misa::float32_moments(*step)) return MISA_BAD_DTYPE;
+  if (misa::any_pitched(*step)) return MISA_BAD_WIDTH;
   if (step->chunk_count > INT32_MAX) return MISA_BAD_SIZE;
   if (step->arrived == nullptr && misa::controlled(*step)) return MISA_BAD_POINTER;
   return misa::on_device(device, [=] { return misa::run(*step, static_cast<cudaStream_t>(stream)); });
@@ -534,6 +541,7 @@ int misa_cuda_close(const MisaStep* step, double* moved, int device, void* strea
   const int status = misa::check_close(step, moved, misa::CHUNK);
   if (status != MISA_OK || step->row_count == 0) return status;
   if (!misa::float32_moments(*step)) return MISA_BAD_DTYPE;
+  if (misa::any_pitched(*step)) return MISA_BAD_WIDTH;
   if (step->chunk_count > INT32_MAX) return MISA_BAD_SIZE;
   return misa::on_device(device,
                          [=] { return misa::close(*step, moved, static_cast<cudaStream_t>(stream)); });

@@ -15,10 +15,6 @@
 namespace misa {
 namespace {
 
-// Logical lanes of the sum: the widest vector of float32 there is.
-constexpr int LANES = 16;
-// Elements that a lane sums in float32 before it goes on in float64: 32, for 1e-6 of the sum at worst.
-constexpr int BLOCK = 32 * LANES;
 // Elements ahead of their use at which cache lines are asked for: worth 10 to 20 % of the time.
 constexpr int AHEAD = 256;
 
@@ -40,6 +36,7 @@ struct SquaresOf {
   float operator()(std::int64_t i) const { return Grad::load(grad + i) * unscale; }
   void open(std::int64_t, std::int64_t) const {}
   void close(std::int64_t) const {}
+  void go_to(std::int64_t) const {}
   void prefetch(std::int64_t i) const { MISA_PREFETCH(grad + i, 0); }
 };
 
@@ -113,7 +110,24 @@ struct StoredMoments {
   }
 };
 
-template <class Moments, WeightKind KIND, class Grad>
+// A weight whose lines follow one another with gaps between them: `from + i` is its element i in the present
+// one.
+template <class T>
+struct Lines {
+  T* from;
+  std::int64_t end, width, gap;
+
+  // To the line of element i, which is in this one or a later one.
+  MISA_INLINE T* at(std::int64_t i) {
+    while (i >= end) {
+      from += gap;
+      end += width;
+    }
+    return from + i;
+  }
+};
+
+template <class Moments, WeightKind KIND, class Grad, bool IN_LINES>
 struct UpdateOf {
   using Weight = std::conditional_t<KIND == FLOAT32, Float32, BFloat16>;
 
@@ -124,6 +138,7 @@ struct UpdateOf {
   Scalars s;
   Noise noise;
   float unscale, coefficient;
+  Lines<typename Weight::type> here, ahead;
   // Not a member by value: compilers keep the rest of this in registers only without its arrays.
   Moments& moments;
 
@@ -136,6 +151,8 @@ struct UpdateOf {
         noise(noise_from(chunk.first, chunk.key)),
         unscale(chunk.unscale),
         coefficient(chunk.coefficient),
+        here{weight, chunk.left, chunk.width, chunk.gap},
+        ahead(here),
         moments(moments) {}
 
   // Updates one element and returns its unclipped gradient.
@@ -168,31 +185,33 @@ struct UpdateOf {
 
   void open(std::int64_t begin, std::int64_t end) { moments.open(begin, end); }
   void close(std::int64_t end) { moments.close(end); }
-  void prefetch(std::int64_t i) const {
+  // Before the lanes from i on.
+  MISA_INLINE void go_to([[maybe_unused]] std::int64_t i) {
+    if constexpr (IN_LINES) weight = here.at(i) - i;
+  }
+  MISA_INLINE void prefetch(std::int64_t i) {
     MISA_PREFETCH(grad + i, 0);
-    MISA_PREFETCH(weight + i, 1);
+    if constexpr (IN_LINES) {
+      MISA_PREFETCH(ahead.at(i), 1);
+    } else {
+      MISA_PREFETCH(weight + i, 1);
+    }
     if constexpr (KIND == MASTER) MISA_PREFETCH(master + i, 1);
     if constexpr (KIND == SPLIT) MISA_PREFETCH(residual + i, 1);
     moments.prefetch(i);
   }
 };
 
-double sum_of(const double* sums) {
-  double total = 0.0;
-  for (int lane = 0; lane < LANES; ++lane) total += sums[lane];
-  return total;
-}
-
-// Calls `element(i)` for all i below n and returns the sum of the squares of what it returned.
+// Calls `element(i)` for all i below n and adds the squares of what it returned to `sums`.
 template <class Element>
-double sum_of_squares(std::int64_t n, Element element) {
-  double sums[LANES] = {};
+void sum_squares(std::int64_t n, Element element, double* sums) {
   for (std::int64_t begin = 0; begin < n; begin += BLOCK) {
     const std::int64_t end = n - begin < BLOCK ? n : begin + BLOCK;
     float squares[LANES] = {};
     std::int64_t i = begin;
     element.open(begin, end);
     for (; i + LANES <= end; i += LANES) {
+      element.go_to(i);
       element.prefetch(i + AHEAD);
       MISA_INDEPENDENT
       for (int lane = 0; lane < LANES; ++lane) {
@@ -207,7 +226,6 @@ double sum_of_squares(std::int64_t n, Element element) {
     element.close(end);
     for (int lane = 0; lane < LANES; ++lane) sums[lane] += static_cast<double>(squares[lane]);
   }
-  return sum_of(sums);
 }
 
 // State of age 0 is whatever the memory held. It is filled here, a chunk at a time, while it is in the cache.
@@ -223,18 +241,20 @@ void fill(const Chunk& chunk) {
   }
 }
 
-template <class Moments, WeightKind KIND, class Grad>
-double update(const Chunk& chunk) {
-  if (chunk.numel == 0) return 0.0;
-  if (chunk.fresh) fill<Moments, KIND>(chunk);
+template <class Moments, WeightKind KIND, class Grad, bool IN_LINES>
+void update(const Chunk& chunk, double* sums) {
+  if (chunk.numel == 0) return;
+  if constexpr (!IN_LINES) {
+    if (chunk.fresh) fill<Moments, KIND>(chunk);
+  }
   Moments moments(chunk);
-  return sum_of_squares(chunk.numel, UpdateOf<Moments, KIND, Grad>(chunk, moments));
+  sum_squares(chunk.numel, UpdateOf<Moments, KIND, Grad, IN_LINES>(chunk, moments), sums);
 }
 
 template <class Grad>
-double sq_norm(const Chunk& chunk) {
-  return sum_of_squares(chunk.numel,
-                        SquaresOf<Grad>{static_cast<const typename Grad::type*>(chunk.grad), chunk.unscale});
+void sq_norm(const Chunk& chunk, double* sums) {
+  sum_squares(chunk.numel,
+              SquaresOf<Grad>{static_cast<const typename Grad::type*>(chunk.grad), chunk.unscale}, sums);
 }
 
 // Adds the squares of a block to `sums`, each lane in float32 first.
@@ -252,13 +272,12 @@ void add_squares(const float* x, int n, double* sums) {
 }
 
 template <class Moments, WeightKind KIND>
-void close(const Chunk& chunk, std::int64_t action, const Closing& s, double moved[2]) {
+void close(const Chunk& chunk, std::int64_t action, const Closing& s, double* updates, double* weights) {
   using Weight = std::conditional_t<KIND == FLOAT32, Float32, BFloat16>;
   const bool written = !chunk.fresh;
   const bool moments_wanted = written && (action & (MISA_MEASURE | MISA_FLUSH)) != 0;
   const Noise noise = noise_from(chunk.first, chunk.key);
   Moments moments(chunk);
-  double updates[LANES] = {}, weights[LANES] = {};
   for (std::int64_t begin = 0; begin < chunk.numel; begin += BLOCK) {
     const int n = static_cast<int>(chunk.numel - begin < BLOCK ? chunk.numel - begin : BLOCK);
     auto* __restrict weight = static_cast<typename Weight::type*>(chunk.weight) + begin;
@@ -299,14 +318,14 @@ void close(const Chunk& chunk, std::int64_t action, const Closing& s, double mov
       }
     }
   }
-  moved[0] = written ? s.step_size * s.step_size * sum_of(updates) : 0.0;
-  moved[1] = sum_of(weights);
 }
 
 using BFloat16Moments = StoredMoments<RoundedMoment, RoundedMoment>;
 using Int8Moments = StoredMoments<SoftSign, Root>;
 
-#define MISA_GRADS(MOMENTS, KIND) {update<MOMENTS, KIND, Float32>, update<MOMENTS, KIND, BFloat16>}
+#define MISA_LINES(MOMENTS, KIND, GRAD) \
+  {update<MOMENTS, KIND, GRAD, false>, update<MOMENTS, KIND, GRAD, true>}
+#define MISA_GRADS(MOMENTS, KIND) {MISA_LINES(MOMENTS, KIND, Float32), MISA_LINES(MOMENTS, KIND, BFloat16)}
 #define MISA_KINDS(MOMENTS)                                                                    \
   {MISA_GRADS(MOMENTS, FLOAT32), MISA_GRADS(MOMENTS, STOCHASTIC), MISA_GRADS(MOMENTS, MASTER), \
    MISA_GRADS(MOMENTS, SPLIT)}

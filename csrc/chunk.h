@@ -11,6 +11,11 @@
 
 namespace misa {
 
+// Logical lanes of a sum of squares: the widest vector of float32 there is.
+constexpr int LANES = 16;
+// Elements that a lane sums in float32 before it goes on in float64: 32, for 1e-6 of the sum at worst.
+constexpr int BLOCK = 32 * LANES;
+
 // float32, or bfloat16 and how it keeps what is below its resolution.
 enum WeightKind { FLOAT32 = 0, STOCHASTIC = 1, MASTER = 2, SPLIT = 3 };
 
@@ -29,19 +34,24 @@ struct Chunk {
   float unscale;        // what gradients are multiplied by before their norm is taken
   float coefficient;    // and after it
   bool fresh;           // the state was never written
+  // Of a weight in lines: elements of a line, of the first one from here on, and from the end of one to the
+  // next.
+  std::int64_t width, left, gap;
   Scalars scalars;
 };
 
-// Each returns the chunk's sum of squares; the lanes it is summed in are fixed, so that vectors of any width
-// give the same bits.
+// Each adds squares to `sums`, one a lane; the lanes are fixed, so that vectors of any width give the same
+// bits, and so do several calls instead of one for whole blocks and the rest.
 struct ChunkFunctions {
-  // By MisaFormat, kind of weight and gradient dtype.
-  double (*update[MISA_FORMATS][4][2])(const Chunk&);
+  // By MisaFormat, kind of weight, gradient dtype, and whether the weight is in lines: of whole lanes then,
+  // and not fresh.
+  void (*update[MISA_FORMATS][4][2][2])(const Chunk&, double* sums);
   // By gradient dtype.
-  double (*sq_norm[2])(const Chunk&);
-  // Does what `action` says, and puts the sums of MISA_MEASURE into `moved`. By MisaFormat and kind of
-  // weight.
-  void (*close[MISA_FORMATS][4])(const Chunk&, std::int64_t action, const Closing&, double moved[2]);
+  void (*sq_norm[2])(const Chunk&, double* sums);
+  // Does what `action` says, of MISA_MEASURE with the squares of update ratios and of weights. By MisaFormat
+  // and kind of weight.
+  void (*close[MISA_FORMATS][4])(const Chunk&, std::int64_t action, const Closing&, double* updates,
+                                 double* weights);
 };
 
 extern const ChunkFunctions chunk_baseline;

@@ -48,23 +48,29 @@ enum MisaStatus {
   MISA_BAD_ALIGNMENT = 7,
   MISA_BAD_INSTRUCTIONS = 8,
   MISA_BAD_NORM = 9,
+  MISA_BAD_WIDTH = 10,
   // Plus the number that the CUDA runtime gave.
   MISA_CUDA_ERROR = 1000,
 };
 
-// One tensor or row block, a line of int64 in the caller's table.
+// One tensor, row block or slice of a matrix, a line of int64 in the caller's table.
+//
+// With a width, element k of the weight is `weight[k / width * pitch + k % width]`: a slice of the columns of
+// a matrix. Gradient and state of a row lie without gaps. The CUDA library knows no width.
 typedef struct MisaRow {
-  void* weight;          // NULL only with numel 0
+  void* weight;          // its first element; NULL only with numel 0
   const void* grad;      // NULL: no gradient in this step; weight, state, age and sum stay
   int64_t numel;         // elements
   int64_t offset;        // of its state in the buffers of its weight dtype, in elements
   int64_t group;         // its line of `hyper`
-  int64_t start;         // index of its first element within the whole parameter; keys the rounding noise
+  int64_t start;         // what its first element counts as in the rounding noise, its next as one more
   int64_t key;           // 32-bit key of that noise in this step
   int64_t first_chunk;   // chunks of all rows before it; a row has ceil(numel / misa_*_chunk()), at least one
   int64_t weight_dtype;  // a MisaDtype
   int64_t grad_dtype;    // a MisaDtype; need not be that of the weight
   int64_t action;        // of MisaAction; a step does not look at it
+  int64_t width;         // 0, or elements of a line of the weight, of which `numel` is a multiple
+  int64_t pitch;         // 0 without a width, or elements from one line to the next, at least `width`
 } MisaRow;
 
 typedef struct MisaHyper {
@@ -84,7 +90,8 @@ typedef struct MisaState {
 } MisaState;
 
 typedef struct MisaStep {
-  int64_t bytes;  // sizeof(MisaStep), by which library and caller know each other
+  int64_t bytes;      // sizeof(MisaStep), by which library and caller know each other
+  int64_t row_bytes;  // sizeof(MisaRow), likewise
   const MisaRow* rows;
   int64_t row_count;
   const MisaHyper* hyper;

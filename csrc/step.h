@@ -119,12 +119,21 @@ static inline bool aligned(const void* pointer, std::size_t bytes) {
   return reinterpret_cast<std::uintptr_t>(pointer) % bytes == 0;
 }
 
+// Whether the lines of a row's weight are such, and their bytes can be counted.
+static inline bool is_lined(const MisaRow& row) {
+  if (row.width == 0) return row.pitch == 0;
+  if (row.width < 0 || row.pitch < row.width || row.numel % row.width != 0) return false;
+  const std::int64_t most = INT64_MAX / 4;
+  return row.width <= most && (row.numel / row.width - 1) <= (most - row.width) / row.pitch;
+}
+
 static inline int check_row(const MisaRow& row, const MisaStep& step) {
   if (!known(row.weight_dtype) || !known(row.grad_dtype)) return MISA_BAD_DTYPE;
   if (row.group < 0 || row.group >= step.group_count) return MISA_BAD_GROUP;
   const MisaState& state = step.state[row.weight_dtype];
   if (row.offset < 0 || row.numel > state.elements - row.offset) return MISA_BAD_SIZE;
   if (row.start < 0 || row.start > INT64_MAX - row.numel) return MISA_BAD_SIZE;
+  if (!is_lined(row)) return MISA_BAD_WIDTH;
   if (step.format == MISA_STATE_INT8 && row.offset % GROUP != 0) return MISA_BAD_ALIGNMENT;
   if (row.numel == 0) return MISA_OK;
   if (row.weight == nullptr) return MISA_BAD_POINTER;
@@ -166,6 +175,7 @@ static inline int check_tables(const MisaStep* step, std::int64_t chunk) {
   if (step == nullptr) return MISA_BAD_POINTER;
   if (!aligned(step, alignof(MisaStep))) return MISA_BAD_ALIGNMENT;
   if (step->bytes != static_cast<std::int64_t>(sizeof(MisaStep))) return MISA_BAD_VERSION;
+  if (step->row_bytes != static_cast<std::int64_t>(sizeof(MisaRow))) return MISA_BAD_VERSION;
   if (step->row_count < 0 || step->group_count < 0) return MISA_BAD_SIZE;
   if (step->row_count == 0) return step->chunk_count == 0 ? MISA_OK : MISA_BAD_SIZE;
   if (step->rows == nullptr || step->age == nullptr || step->sq_sum == nullptr) return MISA_BAD_POINTER;
@@ -270,6 +280,8 @@ static inline const char* message(int status) {
       return "the instruction set is not built, or the processor does not have it";
     case MISA_BAD_NORM:
       return "max_grad_norm is not a finite number above 0";
+    case MISA_BAD_WIDTH:
+      return "a row is no whole number of lines, they overlap, or this library has no slices of columns";
     default:
       return "unknown status";
   }

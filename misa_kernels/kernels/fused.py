@@ -40,26 +40,30 @@ class FusedStep:
         self._params = [local(row.param) for row in rows]
         self._grad_dtypes = [getattr(row.param, "grad_dtype", None) or row.param.dtype for row in rows]
         # An empty part has a gradient with an address, see `trained.py`.
-        self._numels = [param.numel() or 4 for param in self._params]
+        held = [row.numel if row.is_slice else p.numel() for row, p in zip(rows, self._params, strict=True)]
+        self._numels = [numel or 4 for numel in held]
         self._index = np.array([row.index for row in rows], dtype=np.int64)
         group = np.array([row.group for row in rows], dtype=np.int64)
         self._groups = int(group.max(initial=-1)) + 1
         offset = np.array([row.offset for row in rows], dtype=np.int64)
         self._weight_offset = offset * np.array([param.element_size() for param in self._params], dtype=np.int64)
+        offset[[row.is_slice for row in rows]] = 0
         self._grad_offset = offset * np.array([dtype.itemsize for dtype in self._grad_dtypes], dtype=np.int64)
         self._pointers: Sequence[int] | None = None
         self._hyper: Sequence[Hyper] | None = None
         self._noise: tuple[int, int] | None = None
         self._table = table(
-            numel=np.array([row.stop - row.start for row in rows], dtype=np.int64),
+            numel=np.array([row.numel for row in rows], dtype=np.int64),
             offset=np.array([arena.offset(row.slot) for row in rows], dtype=np.int64),
             group=group,
-            start=np.array([row.start for row in rows], dtype=np.int64),
+            start=np.array([row.noise_start for row in rows], dtype=np.int64),
             weight_dtypes=[param.dtype for param in self._params],
             grad_dtypes=self._grad_dtypes,
             state={dtype: pool.buffers for dtype, pool in arena.pools.items()},
             storage=settings.storage,
             device=arena.device,
+            width=np.array([row.width for row in rows], dtype=np.int64),
+            pitch=np.array([row.pitch for row in rows], dtype=np.int64),
         )
         self._slots = scored = sent(host([row.slot for row in rows]), arena.device)
         age = arena.age[self._slots]
@@ -101,7 +105,7 @@ class FusedStep:
         """Launch the step of all rows; or of a stretch of them, as their gradients come, and in the end of `NONE`.
 
         Args:
-            grads: The gradient of what this rank holds of each row's parameter, or None.
+            grads: The gradient of what this rank holds of each row's parameter, that of a slice alone, or None.
             weights: Address of what it holds of the parameter, for all rows; the same list as long as these stay.
             hyper: Hyperparameters of each param group; the same list in all calls of a step.
             noise: Seed and step of the noise, see `noise_key`.

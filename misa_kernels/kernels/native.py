@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from misa_kernels.kernels.table import ALL, NONE, RowTable
+from misa_kernels.kernels.table import ALL, NONE, ROW_COLUMNS, RowTable
 from misa_kernels.memory.storage import KEYS
 
 FOLDER = Path(__file__).parents[1]
@@ -34,6 +34,7 @@ class MisaStep(ctypes.Structure):
 
     _fields_ = [
         ("bytes", INT64),
+        ("row_bytes", INT64),
         ("rows", POINTER),
         ("row_count", INT64),
         ("hyper", POINTER),
@@ -163,6 +164,7 @@ class NativeTable(RowTable):
     def _bind(self) -> None:
         self._struct = struct = MisaStep(
             bytes=ctypes.sizeof(MisaStep),
+            row_bytes=self._rows.itemsize * ROW_COLUMNS,
             rows=self._rows.ctypes.data,
             row_count=len(self._rows),
             hyper=self._hyper.ctypes.data,
@@ -231,6 +233,7 @@ class CpuTable(NativeTable):
 
     name = "cpu"
     eager = True
+    pitched = True
 
     def _where(self, function: str) -> tuple[int | None, ...]:
         return () if function == "collect" else (torch.get_num_threads(),)

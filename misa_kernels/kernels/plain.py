@@ -52,7 +52,7 @@ class PlainStep:
         own = self._rows[rows]
         given = [(row, grad) for row, grad in zip(own, grads, strict=True) if grad is not None]
         for row, grad in given:
-            check_size(grad, local(row.param).numel() or grad.numel())
+            check_size(grad, row.numel if row.is_slice else local(row.param).numel() or grad.numel())
         # One by one, so that what is decoded is there for one, unless all norms must be known before.
         at_once = settings.max_grad_norm is not None or settings.skip_nonfinite
         finite = None
@@ -78,18 +78,19 @@ class PlainStep:
         decoded = []
         for row, grad in given:
             views, weight, key = arena.views(row.slot), row.weight(), noise_key(*noise, row.index)
+            first = 0 if row.is_slice else row.offset
             operands = reference.Operands(
                 **{name: storage.decode(name, views, len(weight)) for name in storage.codecs},
                 master=views.get("master"),
                 age=arena.age[row.slot],
                 sq_norm=arena.sq_norm[row.slot],
-                start=row.start,
+                start=row.noise_start,
                 theta=storage.theta(views, weight) if "residual" in views else weight,
-                grad=grad.reshape(-1)[row.offset : row.offset + len(weight)],
+                grad=grad.reshape(-1)[first : first + len(weight)],
                 hyper=hyper[row.group],
                 noise_key=key if storage.param_precision == "stochastic" else None,
             )
-            decoded.append((operands, views, weight, key))
+            decoded.append((operands, views, weight, key, row))
         ranks, counted = settings.ranks, [row.is_counted for row, _ in given]
         finite = reference.adamw_step(
             [operands for operands, *_ in decoded],
@@ -101,7 +102,7 @@ class PlainStep:
         )
         # What is stored as it is has been updated in place.
         skipped = None if finite is None else ~finite
-        for operands, views, weight, key in decoded:
+        for operands, views, weight, key, row in decoded:
             numbers = state_noise(operands.start, len(weight), key, weight.device) if storage.noisy else {}
             for name in storage.codecs:
                 if (x := getattr(operands, name)) is not views[name]:
@@ -110,6 +111,7 @@ class PlainStep:
                 rounded, residual = split(operands.theta)
                 weight.copy_(rounded)
                 views["residual"].copy_(residual)
+            row.put(weight)
         return finite
 
     def collect(self) -> None:
@@ -135,11 +137,13 @@ class PlainStep:
         for row, action in zip(self._rows, actions, strict=True):
             for start, weight in pieces(row) if action else ():
                 self._close(row, action, start, weight, hyper[row.group], noise_key(*noise, row.index))
+                if action & WRITE_BACK:
+                    row.put(weight, start)
 
     def rehearse(self, hyper: Sequence[Hyper]) -> None:
         """Take the memory that `close` takes, and change nothing."""
         if self._rows:
-            row = max(self._rows, key=lambda row: row.stop - row.start)
+            row = max(self._rows, key=lambda row: row.numel)
             for start, weight in islice(pieces(row), 1):
                 self._close(row, FLUSH | WRITE_BACK, start, weight.clone(), hyper[row.group], 0)
 
@@ -160,7 +164,7 @@ class PlainStep:
         if action & FLUSH:
             theta = momentum_flush(theta, *self._moments(views, numel), hyper, age)
         # Stochastic, or updates below half an ulp would be lost in every round.
-        store_weight(weight, theta, row.start + start, key)
+        store_weight(weight, theta, row.noise_start + start, key)
 
     def _moments(self, views: Mapping[str, Tensor], numel: int) -> tuple[Tensor, Tensor]:
         decode = self._settings.storage.decode
@@ -168,7 +172,9 @@ class PlainStep:
 
 
 def pieces(row: Row) -> Iterator[tuple[int, Tensor]]:
-    """Give the weight of a row in pieces, each with the position of its first element."""
-    numel = row.stop - row.start
-    for start in range(0, numel, PIECE):
-        yield start, row.weight(start, min(PIECE, numel - start))
+    """Give the weight of a row in pieces, each with the position of its first element.
+
+    They are copies of a pitched slice, and may begin and end within its lines: groups of a codec may not.
+    """
+    for start in range(0, row.numel, PIECE):
+        yield start, row.weight(start, min(PIECE, row.numel - start))

@@ -16,10 +16,13 @@ Integers = npt.NDArray[np.int64]
 
 # Columns of the row table, int64: MisaRow of csrc/misa.h. A gradient pointer of 0 means that there is no gradient
 # this step; the state begins at element `OFFSET` of its pool; `START` is the first element's index in the whole
-# parameter.
-WEIGHT, GRAD, NUMEL, OFFSET, GROUP, START, KEY, FIRST_CHUNK, WEIGHT_DTYPE, GRAD_DTYPE, ACTION, ROW_COLUMNS = range(12)
+# parameter, or in a slice that is pitched: whose lines of `WIDTH` elements begin `PITCH` elements apart.
+WEIGHT, GRAD, NUMEL, OFFSET, GROUP, START, KEY, FIRST_CHUNK, WEIGHT_DTYPE, GRAD_DTYPE, ACTION = range(11)
+WIDTH, PITCH, ROW_COLUMNS = range(11, 14)
 # What `close` does with a row: MisaAction.
 MEASURE, ADOPT, FLUSH, WRITE_BACK = 1, 2, 4, 8
+# Of a kernel that lacks pitched weights.
+NOT_PITCHED = "has no slices of columns yet"
 # Stretches of rows.
 ALL, NONE = slice(None), slice(0, 0)
 # Columns of the table of hyperparameters, float64, one line a param group: MisaHyper.
@@ -43,18 +46,22 @@ class RowTable:
         numel: int64, elements of each row.
         offset: int64, where its state begins in the buffers of its weight dtype: a multiple of `codec.GROUP` elements.
         group: int64, its line of the table of hyperparameters.
-        start: int64, index of its first element within the whole parameter; keys stochastic rounding.
+        start: int64, index of its first element within the whole parameter, or within a pitched slice; keys stochastic
+            rounding.
         weight_dtypes: Of `dtypes`.
         grad_dtypes: The same; need not be those of the weights.
         state: Per weight dtype the 1-D buffers of `Storage.buffers`, on 16 bytes. bfloat16 with neither master nor
             residual is rounded stochastically.
         storage: How moments are stored in them.
         device: Where all of it is.
+        width: int64, elements of a line of each row's weight, where it is pitched; else 0. None: no row is.
+        pitch: int64, elements from one line to the next; else 0.
 
     Attributes:
         name: What `backend=` calls the kernel.
         chunk: Elements of a chunk.
         dtypes: What the kernel can read and write.
+        pitched: Whether the kernel updates weights that are pitched.
         eager: Whether everybody who looks at `optimizer.state` finds it as it is after the last step, since nothing has
             to be waited for: counters are collected in every step, and moments of age 0 are there, though the kernels
             do not read them.
@@ -65,12 +72,14 @@ class RowTable:
             step with `max_grad_norm` or `skip_nonfinite`.
 
     Raises:
-        ValueError: For dtypes that the kernel does not know, or float16 weights without master.
+        ValueError: For dtypes that the kernel does not know, float16 weights without master, or pitched weights where
+            the kernel has none.
     """
 
     name: str
     chunk: int
     eager = False
+    pitched = False
     dtypes: tuple[torch.dtype, ...] = DTYPES
 
     def __init__(
@@ -84,6 +93,8 @@ class RowTable:
         state: Mapping[torch.dtype, Mapping[str, Tensor]],
         storage: Storage,
         device: torch.device,
+        width: Integers | None = None,
+        pitch: Integers | None = None,
     ) -> None:
         self._device, self._state, self._storage = device, state, storage
         self._open()
@@ -92,6 +103,8 @@ class RowTable:
                 raise ValueError(f"{dtype} must be one of {', '.join(map(str, self.dtypes))}: use backend='reference'")
         if torch.float16 in weight_dtypes and "master" not in state[torch.float16]:
             raise ValueError("float16 weights must have a master: stochastic rounding is for bfloat16")
+        if width is not None and width.any() and not self.pitched:
+            raise ValueError(f"backend={self.name!r} {NOT_PITCHED}: use backend='reference'")
         # An empty row has a chunk too, which holds its age.
         self._chunks = np.maximum(-(-numel // self.chunk), 1)
         self.chunks = torch.from_numpy(self._chunks)
@@ -105,6 +118,8 @@ class RowTable:
         self._rows[:, OFFSET] = offset
         self._rows[:, GROUP] = group
         self._rows[:, START] = start
+        self._rows[:, WIDTH] = 0 if width is None else width
+        self._rows[:, PITCH] = 0 if pitch is None else pitch
         self._rows[:, FIRST_CHUNK] = np.cumsum(self._chunks) - self._chunks
         self._rows[:, WEIGHT_DTYPE] = [DTYPES.index(dtype) for dtype in weight_dtypes]
         self._rows[:, GRAD_DTYPE] = [DTYPES.index(dtype) for dtype in grad_dtypes]

@@ -27,6 +27,7 @@ int main() {
   float control[3];
   MisaStep step = {};
   step.bytes = sizeof step;
+  step.row_bytes = sizeof rows[0];
   step.rows = rows;
   step.row_count = 3;
   step.hyper = &hyper;

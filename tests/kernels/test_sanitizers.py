@@ -84,8 +84,9 @@ def test_no_step_reaches_beyond_its_buffers(memory):
         # It cannot stop the threads of a process that is traced itself.
         done = run(memory, ASAN_OPTIONS="detect_leaks=0")
     assert done.returncode == 0 and not done.stderr, done.stderr
-    walks, refusals, openmp = map(int, re.findall(r"\d+", done.stdout))
+    walks, pitched, refusals, openmp = map(int, re.findall(r"\d+", done.stdout))
     assert walks >= 8 * (11 * (8 + 2 * 2) + 4 * 3 * 2) and refusals > 110 and openmp == 1
+    assert pitched == 8 * 24 * 2
 
 
 @pytest.mark.slow

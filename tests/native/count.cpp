@@ -35,6 +35,14 @@ int main(int argc, char** argv) {
       count(std::string("bf16 ") + precisions[precision] + formats[format], halves, 0);
     }
   }
+  // As wide as many a slice of a down projection; and as narrow as they should not be.
+  for (std::int64_t width : {256, 16}) {
+    const std::string lines = " in lines of " + std::to_string(width);
+    Table floats({{LARGE, MISA_FLOAT32, MISA_FLOAT32, width, 4 * width}}, WITH_MASTER);
+    count("fp32" + lines, floats, 0);
+    Table halves({{LARGE, MISA_BFLOAT16, MISA_BFLOAT16, width, 4 * width}}, STOCHASTIC, MISA_STATE_INT8);
+    count("bf16 stochastic int8 states" + lines, halves, 0);
+  }
   Table clipped({{LARGE, MISA_FLOAT32, MISA_FLOAT32}}, WITH_MASTER);
   count("fp32 clipped", clipped, MISA_CLIP);
   Table rows(std::vector<RowSpec>(ROWS, {SMALL, MISA_FLOAT32, MISA_FLOAT32}), WITH_MASTER);

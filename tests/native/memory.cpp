@@ -81,6 +81,67 @@ int all_variants() {
   return walks;
 }
 
+// The weight of a pitched row without its gaps, or between its lines with `gaps`.
+std::vector<char> lines_of(const Table& table, std::size_t i, bool gaps) {
+  const MisaRow& row = table.rows[i];
+  const std::int64_t size = row.weight_dtype == MISA_FLOAT32 ? 4 : 2;
+  std::vector<char> found;
+  const auto extent = static_cast<std::int64_t>(table.weights[i].size()) / size;
+  for (std::int64_t k = 0; k < extent; ++k) {
+    const auto from = table.weights[i].begin() + k * size;
+    if ((k % row.pitch >= row.width) == gaps) found.insert(found.end(), from, from + size);
+  }
+  return found;
+}
+
+// Rows of lines in weights that end with their last element, beside copies without gaps: the same bits.
+int all_pitched() {
+  struct Lines {
+    std::int64_t width, pitch, count;
+  };
+  int walks = 0;
+  for (const Lines& lines : std::vector<Lines>{{1, 2, 1},
+                                               {1, 7, 5000},
+                                               {3, 4, 1365},
+                                               {16, 32, 2049},
+                                               {48, 49, 900},
+                                               {100, 100, 41},
+                                               {4095, 5000, 9},
+                                               {40001, 40003, 2}}) {
+    for (int variant = 0; variant < 2 * (1 + PRECISIONS) * MISA_FORMATS; ++variant) {
+      const int kind = variant / 2 % (1 + PRECISIONS), format = variant / 2 / (1 + PRECISIONS);
+      const auto precision = static_cast<Precision>(kind > 0 ? kind - 1 : 0);
+      const std::int64_t numel = lines.width * lines.count;
+      const RowSpec packed{numel, kind > 0, variant % 2};
+      RowSpec spec = packed;
+      spec.width = lines.width, spec.pitch = lines.pitch;
+      for (int option : {0, 7}) {
+        Table table({spec, spec}, precision, format), copy({packed, packed}, precision, format);
+        std::vector<std::vector<char>> gaps;
+        for (std::size_t i = 0; i < 2; ++i) {
+          std::copy_n(lines_of(table, i, false).begin(), copy.weights[i].size(), copy.weights[i].begin());
+          copy.grads[i] = table.grads[i];
+          copy.rows[i].grad = copy.grads[i].data();
+          gaps.push_back(lines_of(table, i, true));
+        }
+        walk(table, option % 4, option / 4);
+        walk(copy, option % 4, option / 4);
+        for (std::size_t i = 0; i < 2; ++i) {
+          EXPECT(lines_of(table, i, false) == copy.weights[i]);
+          EXPECT(lines_of(table, i, true) == gaps[i]);
+        }
+        EXPECT(table.state_bytes() == copy.state_bytes());
+        EXPECT(table.age == copy.age && table.moved == copy.moved);
+        // NaN by then, in some.
+        const std::size_t bytes = table.sq_sum.size() * sizeof(double);
+        EXPECT(std::memcmp(table.sq_sum.data(), copy.sq_sum.data(), bytes) == 0);
+        ++walks;
+      }
+    }
+  }
+  return walks;
+}
+
 // Plants something in a sound step, and expects to be refused with nothing changed.
 int refusals = 0;
 void refuse(int status, const std::function<void(Table&)>& plant, bool by_collect = false,
@@ -118,6 +179,7 @@ void wrong_sizes() {
     refuse(MISA_BAD_SIZE, [n](Table& t) { t.rows[1].offset = n; });
     refuse(MISA_BAD_SIZE, [n](Table& t) { t.rows[1].start = n; });
     refuse(MISA_BAD_VERSION, [n](Table& t) { t.step.bytes = n; }, true);
+    refuse(MISA_BAD_VERSION, [n](Table& t) { t.step.row_bytes = n; }, true);
   }
   refuse(MISA_BAD_SIZE, [](Table& t) { t.rows[1].numel = 40001; });
   refuse(MISA_BAD_SIZE, [](Table& t) { t.rows[1].offset = 1; });
@@ -143,6 +205,33 @@ void wrong_sizes() {
         t.step.chunk_count = LARGEST;
       },
       true);
+}
+
+void wrong_lines() {
+  const auto lines = [](std::int64_t width, std::int64_t pitch) {
+    return [=](Table& t) {
+      t.rows[1].width = width;
+      t.rows[1].pitch = pitch;
+    };
+  };
+  for (std::int64_t n : {LEAST, std::int64_t{-1}, std::int64_t{1}, LARGEST}) {
+    // A pitch alone.
+    refuse(MISA_BAD_WIDTH, lines(0, n));
+    // Whatever the pitch, no width at all.
+    refuse(MISA_BAD_WIDTH, lines(LEAST, n));
+    refuse(MISA_BAD_WIDTH, lines(-40000, n));
+    // No whole number of lines.
+    refuse(MISA_BAD_WIDTH, lines(LARGEST, n));
+    refuse(MISA_BAD_WIDTH, lines(7, n));
+    refuse(MISA_BAD_WIDTH, lines(40001, n));
+  }
+  // Lines that overlap, and those that end beyond all memory.
+  for (std::int64_t pitch : {LEAST, std::int64_t{-100}, std::int64_t{0}, std::int64_t{99}}) {
+    refuse(MISA_BAD_WIDTH, lines(100, pitch));
+  }
+  refuse(MISA_BAD_WIDTH, lines(100, LARGEST));
+  refuse(MISA_BAD_WIDTH, lines(100, LARGEST / 4 / 398));
+  refuse(MISA_BAD_WIDTH, lines(20000, LARGEST / 4));
 }
 
 void wrong_numbers() {
@@ -252,13 +341,14 @@ void wrong_arguments() {
 
   MisaStep nothing{};
   nothing.bytes = sizeof(MisaStep);
+  nothing.row_bytes = sizeof(MisaRow);
   EXPECT(misa_cpu_step(&nothing, 1) == MISA_OK && misa_cpu_collect(&nothing, nullptr) == MISA_OK);
   nothing.flags = 16;
   EXPECT(misa_cpu_step(&nothing, 1) == MISA_BAD_FLAG);
   nothing.row_count = -1;
   EXPECT(misa_cpu_step(&nothing, 1) == MISA_BAD_SIZE && misa_cpu_collect(&nothing, nullptr) == MISA_BAD_SIZE);
 
-  for (int status : {-1, 0, static_cast<int>(MISA_BAD_NORM), 12345, INT32_MAX, INT32_MIN}) {
+  for (int status : {-1, 0, static_cast<int>(MISA_BAD_WIDTH), 12345, INT32_MAX, INT32_MIN}) {
     EXPECT(std::strlen(misa_message(status)) > 0);
   }
 }
@@ -274,11 +364,13 @@ int main(int argc, char** argv) {
     return misa_cpu_step(&table.step, 1);
   }
   const int walks = all_variants();
+  const int pitched = all_pitched();
   wrong_sizes();
+  wrong_lines();
   wrong_numbers();
   wrong_pointers();
   wrong_storage();
   wrong_arguments();
-  std::printf("%d walks, %d refusals, openmp %d\n", walks, refusals, misa_cpu_openmp());
+  std::printf("%d walks, %d pitched, %d refusals, openmp %d\n", walks, pitched, refusals, misa_cpu_openmp());
   return 0;
 }

@@ -48,10 +48,15 @@ void run(MisaStep& step, int threads, bool race) {
 
 int main(int argc, char** argv) {
   const bool race = argc > 1 && std::string(argv[1]) == "race";
-  const std::vector<RowSpec> specs = {
-      {70000, MISA_BFLOAT16, MISA_BFLOAT16}, {0, MISA_FLOAT32, MISA_FLOAT32},
-      {100003, MISA_FLOAT32, MISA_FLOAT32},  {1, MISA_BFLOAT16, MISA_FLOAT32},
-      {32769, MISA_BFLOAT16, MISA_FLOAT32},  {40000, MISA_FLOAT32, MISA_BFLOAT16}};
+  const std::vector<RowSpec> specs = {{70000, MISA_BFLOAT16, MISA_BFLOAT16},
+                                      {0, MISA_FLOAT32, MISA_FLOAT32},
+                                      {100003, MISA_FLOAT32, MISA_FLOAT32},
+                                      {1, MISA_BFLOAT16, MISA_FLOAT32},
+                                      {32769, MISA_BFLOAT16, MISA_FLOAT32},
+                                      {40000, MISA_FLOAT32, MISA_BFLOAT16},
+                                      // Lines of which two threads have a part each.
+                                      {70000, MISA_BFLOAT16, MISA_FLOAT32, 20000 / 8, 3000},
+                                      {3 * 30000, MISA_FLOAT32, MISA_FLOAT32, 30000, 30001}};
   int steps = 0;
   for (const std::string& name : available_instructions()) {
     EXPECT(misa_cpu_use_instructions(name.c_str()) == MISA_OK);

@@ -31,6 +31,13 @@ inline std::int64_t padded(std::int64_t numel, int format) {
 struct RowSpec {
   std::int64_t numel;
   int weight_dtype, grad_dtype;
+  // Of a slice of columns.
+  std::int64_t width = 0, pitch = 0;
+
+  // Elements from the first to the last.
+  std::int64_t extent() const {
+    return width == 0 || numel == 0 ? numel : (numel / width - 1) * pitch + width;
+  }
 };
 
 inline std::vector<std::string> available_instructions() {
@@ -60,7 +67,7 @@ struct Table {
       : collected(2 * specs.size()) {
     std::int64_t chunks = 0, end[MISA_DTYPES] = {};
     for (const RowSpec& spec : specs) {
-      weights.push_back(draw(spec.numel, spec.weight_dtype));
+      weights.push_back(draw(spec.extent(), spec.weight_dtype));
       grads.push_back(draw(spec.numel, spec.grad_dtype));
       MisaRow row{};
       row.weight = weights.back().data();
@@ -74,6 +81,8 @@ struct Table {
       row.first_chunk = chunks;
       row.weight_dtype = spec.weight_dtype;
       row.grad_dtype = spec.grad_dtype;
+      row.width = spec.width;
+      row.pitch = spec.pitch;
       rows.push_back(row);
       end[spec.weight_dtype] = row.offset + spec.numel;
       chunks += spec.numel == 0 ? 1 : (spec.numel - 1) / misa_cpu_chunk() + 1;
@@ -83,6 +92,7 @@ struct Table {
     partial.resize(chunks);
     moved.resize(2 * chunks);
     step.bytes = sizeof(MisaStep);
+    step.row_bytes = sizeof(MisaRow);
     step.rows = rows.data();
     step.row_count = static_cast<std::int64_t>(rows.size());
     step.hyper = hyper.data();
