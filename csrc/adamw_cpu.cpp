@@ -145,12 +145,12 @@ void point(Chunk& chunk, const MisaStep& step, const MisaRow& row, std::int64_t 
 template <bool GATHERS>
 void move_lines(const Chunk& chunk, std::int64_t size, char* packed) {
   char* line = static_cast<char*>(chunk.weight);
-  for (std::int64_t at = 0, n = chunk.left; at < chunk.numel; at += n, n = chunk.width) {
-    if (at > 0) line += (n + chunk.gap) * size;
-    const std::int64_t left = chunk.numel - at;
+  for (std::int64_t left = chunk.numel, n = chunk.left; left > 0; n = chunk.width) {
     const auto bytes = static_cast<std::size_t>((n < left ? n : left) * size);
     std::memcpy(GATHERS ? packed : line, GATHERS ? line : packed, bytes);
     packed += bytes;
+    left -= n;
+    if (left > 0) line += (n + chunk.gap) * size;
   }
 }
 

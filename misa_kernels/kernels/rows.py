@@ -16,8 +16,8 @@ from misa_kernels.ranks.shards import Ranks, local
 class Row:
     """One tensor, or row block or slice of one, or the part of it on this rank, that is trained in this round.
 
-    A slice of the columns of a matrix is *pitched*: its element k is element `offset` + (k // width) * pitch + k % width
-    of what this rank holds. Gradient and state of a slice are its own and contiguous.
+    A slice of the columns of a matrix is *pitched*: its element k is element `offset` + (k // width) * pitch + k %
+    width of what this rank holds. Gradient and state of a slice are its own and contiguous.
 
     Attributes:
         slot: Its number in the arena.

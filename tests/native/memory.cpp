@@ -230,7 +230,7 @@ void wrong_lines() {
     refuse(MISA_BAD_WIDTH, lines(100, pitch));
   }
   refuse(MISA_BAD_WIDTH, lines(100, LARGEST));
-  refuse(MISA_BAD_WIDTH, lines(100, LARGEST / 4 / 399));
+  refuse(MISA_BAD_WIDTH, lines(100, LARGEST / 4 / 398));
   refuse(MISA_BAD_WIDTH, lines(20000, LARGEST / 4));
 }
 
