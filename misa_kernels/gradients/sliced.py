@@ -249,5 +249,5 @@ def _on_dense(func: Op, args: Args, kwargs: Mapping[str, Any]) -> Any:
         name = func.overloadpacket.__name__
         for own, copy in copies.values():
             own.store(copy, name)
-    back = {id(copy): own for own, copy in copies.values()}
-    return tree_map(lambda value: back.get(id(value), value), made)
+    # What wrote in place returns what it wrote to, whatever comes from here.
+    return made

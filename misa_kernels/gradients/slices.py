@@ -273,8 +273,8 @@ class _Hook:
 class _Tie(torch.autograd.Function):
     """out → out, and backward beside it: the gradient of a slice, G the gradient of the output, X what was kept.
 
-    Gᵀ X, or Xᵀ G where the input's axis comes first; of G the columns of the slice, where it is one of outputs. Autograd
-    casts it to the leaf's dtype.
+    Gᵀ X, or Xᵀ G where the input's axis comes first; of G the columns of the slice, where it is one of outputs.
+    Autograd casts it to the leaf's dtype.
     """
 
     @staticmethod

@@ -161,6 +161,8 @@ READS = {
 # Of these nothing is known: they are given a dense copy.
 DENSE = {
     "rows": lambda g: g.norm(dim=1),
+    "least": lambda g: torch.linalg.vector_norm(g, float("-inf")),
+    "least of a list": lambda g: torch._foreach_norm([g], float("-inf"))[0],
     "product": lambda g: g @ torch.ones(COLUMNS),
     "turned": lambda g: g.t()[3],
     "flat": lambda g: g.flatten()[7:99],
@@ -213,6 +215,9 @@ WRITES = {
     "foreach add_": lambda g, h: torch._foreach_add_([g], [h], alpha=0.5),
     "foreach lists": lambda g, h: torch._foreach_mul_([g, torch.ones(3)], [0.3, 2.0]),
     "foreach copy_": lambda g, h: torch._foreach_copy_([g], [h]),
+    "foreach unscale": lambda g, h: torch._amp_foreach_non_finite_check_and_unscale_(
+        [g], torch.zeros(1), torch.full((1,), 0.3)
+    ),
     "foreach clamp_max_": lambda g, h: torch._foreach_clamp_max_([g], 0.3),
 }
 WRITES_DENSE = {
