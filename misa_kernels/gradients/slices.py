@@ -108,8 +108,8 @@ class SliceGradients:
 class _Arrivals:
     """Tells those who wait for a weight's gradient, one gradient later than it is there.
 
-    They may write to the weight, which its layer still needs for the gradient of its input: that is made right behind the
-    gradient of the slice, and so before that of any other. The last ones are told at the end of backward.
+    They may write to the weight, which its layer still needs for the gradient of its input: that is made right behind
+    the gradient of the slice, and so before that of any other. The last ones are told at the end of backward.
     """
 
     def __init__(self) -> None:
@@ -165,7 +165,7 @@ class _Trained:
                 self._hooks[module] = module.register_forward_hook(hook, with_kwargs=True, prepend=True)
 
     def move(self, piece: Slice) -> None:
-        """Go on with another slice, or the same; the hooks stay, as what was compiled with them goes on calling them."""
+        """Go on with another slice, or the same; hooks stay, as what was compiled with them goes on calling them."""
         if piece != self.piece:
             self.piece = piece
             self._forget()
