@@ -35,7 +35,7 @@ class Block:
     number: int
     start: int
     stop: int
-    axis: int | None = None
+    axis: int | None = field(default=None, repr=False)
 
     @property
     def pitch(self) -> int:
