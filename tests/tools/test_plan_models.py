@@ -274,8 +274,8 @@ def test_slices_of_a_step_that_cannot_be_run_have_lower_bounds() -> None:
     model = build(config)
     plan = memory(SLICES, model, Setup(sequence=64, batch=2, checkpointing=False, delta=0.02))
     assert [note.partition("(")[0] for note in model.notes] == [
-        "MISA, slices: granularity='slice' leaves 10,240 sampled parameters alone that are no weights of linear layers, "
-        "such as stacked experts, convolutions and adapters.",
+        "MISA, slices: granularity='slice' leaves 10,240 sampled parameters alone that are no weights of linear "
+        "layers, such as stacked experts, convolutions and adapters.",
         "Its step cannot be run without values ",
     ]
     assert (plan.gradients, plan.kept) == (2 * 2 * 6 * 32, 2 * 128 * 2 * 6)
