@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -23,6 +23,24 @@ Table = dict[str, npt.NDArray[Any]]
 HISTORY, HISTORY_NUMBERS = 1000, 1 << 23
 # Modules that a printed table shows.
 PRINTED = 20
+
+
+class Part(NamedTuple):
+    """Which part of a matrix a slice is.
+
+    Attributes:
+        matrix: Name of the matrix's module.
+        axis: 0 for rows, 1 for columns.
+        first: The first of them,
+        last: and the last one, exclusive.
+        size: How many the matrix has.
+    """
+
+    matrix: str
+    axis: int
+    first: int
+    last: int
+    size: int
 
 
 @dataclass
@@ -90,6 +108,7 @@ class Monitor:
         names: Names of the B modules (or layers), by number.
         layer: int64[B], the layer of each, by its place in `layers`; -1 where it is unknown.
         layers: Names of the layers, from the input to the output.
+        parts: Where the modules are slices, of what each is one; else empty.
         rounds: The last 1000 rounds (with more than 4,194 modules fewer), oldest first; the last one is running.
     """
 
@@ -107,6 +126,13 @@ class Monitor:
         self.names = [module.name for module in partition.modules]
         self.layer = candidates.layer
         self.layers = partition.layers
+        sliced = [] if partition.slicing is None else partition.modules
+        self.parts = [
+            Part(module.name.rpartition("[")[0], block.axis, *block.ends, block.param.shape[block.axis])
+            for module in sliced
+            for block in module.blocks
+            if block.axis is not None
+        ]
 
     def renumber(self, partition: Partition, candidates: Candidates, numbers: npt.NDArray[np.int64]) -> None:
         """Go on with other modules; the records keep what they have of those that are still there.
@@ -183,7 +209,7 @@ class Monitor:
             module (name), layer (-1: unknown), active, importance (NaN: none yet) and probability at the draw of the
             running round, times_sampled (rounds that gave it a score, and the running one), last_round (-1: none), age
             (updates since activation), and of the last recorded round that trained it grad_norm and update_ratio, see
-            `Round`.
+            `Round`; of slices the first and last (exclusive) column or row, else -1.
         """
         active = np.zeros(len(self.names), dtype=np.bool_)
         active[list(self.current.active)] = True
@@ -191,6 +217,8 @@ class Monitor:
         for record in self.rounds:
             if record.has_ended:
                 latest[:, list(record.active)] = record.grad_norm, record.update_ratio
+        ends = [(part.first, part.last) for part in self.parts] or [(-1, -1)] * len(self.names)
+        first, last = np.array(ends, dtype=np.int64).T
         return {
             "module": np.array(self.names),
             "layer": self.layer.copy(),
@@ -202,6 +230,8 @@ class Monitor:
             "age": self._ages(),
             "grad_norm": latest[0],
             "update_ratio": latest[1],
+            "first": first,
+            "last": last,
         }
 
     def history(self) -> Table:

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from misa_kernels import MISA, ImportanceSampler, UniformSampler, authors, param_groups
+from misa_kernels.monitor import Part
 
 COLUMNS = ["module", "layer", "active", "importance", "probability", "times_sampled", "last_round", "age"]
 
@@ -124,6 +125,32 @@ def test_table_counts_what_was_drawn_and_survives_a_state_dict():
     assert [record.round for record in resumed.monitor.rounds] == [5]
     tiny.train(other, resumed, 1, start=11)
     assert [record.round for record in resumed.monitor.rounds] == [5, 6]
+
+
+def test_the_table_tells_where_slices_lie():
+    model = tiny.build(hidden=48)
+    sampler = UniformSampler(granularity="slice", slices="all", hold_rounds=1)
+    optimizer = MISA(param_groups(model), delta=0.06, inner_steps=2, sampler=sampler)
+    tiny.train(model, optimizer, 5)
+    monitor, table = optimizer.monitor, optimizer.monitor.table()
+    axes = {"q": 0, "k": 0, "v": 0, "o": 1, "gate": 0, "up": 0, "down": 1}
+    for i, name in enumerate(monitor.names):
+        matrix, _, ends = name.removesuffix("]").rpartition("[")
+        axis = axes[matrix.rpartition(".")[2]]
+        first, last = map(int, ends.removeprefix(":, ").split(":"))
+        assert ends.startswith(":, ") == (axis == 1)
+        size = model.get_parameter(f"{matrix}.weight").shape[axis]
+        assert monitor.parts[i] == Part(matrix, axis, first, last, size)
+        assert (table["first"][i], table["last"][i]) == (first, last)
+    trained = {name: place for name, p in model.named_parameters() if (place := optimizer.trained.get(p)) is not None}
+    rows = zip(table["module"], table["first"], table["last"], table["active"], strict=True)
+    assert {(name.rpartition("[")[0] + ".weight", a, b) for name, a, b, active in rows if active} == {
+        (name, place.first, place.last) for name, place in trained.items()
+    }
+    assert len(monitor.names) > 300 and len(str(monitor).splitlines()) == 22
+    assert str(monitor).endswith(f"and {len(monitor.names) - 20} more, {len(trained) - 20} of them active")
+    modules = MISA(param_groups(tiny.build()), delta=0.5).monitor
+    assert modules.parts == [] and {*modules.table()["first"], *modules.table()["last"]} == {-1}
 
 
 def test_history_holds_the_records():

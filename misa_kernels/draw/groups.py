@@ -16,6 +16,7 @@ from misa_kernels.draw.adapters import trains_for_peft
 from misa_kernels.draw.found import Found, Groups
 from misa_kernels.draw.order import Trace, remember
 from misa_kernels.draw.roles import EXPERTS, MATRICES, places_of
+from misa_kernels.draw.slices import axis_of
 from misa_kernels.draw.spots import BEFORE, BEHIND, UNSURE, spots_of
 from misa_kernels.draw.tree import Layer, Node, layers_of, nodes_of
 from misa_kernels.outside.flags import chosen_of
@@ -166,10 +167,8 @@ def _grouped(
         group["modules"].append(modules[0] if len(modules) == 1 else list(modules))
         # What is sampled against all appearance is a layer of its own.
         group["layers"].append(name if role == "sampled" and spot.layer is None else spot.lowest)
-        # What leads back to the stream is cut along its inner features, all else along its outer ones.
-        part, axis = spot.flow.part, axes.get(id(param))
-        is_inner = part in ("down", "output")
-        group["slices"].append(None if axis is None else (part, axis if is_inner else 1 - axis))
+        part, reads = spot.flow.part, axes.get(id(param))
+        group["slices"].append(None if reads is None else (part, axis_of(part, reads)))
         found.append(Found(name, param, spot.layer, modules, group["role"], why, *spot.flow))
     if not {"sampled", "dense"}.isdisjoint(thawed):
         groups["frozen"]["thawed"] = thawed

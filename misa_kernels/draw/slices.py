@@ -109,6 +109,14 @@ def slicing(matrices: Sequence[Matrix | None], numels: Sequence[int], budget: in
     )
 
 
+def axis_of(part: str | None, reads: int) -> int:
+    """Return the axis along which a matrix is cut, given its part and the axis that its input has.
+
+    What leads back to the stream is cut along its inner features, all else along its outer ones.
+    """
+    return reads if part in ("down", "output") else 1 - reads
+
+
 def starts_of(size: int, width: int) -> list[int]:
     """Return where the slices of a matrix begin: as few as reach all of it, spread evenly, so that they may overlap."""
     count = math.ceil(size / width)

@@ -14,11 +14,21 @@ import transformers
 from torch import nn
 
 from benchmarks.memory import PeakMemory
-from misa_kernels import MISA, ImportanceSampler, badam, lisa, param_groups
+from misa_kernels import MISA, ImportanceSampler, badam, lisa, param_groups, slices
 from misa_kernels.tools.planner import shapes
 from misa_kernels.tools.planner.cards import CARDS, capacity_bytes
 from misa_kernels.tools.planner.fsdp import adamw_fsdp2, misa_fsdp2
-from misa_kernels.tools.planner.methods import METHODS, Setup, advice, costliest_set, fit, memory, weights_and_states
+from misa_kernels.tools.planner.methods import (
+    METHODS,
+    SLICES,
+    Setup,
+    advice,
+    costliest_set,
+    fit,
+    memory,
+    slices_of,
+    weights_and_states,
+)
 from misa_kernels.tools.planner.shapes import LINEARS, PRESETS, LlamaShape, from_config, read
 
 GIB = 2**30
@@ -163,7 +173,7 @@ def trained_with(method: str, model: Any, shape: LlamaShape, options: Setup) -> 
             state_dtype=options.state_dtype,
             param_precision=options.param_precision,
             release_gradients=options.release_gradients,
-            sampler=ImportanceSampler(depth_window=options.depth_window),
+            sampler=slices()["sampler"] if method == SLICES else ImportanceSampler(depth_window=options.depth_window),
         )
     made.rehearse()
     return model, made
@@ -207,6 +217,12 @@ FAST = [
     ("MISA", "gemma", {}),
     ("LoRA", "llama", {}),
     ("AdamW", "gemma", {"checkpointing": False, "dtype": "float32"}),
+    (SLICES, "llama", {"delta": 0.03}),
+    (SLICES, "llama", {"delta": 0.03, "checkpointing": False}),
+    (SLICES, "llama", {"delta": 0.25}),
+    (SLICES, "llama", {"delta": 0.25, "checkpointing": False}),
+    (SLICES, "qwen3", {"delta": 0.25, "state_dtype": "int8", "param_precision": "split"}),
+    (SLICES, "gemma", {"delta": 0.03, "checkpointing": False, "dtype": "float32"}),
 ]
 SLOW = [
     (method, model, {"checkpointing": checkpointing} | ({"dtype": "float32"} if method == "AdamW" else {}))
@@ -230,6 +246,26 @@ def test_parts_and_peak_are_what_training_a_model_of_transformers_takes(method, 
     for part in ("weights", "states", "gradients"):
         assert getattr(said, part) == pytest.approx(seen[part], rel=0.05, abs=1), (part, seen, said)
     assert said.peak == pytest.approx(seen["peak"], rel=0.025), (seen, said)
+
+
+@pytest.mark.parametrize("kind", [*THREE, "square"])
+@pytest.mark.parametrize("delta", [0.01, 0.03, 0.1, 0.25, 0.5, 1.0])
+def test_slices_are_those_that_misa_trains(delta, kind):
+    """As many parameters to the last one, in the same matrices, along the same axes."""
+    name, changes = THREE.get(kind, ("llama", {"intermediate_size": 128, "num_key_value_heads": 4}))
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(config_of(name, **changes))
+    optimizer = MISA(param_groups(model), delta=delta, **slices())
+    places = {name: optimizer.trained[p] for name, p in model.named_parameters() if p in optimizer.trained}
+    pieces, found = slices_of(from_config(model.config.to_dict()), delta)
+    trained = {}
+    for name, place in places.items():
+        _, _, layer, _, linear, _ = name.split(".")
+        trained[f"{layer}.{linear}"] = (place.axis, place.last - place.first)
+    assert {name: (piece.axis, piece.last) for name, piece in pieces.items()} == trained
+    assert found == optimizer.coverage(total_steps=1).slicing
+    if kind == "llama":
+        assert len(trained) == (6 if delta < 0.25 else 42)
 
 
 @pytest.mark.parametrize(("delta", "window"), [(0.03, None), (0.2, None), (0.1, 2), (1.0, None)])

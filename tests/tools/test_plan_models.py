@@ -14,10 +14,10 @@ import torch
 import transformers
 
 from benchmarks.memory import PeakMemory
-from misa_kernels import MISA, param_groups
+from misa_kernels import MISA, param_groups, slices
 from misa_kernels.__main__ import main
 from misa_kernels.tools.planner import dry
-from misa_kernels.tools.planner.methods import METHODS, Setup, costliest_names, fit, memory
+from misa_kernels.tools.planner.methods import METHODS, SLICES, Setup, costliest_names, fit, memory, slices_of
 from misa_kernels.tools.planner.model import Model, build, load
 from misa_kernels.tools.planner.shapes import LlamaShape, from_config
 
@@ -228,6 +228,63 @@ def test_the_peak_of_a_step_is_what_it_allocates(name: str, checkpointing: bool)
         real(**given).loss.backward()
     assert plan.gradients == sum(param.grad.nbytes for param in real.parameters() if param.grad is not None)
     assert plan.peak_gradients + plan.peak_activations == pytest.approx(allocated.peak_bytes, rel=0.1)
+
+
+# Of some the feed-forward networks alone are sliced, with .25 of all all matrices.
+SLICED = [
+    (name, delta, checkpointing)
+    for name in ("GPT2LMHeadModel", "BertForSequenceClassification", "LlamaForCausalLM", "T5ForConditionalGeneration")
+    for delta in (0.03, 0.25)
+    for checkpointing in (False, True)
+    if name != "T5ForConditionalGeneration" or not checkpointing
+] + [("BertForMaskedLM", 0.1, True), ("Qwen2MoeForCausalLM", 0.1, False)]
+
+
+@pytest.mark.parametrize(("name", "delta", "checkpointing"), SLICED)
+def test_a_step_of_slices_holds_what_is_planned(name: str, delta: float, checkpointing: bool) -> None:
+    options = Setup(batch=2, sequence=64, dtype="float32", checkpointing=checkpointing, delta=delta)
+    model = planned(name)
+    plan, (pieces, slicing) = memory(SLICES, model, options), slices_of(model, delta)
+    real = getattr(transformers, name)(config_of(name)).train()
+    real.config.use_cache = False
+    if checkpointing:
+        real.activation_checkpointing_enable()
+    optimizer = MISA(param_groups(real), delta=delta, **slices())
+    assert optimizer.coverage(total_steps=1).slicing == slicing
+    trained = {name: optimizer.trained[param] for name, param in real.named_parameters() if param in optimizer.trained}
+    assert [(name, axis, last - first) for name, (axis, first, last) in pieces.items()] == [
+        (name, place.axis, place.last - place.first) for name, place in trained.items()
+    ]
+    given = filled(model, 2, 64)
+    if not checkpointing:
+        # A leaf has one element.
+        assert plan.kept == pytest.approx(saved_bytes(real, given) + 4 * len(pieces), rel=1e-4, abs=8)
+    with PeakMemory() as allocated:
+        real(**given).loss.backward()
+    assert plan.gradients == 4 * sum(optimizer.modules[number].numel for number in optimizer.active)
+    assert plan.peak_gradients + plan.peak_activations == pytest.approx(allocated.peak_bytes, rel=0.05)
+    budget = int(delta * model.numel)
+    assert 0.9 * budget < plan.gradients / 4 <= plan.states / 8 <= budget
+
+
+def test_slices_of_a_step_that_cannot_be_run_have_lower_bounds() -> None:
+    """Of XLNet's two feed-forward networks 6 of 48 columns each; its attention multiplies by tensors of three axes."""
+    config = transformers.XLNetConfig(vocab_size=96, d_model=32, n_layer=2, n_head=4, d_inner=48)
+    config.architectures = ["XLNetLMHeadModel"]
+    model = build(config)
+    plan = memory(SLICES, model, Setup(sequence=64, batch=2, checkpointing=False, delta=0.02))
+    assert [note.partition("(")[0] for note in model.notes] == [
+        "MISA, slices: granularity='slice' leaves 10,240 sampled parameters alone that are no weights of linear "
+        "layers, such as stacked experts, convolutions and adapters.",
+        "Its step cannot be run without values ",
+    ]
+    assert (plan.gradients, plan.kept) == (2 * 2 * 6 * 32, 2 * 128 * 2 * 6)
+
+
+def test_what_cannot_be_sliced_is_told() -> None:
+    model = planned("MixtralForCausalLM", "bfloat16")
+    memory(SLICES, model, Setup(sequence=16, delta=0.1))
+    assert len(model.notes) == 1 and "leaves" in model.notes[0] and model.notes[0].startswith("MISA, slices: ")
 
 
 def test_adapters_are_as_many_as_pefts() -> None:

@@ -10,8 +10,8 @@ import tiny
 import torch
 from torch import nn
 
-from misa_kernels import MISA, lisa, param_groups
-from misa_kernels.monitor import Round
+from misa_kernels import MISA, UniformSampler, lisa, param_groups
+from misa_kernels.monitor import Part, Round
 from misa_kernels.tools import plots
 
 if importlib.util.find_spec("matplotlib") is None and not os.environ.get("CI"):
@@ -36,7 +36,8 @@ def monitor():
         record(4, (1, 5), score, [2.0, 6.0]),
         record(6, (2, 5), score * 2, [np.nan, 8.0]),
     ]
-    return SimpleNamespace(names=names, layer=np.repeat([1, 0], 3), layers=["layers.0", "layers.1"], rounds=rounds)
+    layers = ["layers.0", "layers.1"]
+    return SimpleNamespace(names=names, layer=np.repeat([1, 0], 3), layers=layers, rounds=rounds, parts=[])
 
 
 # Rows from the bottom: the last kind first, in it layer 0 first.
@@ -117,6 +118,78 @@ def test_memory_is_stacked_in_a_unit_that_suits_it():
         assert plots.memory({"MISA": {"weights": size}}).axes[0].get_xlabel() == f"memory in {unit}"
 
 
+@pytest.fixture
+def sliced():
+    """Two layers; of q three slices of rows that overlap, of down two of columns in layer 1 and a narrow one in 0."""
+    parts = [Part("layers.0.q", 0, *ends, 10) for ends in ((0, 4), (3, 7), (6, 10))]
+    parts += [Part("layers.1.q", 0, *ends, 10) for ends in ((0, 4), (3, 7), (6, 10))]
+    parts += [Part("layers.1.down", 1, 0, 2, 4), Part("layers.1.down", 1, 2, 4, 4)]
+    parts += [Part("layers.0.down", 1, 50_000, 50_001, 90_000)]
+    names = [f"{part.matrix}[{':, ' * part.axis}{part.first}:{part.last}]" for part in parts]
+    score = np.array([1e-3, 3e-3, np.nan, 1e-2, np.nan, np.nan, 1.0, 0.0, np.nan])
+    rounds = [
+        record(3, (0, 3, 6, 8), np.full(9, np.nan), np.ones(4)),
+        record(4, (1, 3, 7, 8), score, np.ones(4)),
+        record(6, (0, 5, 7, 8), score, np.ones(4)),
+    ]
+    layer, layers = np.array([0, 0, 0, 1, 1, 1, 1, 1, 0]), ["layers.0", "layers.1"]
+    return SimpleNamespace(names=names, layer=layer, layers=layers, rounds=rounds, parts=parts, current=rounds[-1])
+
+
+def lines_at(cells, places, size):
+    """Return what a row of cells shows in the middle of some columns or rows; what is masked as NaN."""
+    return cells.filled(np.nan)[[int((place + 0.5) / size * len(cells)) for place in places]].tolist()
+
+
+def test_of_a_run_in_slices_each_matrix_shows_what_of_it_was_trained(sliced):
+    axes, bar = plots.selections(sliced).axes
+    cells = axes.images[0].get_array()
+    assert axes.images[0].get_extent() == [0, 100, -0.5, 3.5] and texts(axes) == ["down\ncolumns", "q\nrows"]
+    down_0, down_1, q_0, q_1 = cells
+    nan = np.nan
+    np.testing.assert_equal(lines_at(q_0, range(10), 10), [2, 2, 2, 3, 1, 1, 1, nan, nan, nan])
+    np.testing.assert_equal(lines_at(q_1, range(10), 10), [2, 2, 2, 2, nan, nan, 1, 1, 1, 1])
+    np.testing.assert_equal(lines_at(down_1, range(4), 4), [1, 1, 2, 2])
+    # One column of 90,000 is seen, where it lies and nowhere else.
+    assert down_0.compressed().tolist() == [3] and np.flatnonzero(~down_0.mask) == int(len(down_0) * 5 / 9)
+    now = {tuple(line.get_xdata()): line.get_ydata()[0] for line in axes.lines if len(set(line.get_xdata())) == 2}
+    now = {tuple(np.round(ends, 6)): row for ends, row in now.items() if ends != (0, 1)}
+    narrow = (round(500 / 9, 6), round(50_001 / 900, 6))
+    assert now == {(0, 40): 2, (60, 100): 3, (50, 100): 1, narrow: 0}
+    assert [text.get_text() for text in axes.get_yticklabels()] == ["0", "1"] * 2
+    assert "of 3" in bar.get_ylabel() and "(lines)" in axes.get_title() and "%" in axes.get_xlabel()
+
+
+def test_importance_of_slices_is_that_of_now_and_a_mean_where_they_overlap(sliced):
+    cells = plots.importance(sliced).axes[0].images[0].get_array()
+    nan = np.nan
+    np.testing.assert_allclose(lines_at(cells[2], range(10), 10), [1e-3] * 3 + [2e-3] + [3e-3] * 3 + [nan] * 3)
+    # A score of 0 has no colour in a logarithm.
+    np.testing.assert_allclose(lines_at(cells[1], range(4), 4), [1, 1, nan, nan])
+    assert cells.mask[0].all()
+
+
+def test_slices_that_were_drawn_four_times_anew_are_drawn(tmp_path):
+    model = tiny.build(hidden=48)
+    sampler = UniformSampler(granularity="slice", slices="all", hold_rounds=1)
+    optimizer = MISA(param_groups(model), delta=0.1, inner_steps=2, sampler=sampler)
+    tiny.train(model, optimizer, 9)
+    trained = {}
+    for record in optimizer.monitor.rounds:
+        for part in (optimizer.monitor.parts[number] for number in record.active):
+            trained.setdefault(part.matrix, np.zeros(part.size))[part.first : part.last] += 1
+    axes = plots.selections(optimizer.monitor).axes[0]
+    assert len(axes.images[0].get_array()) == len(trained) == 28
+    shown = {text.partition("\n")[0] for text in texts(axes)}
+    assert shown == {"down", "up", "gate", "o", "v", "k", "q"}
+    # From the bottom: down in layer 0.
+    expected = trained["blocks.0.down"]
+    found = lines_at(axes.images[0].get_array()[0], range(48), 48)
+    np.testing.assert_equal(found, np.where(expected > 0, expected, np.nan))
+    for draw in (plots.importance, plots.selections, plots.gradient_norms):
+        draw(optimizer.monitor).savefig(tmp_path / f"{draw.__name__}.png")
+
+
 @pytest.mark.parametrize("granularity", ["module", "layer"])
 def test_a_real_run_is_drawn_into_the_axes_given(tmp_path, granularity):
     from matplotlib.figure import Figure
@@ -149,3 +222,5 @@ def test_kinds_that_share_their_last_name_are_told_apart():
     names = ["layers.0.mlp.up", "layers.0.experts.0.up", "layers.0.experts.11.up", "layers.0.mlp.up[rows 0:8]"]
     monitor = SimpleNamespace(names=names, layer=np.zeros(4, dtype=int), layers=["layers.0"])
     assert plots._kinds(monitor) == ["mlp.up", "experts.#.up", "experts.#.up", "mlp.up"]
+    monitor.names = ["layers.0.mlp.up[:, 8:16]", "layers.0.mlp.up[16:24]", *names[1:3]]
+    assert plots._kinds(monitor) == ["mlp.up", "mlp.up", "experts.#.up", "experts.#.up"]

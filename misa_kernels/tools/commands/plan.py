@@ -10,6 +10,7 @@ import argparse
 import json
 import os
 import sys
+import textwrap
 from collections.abc import Mapping
 from dataclasses import asdict, fields, replace
 from pathlib import Path
@@ -17,7 +18,16 @@ from typing import Any
 
 from misa_kernels.tools import plots
 from misa_kernels.tools.planner.cards import CARDS, RESERVED_BYTES, capacity_bytes
-from misa_kernels.tools.planner.methods import METHODS, Setup, advice, fit, memory, weights_and_states
+from misa_kernels.tools.planner.methods import (
+    METHODS,
+    SLICES,
+    Setup,
+    advice,
+    fit,
+    memory,
+    slices_of,
+    weights_and_states,
+)
 from misa_kernels.tools.planner.model import Model, load
 from misa_kernels.tools.planner.shapes import PRESETS, LlamaShape
 from misa_kernels.tools.planner.step import Memory
@@ -106,6 +116,7 @@ def run(arguments: argparse.Namespace) -> int:
             plans[method] = memory(method, shape, options)
         except ValueError as error:
             errors[method] = str(error)
+    content["slices"] = str(slices_of(shape, options.delta)[1]) if SLICES in plans else None
     if cap is not None:
         peaks = {method: plan.peak for method, plan in plans.items()}
         content |= {"cap_bytes": cap, "advice": advice(shape, options, peaks, cap)}
@@ -148,16 +159,21 @@ def report(content: Mapping[str, Any], shape: LlamaShape | Model, options: Setup
             line += f"  \x1b[{code}m{verdict}\x1b[0m" if colours else f"  {verdict}"
         lines.append(line)
     lines += ["", "Peaks are below the sums: gradients come while activations go. What the rows assume:"]
-    own = f", delta {options.delta:g}, {options.state_dtype} moments"
+    own = f", {options.state_dtype} moments"
     if options.dtype == "bfloat16":
         own += {"master": ", masters", "split": ", split weights"}.get(options.param_precision, ", stochastic rounding")
+    own += ", gradients released" if options.release_gradients else ""
+    sliced = f"{own}, the whole model on each GPU" if options.world_size > 1 else own
     own += f", window of {options.depth_window} layers" if options.depth_window else ""
     if isinstance(shape, Model) and not shape.groups.order.is_known:
         own += f", some in the first layer of each of {len(shape.groups.order.first)} stacks, as any may run first"
-    extra = {"MISA": own, "LoRA": f", rank {options.rank}"}
+    extra = {"MISA": f", delta {options.delta:g}{own}", "LoRA": f", rank {options.rank}"}
+    extra[SLICES] = f", delta {options.delta:g}{sliced}"
     if options.release_gradients:
-        extra = {**extra, "MISA": own + ", gradients released", "FlashOptim": ", gradients released"}
-    lines += [f"  {method:<12}{what}{extra.get(method, '')}" for method, what in METHODS.items()]
+        extra["FlashOptim"] = ", gradients released"
+    lines += [f"  {method:<13}{what}{extra.get(method, '')}" for method, what in METHODS.items()]
+    if content["slices"]:
+        lines += textwrap.wrap(content["slices"], 118, initial_indent=" " * 15, subsequent_indent=" " * 15)
     lines += ["", *content["notes"]] if content["notes"] else []
     if cap is not None:
         lines += ["", content["advice"]]

@@ -19,6 +19,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from misa_kernels.gradients.sliced import part_of
+
 META, CPU = torch.device("meta"), torch.device("cpu")
 INDEXING = ("index", "index_put", "index_put_", "_index_put_impl_")
 CHOOSING = ("topk", "sort", "argmax")
@@ -149,7 +151,7 @@ def step(
 
     Args:
         loss: Computes it; called once.
-        trained: The parameters that require gradients, by name.
+        trained: The parameters that require gradients, or get those of a slice, by name.
         there: Weights and buffers.
         ranks: GPUs over which gradients are sharded.
         released: Whether each gradient is freed when it is complete.
@@ -159,15 +161,21 @@ def step(
     def arrived(name: str, mode: Counted, param: Tensor) -> None:
         unused.discard(name)
         assert param.grad is not None
-        mode.turn_into_gradient(param.grad)
+        mode.turn_into_gradient(part_of(param.grad))
         if released:
             param.grad = None
 
+    def hook(name: str, mode: Counted, param: nn.Parameter) -> Any:
+        # torch takes no hook of what requires no gradient.
+        required = param.requires_grad
+        made = param.requires_grad_(True).register_post_accumulate_grad_hook(  # type: ignore[no-untyped-call]
+            partial(arrived, name, mode)
+        )
+        param.requires_grad_(required)
+        return made
+
     with counted(there, ranks) as mode:
-        hooks = [
-            param.register_post_accumulate_grad_hook(partial(arrived, name, mode))  # type: ignore[no-untyped-call]
-            for name, param in trained.items()
-        ]
+        hooks = [hook(name, mode, param) for name, param in trained.items()]
         try:
             value = loss()
             kept = mode.live
@@ -175,8 +183,8 @@ def step(
             mode.settle()
             gradients = mode.gradients
         finally:
-            for hook, param in zip(hooks, trained.values(), strict=True):
-                hook.remove()
+            for handle, param in zip(hooks, trained.values(), strict=True):
+                handle.remove()
                 param.grad = None
     return Held(kept, gradients, mode.most, *mode.peak, frozenset(unused))
 

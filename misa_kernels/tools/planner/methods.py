@@ -10,12 +10,17 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
+from misa_kernels.draw.matrices import Widths
 from misa_kernels.draw.rehearsal import costliest
 from misa_kernels.draw.sampler import ImportanceSampler
 from misa_kernels.draw.scores import Candidates
+from misa_kernels.draw.slices import Matrix, Slicing, axis_of, slicing
+from misa_kernels.draw.streams import Linear, flows
+from misa_kernels.gradients.slices import Slice
 from misa_kernels.memory.arena import MOVE_ELEMENTS
 from misa_kernels.memory.storage import Storage
 from misa_kernels.optimizer import MISA
+from misa_kernels.presets import slices
 from misa_kernels.release import HELD_BYTES, LAUNCHES
 from misa_kernels.tools.planner.fsdp import unsharded
 from misa_kernels.tools.planner.model import Model
@@ -23,6 +28,7 @@ from misa_kernels.tools.planner.shapes import LINEARS, LlamaShape
 from misa_kernels.tools.planner.step import NF4_BYTES, Memory, Workload, count
 from misa_kernels.tools.planner.trial import held
 
+SLICES = "MISA, slices"
 # What each row of a plan is, and what it assumes.
 METHODS = {
     "AdamW": "all weights, float32 moments and, for bfloat16 weights, float32 masters",
@@ -33,6 +39,7 @@ METHODS = {
     "BAdam": "one layer's matrices at a time, float32 moments and masters",
     "LISA": "two layers' matrices at a time, embedding and head always, float32 moments and masters",
     "MISA": "the costliest set of matrices it may draw",
+    SLICES: "a range of columns or rows of each of these matrices",
 }
 # LISA (arXiv 2403.17919), section 4: two layers at a time beside embedding and head.
 LISA_LAYERS = 2
@@ -112,6 +119,51 @@ def costliest_set(shape: LlamaShape, delta: float, depth_window: int | None) -> 
     return active
 
 
+def slices_of(shape: LlamaShape | Model, delta: float) -> tuple[dict[str, Slice], Slicing]:
+    """Return a slice of each matrix that MISA trains in slices, and what is said of all of them.
+
+    Of a shape the names are those of `LINEARS` behind the number of the layer, as in "0.down_proj". Wherever a slice
+    lies, it needs the same memory.
+
+    Source: `misa_kernels.draw.slices.slicing`, which the optimizer draws by.
+
+    Raises:
+        ValueError: If δ N has no room for a line of each of them, or nothing can be sliced.
+    """
+    if isinstance(shape, Model):
+        names = {id(param): name for name, param in shape.module.named_parameters()}
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            optimizer = MISA(shape.groups, delta=delta, **slices())
+        pieces = {names[id(param)]: piece for param, piece in optimizer.trained.items() if piece is not None}
+        found = optimizer.coverage(total_steps=1).slicing
+        optimizer.release()
+        for sentence in (str(each.message) for each in said if "granularity='slice'" in str(each.message)):
+            shape.note(f"{SLICES}: {sentence.partition(': ')[0]}.")
+        assert found is not None
+        return pieces, found
+    linears = [
+        Linear(
+            f"{'self_attn' if name in LINEARS[:4] else 'mlp'}.{name}", Widths(frozenset(size[1:]), frozenset(size[:1]))
+        )
+        for name, size in shape.matrices.items()
+    ]
+    norms = [shape.hidden] * shape.norms + [shape.head_width] * 2 * shape.qk_norm
+    matrices = []
+    for size, flow in zip(shape.matrices.values(), flows(linears, norms), strict=True):
+        axis = axis_of(flow.part, 1)
+        matrices.append(Matrix(flow.part, axis, size[axis], size[1 - axis]))
+    found = slicing(
+        matrices * shape.layers,
+        [matrix.size * matrix.line for matrix in matrices] * shape.layers,
+        math.floor(delta * shape.numel),
+        "auto",
+    )
+    named = [f"{layer}.{name}" for layer in range(shape.layers) for name in LINEARS]
+    each = zip(named, matrices * shape.layers, found.widths, strict=True)
+    return {name: Slice(matrix.axis, 0, width) for name, matrix, width in each if width}, found
+
+
 def memory(method: str, shape: LlamaShape | Model, options: Setup) -> Memory:
     """Return what a step takes on one GPU.
 
@@ -122,8 +174,8 @@ def memory(method: str, shape: LlamaShape | Model, options: Setup) -> Memory:
             state, as torch's fused AdamW and MISA's step do.
 
     Raises:
-        ValueError: If MISA's δ has no room for the largest matrix, or the model has no layers for a method that needs
-            some.
+        ValueError: If MISA's δ has no room for the largest matrix or for slices, or the model has no layers for a
+            method that needs some.
     """
     if isinstance(shape, Model):
         return _of_model(method, shape, options)
@@ -154,6 +206,26 @@ def memory(method: str, shape: LlamaShape | Model, options: Setup) -> Memory:
         active = {0: set(LINEARS), shape.layers - 1: set(LINEARS)}
         trained = len(active) * matrices + shape.outside_numel - shape.hidden
         run = replace(run, active=active, outside=True, state_elements=trained)
+    elif method == SLICES:
+        pieces, found = slices_of(shape, options.delta)
+        sliced: dict[int, dict[str, Slice]] = {}
+        for name, piece in pieces.items():
+            layer, _, linear = name.partition(".")
+            sliced.setdefault(int(layer), {})[linear] = piece
+        sizes = [shape.slice_numel(linear, piece) for own in sliced.values() for linear, piece in own.items()]
+        run = replace(
+            run,
+            sliced=sliced,
+            # Shards have no slices.
+            ranks=1,
+            # Allocated once, for the budget.
+            state_elements=min(math.floor(options.delta * shape.numel), found.numel),
+            state_bytes=state_bytes(options, options.state_dtype, options.param_precision),
+            released=options.release_gradients,
+            waiting=HELD_BYTES,
+            alone=LAUNCHES,
+            round_end=4 * min(MOVE_ELEMENTS, max(sizes)),
+        )
     else:
         run = replace(
             run,
@@ -178,7 +250,8 @@ def _of_model(method: str, model: Model, options: Setup) -> Memory:
             f"dtype={options.dtype!r} must be the model's, {model.dtype!r}: build it in that of its training"
         )
     narrow, wide = options.dtype == "bfloat16", state_bytes(options)
-    rank, released, waiting, round_end = 0, False, 0.0, 0
+    rank, released, waiting, round_end, ranks = 0, False, 0.0, 0, options.world_size
+    sliced: Mapping[str, Slice] = {}
     if method in ("AdamW", "AdamW 8-bit", "FlashOptim"):
         of_state = {"AdamW": wide, "AdamW 8-bit": BITSANDBYTES_BYTES, "FlashOptim": FLASHOPTIM_BYTES + narrow}[method]
         trained, released = set(params), options.release_gradients and method == "FlashOptim"
@@ -193,19 +266,29 @@ def _of_model(method: str, model: Model, options: Setup) -> Memory:
         first, *_, last = [*model.layers.values()] * 2
         trained, of_state = {*first, *last, *model.embeddings()}, wide
     else:
-        trained = costliest_names(model, options.delta, options.depth_window)
+        if method == SLICES:
+            # Shards have no slices.
+            trained, ranks = set(), 1
+            sliced, found = slices_of(model, options.delta)
+            numels = {name: math.prod(piece.shape_of(params[name])) for name, piece in sliced.items()}
+            whole_numel, largest = found.numel, max(numels.values())
+        else:
+            trained = costliest_names(model, options.delta, options.depth_window)
+            numels = {name: params[name].numel() for name in trained}
+            whole_numel, largest = sum(map(torch.Tensor.numel, matrices.values())), model.largest
         of_state = state_bytes(options, options.state_dtype, options.param_precision)
-        together = math.ceil(len(trained) / LAUNCHES) - 1
+        together = math.ceil(len(numels) / LAUNCHES) - 1
         released = options.release_gradients
-        waiting = min(HELD_BYTES, together * min(params[name].nbytes for name in trained)) * released
+        smallest = min(numel * params[name].itemsize for name, numel in numels.items())
+        waiting = min(HELD_BYTES, together * smallest) * released
         # States of modules that stay move through a buffer.
-        round_end = 4 * min(MOVE_ELEMENTS, model.largest)
+        round_end = 4 * min(MOVE_ELEMENTS, largest)
     tokens = (options.batch, options.sequence, options.loss_chunk)
-    step = held(model, trained, rank, tokens, options.checkpointing, options.world_size, released)
+    step = held(model, trained, rank, tokens, options.checkpointing, ranks, released, sliced)
     elements = sum(params[name].numel() for name in trained)
-    if method == "MISA":
+    if method in ("MISA", SLICES):
         # Allocated once, for any draw.
-        elements = min(math.floor(options.delta * model.numel), sum(map(torch.Tensor.numel, matrices.values())))
+        elements = min(math.floor(options.delta * model.numel), whole_numel)
     linears = [(rows, columns) for _, rows, columns in model.linears()]
     elements += rank * sum(map(sum, linears))
     # peft makes adapters float32 unless autocast_adapter_dtype=False.
@@ -215,7 +298,6 @@ def _of_model(method: str, model: Model, options: Setup) -> Memory:
         weights -= sum(whole) * (1 - NF4_BYTES / (2 if narrow else 4))
         # One at a time is whole again, at worst when the peak is there.
         working = max(whole, default=0)
-    ranks = options.world_size
     if ranks > 1:
         inside = [{n: p for n, p in params.items() if n.startswith(f"{layer}.")} for layer in model.layers]
         sizes = [sum(param.nbytes for param in layer.values()) for layer in inside]

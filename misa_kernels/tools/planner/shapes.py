@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from misa_kernels.gradients.slices import Slice
+
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -58,6 +60,10 @@ class LlamaShape:
     def matrix_numel(self) -> dict[str, int]:
         """Parameters of each of them."""
         return {name: rows * columns for name, (rows, columns) in self.matrices.items()}
+
+    def slice_numel(self, name: str, piece: Slice) -> int:
+        """Return the parameters of a slice of one of them."""
+        return (piece.last - piece.first) * self.matrices[name][1 - piece.axis]
 
     @property
     def vector_numel(self) -> int:

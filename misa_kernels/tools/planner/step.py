@@ -4,7 +4,8 @@ Widths are those of a `LlamaShape`: h hidden, f intermediate, q queries, k keys 
 of an element and n the tokens of a batch. Attention is a fused one without a mask.
 
 Sources: what torch's autograd saves. A linear layer saves its input where its weight is trained, and its weight, which
-exists anyhow, where its input needs a gradient. What needs no gradient saves nothing: layers below the lowest active
+exists anyhow, where its input needs a gradient. For a slice of columns `gradients/slices.py` saves a copy of these
+columns of the input, for one of rows all of it. What needs no gradient saves nothing: layers below the lowest active
 module, and the inputs of frozen linears. Each part was compared with bytes counted allocation by allocation:
 `benchmarks/results/training_memory.md` for a LLaMA in plain PyTorch, `tests/tools/test_plan.py` for models of
 transformers.
@@ -17,6 +18,7 @@ from collections.abc import Mapping, Set
 from dataclasses import dataclass, field
 from typing import Literal
 
+from misa_kernels.gradients.slices import Slice
 from misa_kernels.tools.planner.fsdp import unsharded
 from misa_kernels.tools.planner.shapes import LINEARS, LlamaShape
 
@@ -38,6 +40,7 @@ class Workload:
         chunk: Tokens whose logits are held at once, n for all of them.
         checkpointing: Whether a layer keeps its input alone.
         active: Linears trained in each layer; those of LoRA stay frozen and are not named here.
+        sliced: Linears of each layer that are trained in a slice, and in which; they are not in `active`.
         dense: Whether norms and biases are trained, too.
         outside: Whether embedding and head are.
         rank: Of LoRA's adapters on all linears; 0 for none.
@@ -48,7 +51,7 @@ class Workload:
         state_bytes: Bytes of moments, masters or residuals for each of them.
         released: Whether a gradient is freed before the next one comes.
         waiting: The most bytes of small gradients that wait for one another where they are released.
-        alone: Active matrices of which none waits; among twice as many, one waits for another, and so on.
+        alone: Active matrices or slices of which none waits; among twice as many, one waits for another, and so on.
         round_end: Bytes that the end of a round takes beside weights, gradients and states.
         norms: Who computes them: "fused" keeps the input as it is (torch on GPUs), "torch" in float32 (torch on
             CPUs), as "transformers" does in its own code.
@@ -61,6 +64,7 @@ class Workload:
     chunk: int
     checkpointing: bool
     active: Mapping[int, Set[str]] = field(default_factory=dict)
+    sliced: Mapping[int, Mapping[str, Slice]] = field(default_factory=dict)
     dense: bool = False
     outside: bool = False
     rank: int = 0
@@ -115,12 +119,13 @@ def norm_bytes(run: Workload) -> tuple[int, int]:
     return 4, run.element if run.norms == "transformers" and not run.shape.float32_norms else 4
 
 
-def kept_by_layer(run: Workload, active: Set[str], reached: bool) -> dict[str, int]:
+def kept_by_layer(run: Workload, active: Set[str], sliced: Mapping[str, Slice], reached: bool) -> dict[str, int]:
     """Return the bytes a token that one layer keeps for backward, by tensor, each once whoever shares it.
 
     Args:
         run: The run.
-        active: Linears trained here.
+        active: Linears trained here,
+        sliced: and those of which a slice is.
         reached: Whether the layer's input needs a gradient.
     """
     shape, e, matrices = run.shape, run.element, run.shape.matrices
@@ -135,14 +140,16 @@ def kept_by_layer(run: Workload, active: Set[str], reached: bool) -> dict[str, i
         return needs or run.dense
 
     def linear(name: str, source: str, needs: bool) -> bool:
-        columns = matrices[name][1]
-        if name in active or run.rank and run.adapter_element == e:
+        columns, piece = matrices[name][1], sliced.get(name)
+        if piece is not None and piece.axis == 1 and piece.last - piece.first < columns:
+            kept[f"{source}, columns of {name}'s slice"] = (piece.last - piece.first) * e
+        elif piece is not None or name in active or run.rank and run.adapter_element == e:
             kept[source] = columns * e
         elif run.rank:
             kept[f"{source} for {name}'s adapter"] = columns * run.adapter_element
         if run.rank:
             kept[f"A x of {name}"] = run.rank * run.adapter_element
-        return needs or name in active or run.rank > 0
+        return needs or piece is not None or name in active or run.rank > 0
 
     x = norm("norm 1", reached)
     q, key, v = [linear(name, "output of norm 1", x) for name in LINEARS[:3]]
@@ -202,11 +209,19 @@ def count(run: Workload) -> Memory:
     in_layer = sum(shape.matrix_numel.values()) * (NF4_BYTES if run.quantised else e) + adapters
     weights = embedding + head + vectors + shape.layers * in_layer
 
-    trained = [run.active.get(layer, set()) for layer in layers]
+    # Bytes of the gradients of each layer.
+    trained = [
+        {name: matrices[name] for name in run.active.get(layer, ())}
+        | {name: e * shape.slice_numel(name, piece) for name, piece in run.sliced.get(layer, {}).items()}
+        for layer in layers
+    ]
     everywhere = run.dense or run.outside or run.rank
     lowest = 0 if everywhere else min((layer for layer in layers if trained[layer]), default=shape.layers)
     tensors = [
-        kept_by_layer(run, trained[layer], layer > lowest or run.outside) if layer >= lowest else {} for layer in layers
+        kept_by_layer(run, run.active.get(layer, set()), run.sliced.get(layer, {}), layer > lowest or run.outside)
+        if layer >= lowest
+        else {}
+        for layer in layers
     ]
     inside = [n * sum(each.values()) for each in tensors]
     # A layer that is checkpointed keeps its input, whether that needs a gradient or not.
@@ -216,7 +231,7 @@ def count(run: Workload) -> Memory:
     kept_last = n * (h * norm_bytes(run)[0] + 4 + 2 * shape.head_width * e)
     kept_last += n * h * (norm_bytes(run)[1] * run.dense + e * (run.outside or run.chunk < n))
 
-    gradients = [sum(matrices[name] for name in names) + adapters for names in trained]
+    gradients = [sum(own.values()) + adapters for own in trained]
     held: float = sum(gradients) + run.dense * vectors + run.outside * (embedding + head)
     head_gradient = (head or embedding) if run.outside else 0
     logits = LOGITS * 4 * run.chunk * shape.vocab
@@ -226,7 +241,7 @@ def count(run: Workload) -> Memory:
     else:
         # The logits' gradient in e bytes replaces float32 ones before the head's backward begins.
         loss = max(logits, (4 + e) * n * shape.vocab, e * n * (shape.vocab + h) + head_gradient)
-    smallest = min((matrices[name] for names in trained for name in names), default=0)
+    smallest = min((size for own in trained for size in own.values()), default=0)
     together = math.ceil(sum(map(len, trained)) / run.alone)
     waiting = min(run.waiting, max(together - 1, 0) * smallest)
     # (gradients, all else) of each moment.
@@ -235,7 +250,7 @@ def count(run: Workload) -> Memory:
         above: float = sum(gradients[layer + 1 :]) + head_gradient
         above = min(above, waiting) if run.released else above
         passing = passing_bytes(run, tensors[layer]) if layer >= lowest else 0
-        last = matrices["down_proj"] if "down_proj" in trained[layer] else 0
+        last = trained[layer].get("down_proj", 0)
         again = inside[layer] if run.checkpointing else 0
         moments.append((above / run.ranks + last, sum(kept[: layer + 1]) + again + passing))
     held = 0.0 if run.released else held

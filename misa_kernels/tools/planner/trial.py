@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
 
+from misa_kernels.draw.linears import linears_of
+from misa_kernels.gradients.slices import Slice, SliceGradients, input_axis
 from misa_kernels.tools.planner.dry import META, Held, TooLongError, step
 from misa_kernels.tools.planner.model import Model, reason_of
 
@@ -27,33 +29,38 @@ def held(
     checkpointing: bool,
     ranks: int = 1,
     released: bool = False,
+    sliced: Mapping[str, Slice] | None = None,
 ) -> Held:
     """Return what a training step holds beside weights and states; the model notes what that leaves out.
 
     Args:
         model: The model.
-        trained: Names of the parameters that are.
+        trained: Names of the parameters that are, as a whole.
         rank: Of LoRA's adapters on the linears of the layers, 0 for none.
         tokens: Sequences, tokens of each, and tokens whose logits are held at once, 0 for all.
         checkpointing: Whether layers keep their inputs alone, where the model can.
         ranks: GPUs over which gradients are sharded.
         released: Whether each gradient is freed when it is complete.
+        sliced: Slices that are trained, by the name of the parameter.
     """
-    key = (frozenset(trained), rank, tokens, checkpointing, ranks, released)
+    sliced = sliced or {}
+    key = (frozenset(trained), rank, tokens, checkpointing, ranks, released, frozenset(sliced.items()))
     if key not in model.held:
         params = dict(model.module.named_parameters())
         for name, param in params.items():
             param.requires_grad_(name in trained)
-        with _checkpointed(model, checkpointing), _adapted(model, rank) as adapters:
-            own = {name: params[name] for name in trained} | adapters
-            model.held[key] = _tried(model, own, [*params.values(), *adapters.values()], key)
+        with _checkpointed(model, checkpointing), _adapted(model, rank) as adapters, _sliced(params, sliced):
+            own = {name: params[name] for name in (*trained, *sliced)} | adapters
+            model.held[key] = _tried(model, own, sliced, [*params.values(), *adapters.values()], key)
         model.module.requires_grad_(True)
     return model.held[key]
 
 
-def _tried(model: Model, trained: Mapping[str, nn.Parameter], weights: Sequence[Tensor], key: Any) -> Held:
+def _tried(
+    model: Model, trained: Mapping[str, nn.Parameter], sliced: Mapping[str, Slice], weights: Sequence[Tensor], key: Any
+) -> Held:
     """Run the step, in short sequences if it has too many operators; if it cannot be run, return a lower bound."""
-    _, _, (batch, sequence, chunk), checkpointing, ranks, released = key
+    _, _, (batch, sequence, chunk), checkpointing, ranks, released, _ = key
     if sequence > model.longest:
         model.note(f"Its positions end at {model.longest:,}: sequences have no more tokens.")
         sequence = model.longest
@@ -74,7 +81,7 @@ def _tried(model: Model, trained: Mapping[str, nn.Parameter], weights: Sequence[
             f"Its step cannot be run without values ({reason_of(error)}): activations and peaks are lower bounds, the "
             "inputs of trained matrices or the gradients alone."
         )
-        return _least(model, trained, batch * sequence, checkpointing)
+        return _least(model, trained, sliced, batch * sequence, checkpointing)
     if found.unused & model.matrices.keys():
         model.note(
             f"Some matrices get no gradient from {model.module.main_input_name}, all that it is planned with: their "
@@ -83,15 +90,24 @@ def _tried(model: Model, trained: Mapping[str, nn.Parameter], weights: Sequence[
     return found
 
 
-def _least(model: Model, trained: Mapping[str, nn.Parameter], tokens: int, checkpointing: bool) -> Held:
+def _least(
+    model: Model, trained: Mapping[str, nn.Parameter], sliced: Mapping[str, Slice], tokens: int, checkpointing: bool
+) -> Held:
     """Return the gradients, or inputs of trained matrices: each width once a layer, and one width if it runs again."""
+    read = {name: param.shape[-1] for name, param in trained.items()}
+    sizes = {name: param.numel() for name, param in trained.items()}
+    for name, piece in sliced.items():
+        sizes[name] = math.prod(piece.shape_of(trained[name]))
+        reads = input_axis(linears_of(trained[name])[0])
+        read[name] = piece.last - piece.first if piece.axis == reads else trained[name].shape[1 - piece.axis]
     widths = {
-        (layer, not checkpointing and trained[name].shape[-1]): trained[name].shape[-1] * trained[name].itemsize
+        (layer, not checkpointing and read[name]): read[name] * trained[name].itemsize
         for layer, names in model.layers.items()
         for name in names
         if name in trained
     }
-    gradients, kept = sum(param.nbytes for param in trained.values()), tokens * sum(widths.values())
+    gradients = sum(param.itemsize * sizes[name] for name, param in trained.items())
+    kept = tokens * sum(widths.values())
     return Held(kept, gradients, kept, *max((gradients, 0), (0, kept), key=sum))
 
 
@@ -111,6 +127,17 @@ def _checkpointed(model: Model, wanted: bool) -> Iterator[None]:
     finally:
         if wanted:
             getattr(module, f"{name}_checkpointing_disable")()
+
+
+@contextmanager
+def _sliced(params: Mapping[str, nn.Parameter], sliced: Mapping[str, Slice]) -> Iterator[None]:
+    """Let backward make the gradients of slices, with the hooks of a training."""
+    gradients = SliceGradients()
+    gradients.train({params[name]: (piece, linears_of(params[name])) for name, piece in sliced.items()})
+    try:
+        yield
+    finally:
+        gradients.close()
 
 
 @contextmanager
