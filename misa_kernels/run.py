@@ -181,6 +181,7 @@ class Run:
         if not self.clock.steps:
             self.flags.compare()
         self.follow()
+        self._look_for_strangers()
         self._reconcile()
         self.trained.allocate(self.layout.slots_of(self.active.tolist()))
         if self.given.backend == "auto" and self.trained.backend == "reference":
@@ -267,6 +268,28 @@ class Run:
                 "param_groups(model), of the model that is trained, and keep that"
             )
         self.gradients.train(slices)
+        self._look_for_strangers()
+
+    def _look_for_strangers(self) -> None:
+        """Say once that a layer was wrapped or exchanged, as by an adapter, for what has parameters of its own.
+
+        Slices go on without a sign of it: nobody need switch a weight off that requires no gradient.
+        """
+        if self.layout.partition.slicing is None:
+            return
+        known = set(map(id, self.flags.params))
+        for index, param in enumerate(self.flags.params):
+            for module in linears.successors_of(param):
+                own = [name for name, p in module.named_parameters() if p.requires_grad and id(p) not in known]
+                if own:
+                    self.flags.warn_once(
+                        "strangers",
+                        f"where the layer with the weight {self.layout.partition.names[index]} was, there is a "
+                        f"{type(module).__name__} now, as when adapters are attached, and MISA does not train what it "
+                        f"has of its own, such as {own[0]}: call param_groups(model) on the model as it is now, or "
+                        "leave that to another optimizer",
+                    )
+                    return
 
     def record(self, draw: Draw) -> None:
         """Begin the record of a round."""
