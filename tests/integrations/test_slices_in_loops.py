@@ -347,9 +347,10 @@ def test_gradients_that_accelerates_scaler_unscales():
     models = [build("llama"), build("llama")]
     accelerator = Accelerator(cpu=True)
     accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
-    accelerator.native_amp, accelerator.state._mixed_precision = True, "fp16"
     model, optimizer = accelerator.prepare(models[0], misa(models[0]))
     optimizer.scaler = accelerator.scaler
+    # Only now, so that the model computes in float32.
+    accelerator.native_amp, accelerator.state._mixed_precision = True, "fp16"
     other = misa(models[1])
     for batch in text(BATCH * STEPS).split(BATCH):
         accelerator.backward(loss_of(model, batch))
@@ -557,6 +558,18 @@ def test_adapters_that_were_there_are_not_sliced_and_one_sentence_says_so():
     with pytest.raises(ValueError, match=r"granularity='module'") as caught:
         MISA(param_groups(model), delta=0.3, sampler=UniformSampler(granularity="slice"))
     assert "adapters" in str(caught.value)
+
+
+def test_a_weight_that_is_exchanged_is_noticed():
+    model = build("llama")
+    optimizer = misa(model, "run", "down")
+    advance(model, optimizer, 1)
+    layer = model.model.layers[2].mlp.down_proj
+    layer.weight = nn.Parameter(layer.weight.detach().clone())
+    with pytest.warns(
+        UserWarning, match=r"layers\.2\.mlp\.down_proj\.weight is trained in slices, and its layer is called"
+    ):
+        advance(model, optimizer, 1)
 
 
 def test_embeddings_are_resized_and_tied_in_mid_round():
