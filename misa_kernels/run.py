@@ -261,16 +261,14 @@ class Run:
         for block in self.layout.slices_of(self.active.tolist()):
             if block.index in self.flags.sliced and block.axis is not None:
                 slices[block.param] = Slice(block.axis, *block.ends), linears.linears_of(block.param)
-        if lost := [param for param, (_, modules) in slices.items() if not modules]:
+        names = {param: self.layout.name_of(self.layout.spans[param].start) for param in slices}
+        if lost := [names[param] for param, (_, modules) in slices.items() if not modules]:
             raise RuntimeError(
-                f"granularity='slice' finds no linear layer with the weight {self._name_of(lost[0])}: make the groups with "
+                f"granularity='slice' finds no linear layer with the weight {lost[0]}: make the groups with "
                 "param_groups(model), of the model that is trained, and keep that"
             )
-        self.gradients.train(slices, {param: self._name_of(param) for param in slices})
+        self.gradients.train(slices, names)
         self._look_for_strangers()
-
-    def _name_of(self, param: Tensor) -> str:
-        return self.layout.name_of(self.layout.spans[param].start)
 
     def _look_for_strangers(self) -> None:
         """Say once that a layer was wrapped or exchanged, as by an adapter, for what has parameters of its own.
