@@ -251,6 +251,7 @@ class Run:
         self.flags.train({index for index in whole if chosen[index]}, sliced)
         self.active = active
         self._slice()
+        self._look_for_strangers()
         self.scores.activate(active, self.clock.round)
         if self.meeting is not None:
             self.meeting.begin_round()
@@ -261,14 +262,26 @@ class Run:
         for block in self.layout.slices_of(self.active.tolist()):
             if block.index in self.flags.sliced and block.axis is not None:
                 slices[block.param] = Slice(block.axis, *block.ends), linears.linears_of(block.param)
-        names = {param: self.layout.name_of(self.layout.spans[param].start) for param in slices}
-        if lost := [names[param] for param, (_, modules) in slices.items() if not modules]:
+        if lost := [param for param, (_, modules) in slices.items() if not modules]:
+            name = self.layout.name_of(self.layout.spans[lost[0]].start)
             raise RuntimeError(
-                f"granularity='slice' finds no linear layer with the weight {lost[0]}: make the groups with "
+                f"granularity='slice' finds no linear layer with the weight {name}: make the groups with "
                 "param_groups(model), of the model that is trained, and keep that"
             )
-        self.gradients.train(slices, names)
-        self._look_for_strangers()
+        self.gradients.train(slices)
+
+    def record(self, draw: Draw) -> None:
+        """Begin the record of a round."""
+        self.monitor.begin_round(
+            self.clock.round,
+            self.clock.steps - self.clock.round_step,
+            self.active.tolist(),
+            self.scores.corrected(),
+            draw.probability,
+            draw.perplexity,
+        )
+
+    # What the user exchanges, freezes and thaws.
 
     def _look_for_strangers(self) -> None:
         """Say once that a layer was wrapped or exchanged, as by an adapter, for what has parameters of its own.
@@ -290,19 +303,6 @@ class Run:
                         "leave that to another optimizer",
                     )
                     return
-
-    def record(self, draw: Draw) -> None:
-        """Begin the record of a round."""
-        self.monitor.begin_round(
-            self.clock.round,
-            self.clock.steps - self.clock.round_step,
-            self.active.tolist(),
-            self.scores.corrected(),
-            draw.probability,
-            draw.perplexity,
-        )
-
-    # What the user exchanges, freezes and thaws.
 
     def follow(self) -> None:
         """Before the first step: go on with what was exchanged, resized, cast or frozen since then, or refuse it.

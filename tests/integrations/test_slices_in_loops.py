@@ -566,9 +566,7 @@ def test_a_weight_that_is_exchanged_is_noticed():
     advance(model, optimizer, 1)
     layer = model.model.layers[2].mlp.down_proj
     layer.weight = nn.Parameter(layer.weight.detach().clone())
-    with pytest.warns(
-        UserWarning, match=r"layers\.2\.mlp\.down_proj\.weight is trained in slices, and its layer is called"
-    ):
+    with pytest.warns(UserWarning, match="is trained in slices, and its layer is called with another weight"):
         advance(model, optimizer, 1)
 
 
