@@ -123,7 +123,7 @@ class Replica:
             return
         if not self._pending:
             self._begin()
-            torch.autograd.Variable._execution_engine.queue_callback(self._finish)
+            torch.autograd.Variable._execution_engine.queue_callback(self._end)
         self._bucket_of[param].waiting.discard(param)
         # In the same order on all ranks.
         for bucket in self._pending:
@@ -131,6 +131,10 @@ class Replica:
                 break
             if bucket.work is None:
                 self._send(bucket)
+
+    def _end(self) -> None:
+        """Finish behind what else was called for the end of backward: the last gradients of slices are told of there."""
+        torch.autograd.Variable._execution_engine.queue_callback(self._finish)
 
     def _begin(self) -> None:
         self._slices = {param: own for param, own in self._optimizer.trained.items() if own is not None}
