@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from types import MappingProxyType
 from typing import Any, cast
 
 import torch
@@ -133,7 +134,7 @@ class Replica:
                 self._send(bucket)
 
     def _end(self) -> None:
-        """Finish behind what else was called for the end of backward: the last gradients of slices are told of there."""
+        """Finish behind what else waits for the end of backward: of the last gradients of slices we are told there."""
         torch.autograd.Variable._execution_engine.queue_callback(self._finish)
 
     def _begin(self) -> None:
@@ -210,7 +211,7 @@ class _Bucket:
         self.work: Any = None
 
 
-def _buckets(params: Sequence[Tensor], slices: Mapping[Tensor, Slice]) -> list[_Bucket]:
+def _buckets(params: Sequence[Tensor], slices: Mapping[Tensor, Slice] = MappingProxyType({})) -> list[_Bucket]:
     """Cut parameters, in their order, into what travels together: one dtype, and few bytes or one tensor."""
     cut: list[_Bucket] = []
     held = 0
