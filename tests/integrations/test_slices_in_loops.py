@@ -512,12 +512,23 @@ def adapted(model: nn.Module, *targets: str) -> Any:
 
 
 @pytest.mark.parametrize("when", [0, 1], ids=["before the first step", "in mid-round"])
-def test_adapters_that_come_later_are_noticed(when):
+@pytest.mark.parametrize(
+    ("kind", "target", "layer"),
+    [
+        ("llama", "down_proj", "model.layers.0.mlp.down_proj"),
+        # Not one of those that are sliced.
+        ("llama", "q_proj", "model.layers.0.self_attn.q_proj"),
+        ("gpt2", "mlp.c_proj", "transformer.h.0.mlp.c_proj"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:.*fan_in_fan_out")
+def test_adapters_that_come_later_are_noticed(kind, target, layer, when):
     """peft wraps the layer, whose weight is trained as before, and makes parameters that the optimizer lacks."""
-    model = build("llama")
+    model = build(kind)
     optimizer = misa(model, "run", "down")
+    sliced = [optimizer.modules[number].name.partition("[")[0] for number in optimizer.active]
     advance(model, optimizer, when)
-    wrapped = adapted(model, "down_proj")
+    wrapped = adapted(model, target)
     before = weights(wrapped)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -525,11 +536,12 @@ def test_adapters_that_come_later_are_noticed(when):
     said = [str(warning.message) for warning in caught]
     assert len(said) == 1
     assert said[0].startswith(
-        "where the layer with the weight model.layers.0.mlp.down_proj.weight was, there is a Linear now, as when "
-        "adapters are attached, and MISA does not train what it has of its own, such as lora_A.default.weight: call "
+        f"where the layer with the weight {layer}.weight was, there is a Linear now, as when adapters are attached, "
+        "and MISA does not train what it has of its own, such as lora_A.default.weight: call "
     )
     moved = {name for name, weight in weights(wrapped).items() if not torch.equal(weight, before[name])}
-    assert moved == {name for name in before if "down_proj.base_layer" in name}
+    plain_names = {name.removeprefix("base_model.model.").replace(".base_layer", "") for name in moved}
+    assert plain_names == {f"{name}.weight" for name in sliced}
 
 
 def test_a_wrapper_without_parameters_of_its_own_is_none_of_ours(recwarn):
