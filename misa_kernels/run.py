@@ -181,6 +181,7 @@ class Run:
         if not self.clock.steps:
             self.flags.compare()
         self.follow()
+        self._look_for_strangers()
         self._reconcile()
         self.trained.allocate(self.layout.slots_of(self.active.tolist()))
         if self.given.backend == "auto" and self.trained.backend == "reference":
@@ -250,6 +251,7 @@ class Run:
         self.flags.train({index for index in whole if chosen[index]}, sliced)
         self.active = active
         self._slice()
+        self._look_for_strangers()
         self.scores.activate(active, self.clock.round)
         if self.meeting is not None:
             self.meeting.begin_round()
@@ -285,6 +287,27 @@ class Run:
         )
 
     # What the user exchanges, freezes and thaws.
+
+    def _look_for_strangers(self) -> None:
+        """Say once that a layer was wrapped or exchanged, as by an adapter, for what has parameters of its own.
+
+        Slices go on without a sign of it: nobody need switch a weight off that requires no gradient.
+        """
+        if self.layout.partition.slicing is None:
+            return
+        known = set(map(id, self.flags.params))
+        for index, param in enumerate(self.flags.params):
+            for module in linears.successors_of(param):
+                own = [name for name, p in module.named_parameters() if p.requires_grad and id(p) not in known]
+                if own:
+                    self.flags.warn_once(
+                        "strangers",
+                        f"where the layer with the weight {self.layout.partition.names[index]} was, there is a "
+                        f"{type(module).__name__} now, as when adapters are attached, and MISA does not train what it "
+                        f"has of its own, such as {own[0]}: call param_groups(model) on the model as it is now, or "
+                        "leave that to another optimizer",
+                    )
+                    return
 
     def follow(self) -> None:
         """Before the first step: go on with what was exchanged, resized, cast or frozen since then, or refuse it.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from types import MappingProxyType
 from typing import Any, cast
 
 import torch
@@ -123,7 +124,7 @@ class Replica:
             return
         if not self._pending:
             self._begin()
-            torch.autograd.Variable._execution_engine.queue_callback(self._finish)
+            torch.autograd.Variable._execution_engine.queue_callback(self._end)
         self._bucket_of[param].waiting.discard(param)
         # In the same order on all ranks.
         for bucket in self._pending:
@@ -131,6 +132,10 @@ class Replica:
                 break
             if bucket.work is None:
                 self._send(bucket)
+
+    def _end(self) -> None:
+        """Finish behind what else waits for the end of backward: of the last gradients of slices we are told there."""
+        torch.autograd.Variable._execution_engine.queue_callback(self._finish)
 
     def _begin(self) -> None:
         self._slices = {param: own for param, own in self._optimizer.trained.items() if own is not None}
@@ -206,7 +211,7 @@ class _Bucket:
         self.work: Any = None
 
 
-def _buckets(params: Sequence[Tensor], slices: Mapping[Tensor, Slice]) -> list[_Bucket]:
+def _buckets(params: Sequence[Tensor], slices: Mapping[Tensor, Slice] = MappingProxyType({})) -> list[_Bucket]:
     """Cut parameters, in their order, into what travels together: one dtype, and few bytes or one tensor."""
     cut: list[_Bucket] = []
     held = 0
