@@ -16,6 +16,7 @@ GOALS = (
     ("misa", "lora", 1.15),
     ("misa", "badam_package", 1.0),
     ("misa_window", "misa", 1.25),
+    ("misa_slices", "lora", 1.25),
 )
 OPTIMIZER_SHARE = 0.01
 # Steps of a round in an ordinary run, MISA's default and BAdam's; the measured rounds are shorter, to see many draws.
