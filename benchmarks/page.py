@@ -19,7 +19,7 @@ from benchmarks.gpu.first import table as first_table
 from benchmarks.quality import regime_table
 from benchmarks.step import cpu, growth, launcher, round_end
 from benchmarks.tables import cells
-from benchmarks.train import e2e_table, slices, training_memory
+from benchmarks.train import e2e_table, training_memory
 
 RESULTS = Path("benchmarks/results")
 PAGE = Path("benchmarks/README.md")
@@ -124,7 +124,7 @@ SECTIONS: dict[str, tuple[str, Callable[[Record], list[str]]]] = {
     "first": ("The first five minutes", first),
     "e2e": ("Tokens per second", e2e_table.lines),
     "caps": ("Tokens per second at the largest batch under a cap of memory", e2e_table.caps_lines),
-    "slices": ("Slices beside LoRA: time and activations", slices.lines),
+    "slices": ("Slices beside LoRA: time and activations", e2e_table.lines),
     "cpu": ("The step on a CPU", cpu.lines),
     "growth": ("How cost grows", growth.lines),
     "round_end": ("The end of a round", round_end.lines),

@@ -28,6 +28,8 @@ GAP = 50
 # Both moments of a parameter and its part of the scales.
 MISA_STATE_BYTES = {"fp32": 2 * 4.0, "int8": 2 * (1 + 4 / BLOCK)}
 Built = tuple[nn.Module, torch.optim.Optimizer]
+# Chooses matrices of a model, by name.
+Choice = Callable[[Llama], dict[str, nn.Linear]]
 
 
 def parameters(model: nn.Module) -> int:
@@ -55,9 +57,7 @@ def down(model: Llama) -> dict[str, nn.Linear]:
     return {name: matrix for name, matrix in matrices(model).items() if name.endswith("down_proj")}
 
 
-def lora_bytes(
-    model: Llama, rank: int, of: Callable[[Llama], dict[str, nn.Linear]] = matrices, dora: bool = False
-) -> int:
+def lora_bytes(model: Llama, rank: int, of: Choice = matrices, dora: bool = False) -> int:
     """Return the training bytes of LoRA: adapters, all their gradients, and states; of DoRA, magnitudes besides."""
     sizes = [rank * features for matrix in of(model).values() for features in matrix.weight.shape]
     if dora:
@@ -87,15 +87,8 @@ def largest_rank(method: str, model: Llama, budget_bytes: int) -> int:
     return fitting[-1]
 
 
-def lora(
-    model: Llama,
-    rank: int,
-    lr: float,
-    seed: int,
-    of: Callable[[Llama], dict[str, nn.Linear]] = matrices,
-    dora: bool = False,
-) -> Built:
-    """Return the model with adapters of its matrices, those of all layers or of which `of` says, and their trainer."""
+def lora(model: Llama, rank: int, lr: float, seed: int, of: Choice = matrices, dora: bool = False) -> Built:
+    """Return the model with adapters of these matrices, and what trains them."""
     from bitsandbytes.optim import AdamW8bit
     from peft import LoraConfig, get_peft_model
 

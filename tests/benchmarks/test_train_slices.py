@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks.train import e2e, slices
+from benchmarks.train import e2e, e2e_table, slices
 from benchmarks.train.trainers import PLANS
 
 TINY = replace(PLANS["tiny"], turns=1, checkpointing=False, lora_rank=1)
@@ -31,7 +31,7 @@ class Columns(nn.Module):
 
 def test_slices_keep_their_columns_alone() -> None:
     kept = {name: slices.kept_by(name, TINY, 2) for name in ("adamw", "misa", "misa_slices")}
-    assert kept["misa_slices"]["kept"] < 0.75 * kept["adamw"]["kept"]
+    assert kept["misa_slices"]["kept_bytes"] < 0.75 * kept["adamw"]["kept_bytes"]
     model = e2e.build_model(TINY, torch.device("cpu"))
     budget = TINY.delta * sum(weight.numel() for weight in model.parameters())
     assert all(0.7 * budget < kept[name]["trained"] <= budget for name in ("misa", "misa_slices"))
@@ -41,14 +41,16 @@ def test_slices_keep_their_columns_alone() -> None:
 def test_the_record_has_all_peers_and_both_goals() -> None:
     pytest.importorskip("peft")
     *_, content = slices.measure(TINY, math.inf)
-    assert list(content["shape"]["peers"]) == list(slices.NAMES)
-    speed, kept = content["goals"]
-    peers = content["shape"]["peers"]
-    assert speed["value"] == peers["misa_slices"]["speed"] / peers["lora"]["speed"]
-    assert kept["value"] == peers["misa_slices"]["kept"] / peers["lora"]["kept"] < 1
-    # Not at this width, where slices are a large part of the down projections.
-    assert not kept["met"] and kept["limit"] == 0.75 and speed["limit"] == 1.25
+    (shape,) = content["shapes"]
+    peers = shape["peers"]
+    assert list(peers) == list(slices.NAMES)
+    found = {line["goal"]: line for line in content["goals"]}
+    kept = found["kept for backward, misa_slices / lora"]
+    assert kept["value"] == peers["misa_slices"]["kept_bytes"] / peers["lora"]["kept_bytes"] < 1
+    assert kept["limit"] == 0.75 and found["tokens/s, misa_slices / lora"]["limit"] == 1.25
     # As many parameters in adapters of the down projections alone, but for less than a rank.
     trained = [peers[name]["trained"] for name in ("lora_down", "lora")]
     assert trained[0] <= trained[1] < trained[0] + 4 * (32 + 88)
-    assert any(line.startswith("| lora_down |") for line in slices.lines(content))
+    lines = e2e_table.lines(content)
+    megabytes = f"{peers['misa_slices']['kept_bytes'] / 1e6:.1f}"
+    assert any(line.startswith("| misa_slices |") and line.endswith(f"| {megabytes} |") for line in lines)
