@@ -36,7 +36,7 @@ only figures of one section, taken in turns, can be compared.
 | `step/` | how long does the update take: beside others, as it grows, where it ends a round, of the host's time? | \
 `python -m benchmarks.step cpu`, `growth`, `round_end` or `launcher` |
 | `train/` | how fast is a whole iteration, and what memory does it take? | \
-`python -m benchmarks.train e2e`, `memory` |
+`python -m benchmarks.train e2e`, `memory`, `slices` |
 | `gate/` | has the code become dearer? Counts, beside those recorded | `python -m benchmarks.gate` |
 | `quality/` | how well does a model learn in the same memory? Hours | `python -m benchmarks.quality run` |
 | `gpu/` | what has to be looked at on a GPU, and what machine code do its kernels become? | \
@@ -124,6 +124,7 @@ SECTIONS: dict[str, tuple[str, Callable[[Record], list[str]]]] = {
     "first": ("The first five minutes", first),
     "e2e": ("Tokens per second", e2e_table.lines),
     "caps": ("Tokens per second at the largest batch under a cap of memory", e2e_table.caps_lines),
+    "slices": ("Slices beside LoRA: time and activations", e2e_table.lines),
     "cpu": ("The step on a CPU", cpu.lines),
     "growth": ("How cost grows", growth.lines),
     "round_end": ("The end of a round", round_end.lines),

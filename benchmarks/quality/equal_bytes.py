@@ -1,4 +1,4 @@
-"""How large may each method be in so many bytes of training memory, and how are AdamW, LoRA and GaLore built?
+"""How large may each method be in so many bytes of training memory, and how are AdamW, LoRA, DoRA and GaLore built?
 
 Training bytes are what a method adds to the frozen model: optimizer states, gradients held at once, and extra
 weights. Activations are left out, and so is what lives within one call of `step()`. LoRA's and GaLore's states are the
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from unittest import mock
 
 import torch
@@ -27,6 +28,8 @@ GAP = 50
 # Both moments of a parameter and its part of the scales.
 MISA_STATE_BYTES = {"fp32": 2 * 4.0, "int8": 2 * (1 + 4 / BLOCK)}
 Built = tuple[nn.Module, torch.optim.Optimizer]
+# Chooses matrices of a model, by name.
+Choice = Callable[[Llama], dict[str, nn.Linear]]
 
 
 def parameters(model: nn.Module) -> int:
@@ -49,9 +52,16 @@ def bnb_states_bytes(sizes: list[int]) -> int:
     return 2 * sum(size + FP32_BYTES * math.ceil(size / BNB_BLOCK) for size in sizes) + BNB_TABLES_BYTES
 
 
-def lora_bytes(model: Llama, rank: int) -> int:
-    """Return the training bytes of LoRA: adapters, all their gradients, and states."""
-    sizes = [rank * features for matrix in matrices(model).values() for features in matrix.weight.shape]
+def down(model: Llama) -> dict[str, nn.Linear]:
+    """Return the last matrix of each layer's feed-forward network, by name."""
+    return {name: matrix for name, matrix in matrices(model).items() if name.endswith("down_proj")}
+
+
+def lora_bytes(model: Llama, rank: int, of: Choice = matrices, dora: bool = False) -> int:
+    """Return the training bytes of LoRA: adapters, all their gradients, and states; of DoRA, magnitudes besides."""
+    sizes = [rank * features for matrix in of(model).values() for features in matrix.weight.shape]
+    if dora:
+        sizes += [matrix.out_features for matrix in of(model).values()]
     return 2 * FP32_BYTES * sum(sizes) + bnb_states_bytes(sizes)
 
 
@@ -77,12 +87,12 @@ def largest_rank(method: str, model: Llama, budget_bytes: int) -> int:
     return fitting[-1]
 
 
-def lora(model: Llama, rank: int, lr: float, seed: int) -> Built:
-    """Return the model with adapters of all matrices of all layers, and what trains them."""
+def lora(model: Llama, rank: int, lr: float, seed: int, of: Choice = matrices, dora: bool = False) -> Built:
+    """Return the model with adapters of these matrices, and what trains them."""
     from bitsandbytes.optim import AdamW8bit
     from peft import LoraConfig, get_peft_model
 
-    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=list(matrices(model)))
+    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=list(of(model)), use_dora=dora)
     torch.manual_seed(seed)
     wrapped = get_peft_model(model, config)
     adapters = [parameter for parameter in wrapped.parameters() if parameter.requires_grad]
@@ -133,5 +143,7 @@ def galore(model: Llama, rank: int, lr: float, seed: int) -> Built:
 
 LOW_RANK: dict[str, tuple[Callable[[Llama, int], int], Callable[[Llama, int, float, int], Built]]] = {
     "LoRA": (lora_bytes, lora),
+    "LoRA, down": (partial(lora_bytes, of=down), partial(lora, of=down)),
+    "DoRA": (partial(lora_bytes, dora=True), partial(lora, dora=True)),
     "GaLore": (galore_bytes, galore),
 }

@@ -16,7 +16,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +49,7 @@ from examples.demo.data import (
 from examples.demo.methods import matrices
 from examples.demo.model import Llama
 from examples.demo.train import mean_loss, train
-from misa_kernels import MISA, ImportanceSampler, UniformSampler, lisa, param_groups
+from misa_kernels import MISA, ImportanceSampler, UniformSampler, lisa, param_groups, slices
 
 OUT = Path("out/regime")
 RESULTS = Path("benchmarks/results")
@@ -81,7 +81,7 @@ def layer_share(model: Llama) -> float:
 
 
 def size_of(job: Job, model: Llama) -> float:
-    """Return the rank of LoRA and GaLore, and the fraction of the parameters that are trained at a time of others."""
+    """Return the rank of low-rank methods, and the fraction of the parameters that others train at a time."""
     if job.method in LOW_RANK:
         return largest_rank(job.method, model, misa_bytes(model, job.state, job.delta))
     return {"AdamW": 1.0, "BAdam": layer_share(model), "LISA": layer_share(model)}.get(job.method, job.delta)
@@ -119,6 +119,7 @@ def build(job: Job, model: Llama, scale: Scale) -> tuple[nn.Module, torch.optim.
     presets: dict[str, dict[str, Any]] = {
         "uniform": {"sampler": UniformSampler()},
         "LISA": lisa(),
+        "slices": slices(),
         "MISA": {},
     }
     presets |= {method: {"sampler": ImportanceSampler(**options)} for method, options in VARIANTS.items()}
@@ -147,13 +148,28 @@ def base_weights(scale: Scale) -> dict[str, torch.Tensor]:
     return torch.load(path)
 
 
-def held_out_losses(job: Job, model: nn.Module, scale: Scale) -> list[float]:
-    """Return a model's loss on the tuning text and on the reporting text, in nats a byte."""
-    texts = halves(header_files() if job.task == "fine-tuning" else python_files())
-    return [
-        mean_loss(model, validation_batches(text, 32, scale.shape.context, batches))
-        for text, batches in zip(texts, scale.held_out, strict=True)
-    ]
+def held_out_losses(task: str, model: nn.Module, scale: Scale) -> dict[str, float]:
+    """Return a model's losses in nats a byte, by name.
+
+    They are "tuning_loss", "loss" on the reporting text, and in fine-tuning "source_loss" on what was learned before.
+    """
+    tuning, reporting = halves(header_files() if task == "fine-tuning" else python_files())
+    texts = {"tuning_loss": (tuning, scale.held_out[0]), "loss": (reporting, scale.held_out[1])}
+    if task == "fine-tuning":
+        texts["source_loss"] = halves(python_files())[1], scale.held_out[1]
+    return {
+        name: round(mean_loss(model, validation_batches(text, 32, scale.shape.context, batches)), 6)
+        for name, (text, batches) in texts.items()
+    }
+
+
+@cache
+def losses_before(task: str, scale: Scale) -> dict[str, float]:
+    """Return the losses of the model that all runs of a task begin with."""
+    base = new_model(scale)
+    if task == "fine-tuning":
+        base.load_state_dict(base_weights(scale))
+    return {f"{name}_before": loss for name, loss in held_out_losses(task, base, scale).items()}
 
 
 def clock_s(device: str) -> float:
@@ -175,7 +191,7 @@ def execute(scale: Scale, job: Job) -> dict[str, Any]:
     base = new_model(scale)
     if job.task == "fine-tuning":
         base.load_state_dict(base_weights(scale))
-    before = held_out_losses(job, base, scale)
+    before = losses_before(job.task, scale)
     size, held = size_of(job, base), training_bytes(job, base)
     model, optimizer = build(job, base, scale)
     corpus = finetuning_corpus() if job.task == "fine-tuning" else pretraining_corpus()
@@ -192,7 +208,6 @@ def execute(scale: Scale, job: Job) -> dict[str, Any]:
     training_s, seconds = clock_s(scale.device) - clock_began, time.perf_counter() - began
     if isinstance(optimizer, MISA):
         optimizer.release()
-    tuning_loss, loss_after = held_out_losses(job, model, scale)
     return asdict(job) | {
         "lr": lr_of(job, scale),
         "size": size,
@@ -202,10 +217,8 @@ def execute(scale: Scale, job: Job) -> dict[str, Any]:
         "machine": record.describe_device(torch.device(scale.device))["name"],
         "rounds_of": getattr(optimizer, "inner_steps", job.inner_steps) if job.method != "AdamW" else 0,
         "curve": curve,
-        "tuning_loss_before": before[0],
-        "loss_before": before[1],
-        "tuning_loss": tuning_loss,
-        "loss": loss_after,
+        **before,
+        **held_out_losses(job.task, model, scale),
     }
 
 

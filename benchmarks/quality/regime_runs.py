@@ -49,7 +49,9 @@ SCALES = {
     scale.name: scale
     for scale in (
         # 4.9 million parameters.
-        Scale("5m", LlamaConfig(width=128, hidden=352, layers=LAYERS, heads=4, context=128), "cpu", 2e-3, 2, 8),
+        Scale(
+            "5m", LlamaConfig(width=128, hidden=352, layers=LAYERS, heads=4, context=128), "cpu", 2e-3, 2, 8, window=80
+        ),
         # 128 million; the learning rate falls as the width grows.
         Scale("128m", LlamaConfig(width=640, hidden=1920, layers=LAYERS, heads=10, context=512), "cuda", 5e-4, 16, 16),
         Scale(
@@ -74,9 +76,10 @@ class Job:
 
     Attributes:
         task: One of `TASKS`.
-        method: "AdamW", "LoRA", "GaLore", "BAdam" (its package), "LISA", "uniform", "MISA", or a key of `VARIANTS`.
+        method: "AdamW", a key of `LOW_RANK`, "BAdam" (its package), "LISA", "uniform", "MISA", "slices" (of each down
+            projection, or at a large δ of more, see `slices()`), or a key of `VARIANTS`.
         state: Format of the optimizer states.
-        delta: Budget δ; of LoRA and GaLore that of the MISA which has as many training bytes with the same states.
+        delta: Budget δ; of low-rank methods that of the MISA which has as many training bytes with the same states.
             BAdam and LISA train one layer, whatever it says, and AdamW everything.
         inner_steps: Steps in a round, 0 for what MISA takes by itself.
         power: Says the learning rate, see `lr_of`.
@@ -144,6 +147,23 @@ CPU_SEARCHES += tuple(
         (7, first("GaLore", delta=0.25)),
     )
 )
+CPU_SEARCHES += (
+    # Fourth seeds are as new as slices; the runs before do not have the loss on the source text.
+    Search(8, first("AdamW", "fp32", 1.0, power=0), at(4, 1.0)),
+    Search(8, first("slices", power=2), at(3, 0.03, 0.01)),
+    Search(9, first("slices", delta=0.25, power=0), at(3, 0.25)),
+    Search(10, first("LoRA, down", power=2), at(3, 0.03)),
+    Search(11, first("MISA"), at(4, 0.03)),
+    Search(11, first("LoRA", power=2), at(4, 0.03)),
+    Search(12, first("slices", power=2), at(3, 0.05)),
+    # Rank 1 of it needs the bytes of this δ.
+    Search(13, first("DoRA", delta=0.032, power=2), at(3, 0.032)),
+    Search(14, first("slices", power=2), at(3, 0.03, 0.01, state="fp32")),
+    Search(14, first("slices", delta=0.25, power=0), at(3, 0.25, state="fp32")),
+    Search(15, first("LoRA, down", delta=0.25, power=0), at(3, 0.25)),
+    Search(16, replace(first("slices", power=2), task="pre-training"), at(3, 0.03)),
+    Search(16, replace(first("slices", delta=0.25, power=0), task="pre-training"), at(3, 0.25)),
+)
 # What answers most comes first: a stage of `make gpu` ends before they all have.
 GPU_SEARCHES = (
     Search(1, first("AdamW", "fp32", 1.0, power=0), at(3, 1.0)),
@@ -158,4 +178,5 @@ GPU_SEARCHES = (
     Search(3, replace(first("LoRA", delta=0.25), task="pre-training"), at(3, 0.25)),
 )
 # Packages of the methods that need some.
-PACKAGES = {"LoRA": ("peft", "bitsandbytes"), "GaLore": ("galore_torch", "bitsandbytes"), "BAdam": ("badam",)}
+PACKAGES = {name: ("peft", "bitsandbytes") for name in ("LoRA", "LoRA, down", "DoRA")}
+PACKAGES |= {"GaLore": ("galore_torch", "bitsandbytes"), "BAdam": ("badam",)}

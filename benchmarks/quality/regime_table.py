@@ -38,17 +38,19 @@ def notes(content: Mapping[str, Any]) -> list[str]:
         f"parameters, {where}, {scale['steps']} steps of {scale['batch'] * shape['context']:,} bytes. "
         f"*Fine-tuning*: from Python source, {scale['base_steps']} steps of AdamW, to C++ headers. "
         "*Pre-training*: on Python source from random weights; embedding and norms are trained at every step by all "
-        "methods, their bytes left out here. LoRA (peft, bitsandbytes' AdamW) and GaLore (`galore-torch`, 8 bits) have "
-        "the rank that needs as many bytes as MISA at this δ with int8 states: states, gradients held at once, extra "
-        "weights. BAdam is its package and, like LISA, trains a whole layer in rounds of 16 steps: it cannot do with "
-        "less. T is what MISA takes by itself unless it is given.",
+        "methods, their bytes left out here. LoRA (peft, bitsandbytes' AdamW; *down*: of the down projections alone), "
+        "DoRA (peft) and GaLore (`galore-torch`, 8 bits) have the rank that needs as many bytes as MISA at this δ with "
+        "int8 states: states, gradients held at once, extra weights. *Slices* (`**slices()`) are columns of each down "
+        "projection, fixed for the run; at δ = .25 of more matrices. BAdam is its package and, like LISA, trains a "
+        "whole layer in rounds of 16 steps: it cannot do with less. T is what MISA takes by itself unless it is given.",
         "",
         "The share is of AdamW's improvement on text that is neither trained nor tuned on, AdamW having had the same "
         f"batches. Time is {'that of the training' if on_a_gpu else 'CPU time of the training, one thread'}, over the "
         "mean of AdamW's on the same machine. Learning rates: steps of a factor 2, three and one more while the best "
         "lies at an end, on a seed of its own and other validation text; arms without a search take the rate of the "
-        "nearest δ. Mean ± standard deviation over seeds, which move batches, draws and adapters. The chart leaves out "
-        "MISA's variants.",
+        "nearest δ. Mean ± standard deviation over seeds, which move batches, draws and adapters. Forgetting is by how "
+        "much the loss on held-out Python source rises in fine-tuning; older runs did not measure it. "
+        "The chart leaves out variants, and slices with fp32 states.",
         "",
         f"Runs by machine: {'; '.join(f'{name}: {runs}' for name, runs in content['machines'].items())}.",
         "",
@@ -78,6 +80,7 @@ def summary(tuning: Runs, reporting: Runs) -> dict[str, Any]:
         whole_s = statistics.mean(adamw_s[run["machine"]]) if run["machine"] in adamw_s else None
         more = {
             "share": (run["loss_before"] - run["loss"]) / gain,
+            "forgetting": run["source_loss"] - run["source_loss_before"] if "source_loss" in run else None,
             "time": None if whole_s is None else run["training_s"] / whole_s,
             "curve": [] if whole_s is None else [(step, at_s / whole_s, loss) for step, at_s, loss in run["curve"]],
         }
@@ -99,7 +102,8 @@ def row_of(key: tuple[Any, ...], runs: Runs) -> dict[str, Any]:
     row = dict(zip(KEY, key, strict=True))
     row |= {name: runs[0][name] for name in ("size", "training_bytes", "lr", "rounds_of")}
     row["seeds"] = sorted(run["seed"] for run in runs)
-    for name in ("loss", "share", "time"):
+    row["forgetting_seeds"] = sum(run["forgetting"] is not None for run in runs)
+    for name in ("loss", "share", "time", "forgetting"):
         values = [run[name] for run in runs if run[name] is not None]
         row[name] = statistics.mean(values) if values else None
         row[name + "_sd"] = statistics.stdev(values) if len(values) > 1 else None
@@ -139,9 +143,11 @@ def curves(arms: Mapping[tuple[Any, ...], Runs]) -> dict[str, dict[str, list[lis
     for key, runs in arms.items():
         arm = dict(zip(KEY, key, strict=True))
         default = (arm["state"], arm["inner_steps"]) == ("int8", 0)
-        if arm["method"].startswith("MISA, ") or (arm["method"] == "MISA" and not default):
+        if arm["method"].startswith("MISA, ") or (arm["method"] in ("MISA", "slices") and not default):
             continue
-        points = zip(*(run["curve"] for run in runs if run["curve"]), strict=True)
+        # Of runs with fewer points there are others.
+        most = max(len(run["curve"]) for run in runs)
+        points = zip(*(run["curve"] for run in runs if run["curve"] and len(run["curve"]) == most), strict=True)
         means = [[statistics.mean(values) for values in zip(*point, strict=True)] for point in points]
         found.setdefault(key[0], {})[name_of(arm)] = means
     return found
@@ -158,12 +164,13 @@ def name_of(row: Mapping[str, Any]) -> str:
 def table(rows: Runs) -> list[str]:
     """Return the rows of a task as a Markdown table."""
     header = "method | states | δ, or δ of equal bytes | trained at a time, or rank | T | training kB | lr"
-    header += " | share of AdamW's gain, % | time / AdamW's | loss, nats a byte | seeds"
+    header += " | share of AdamW's gain, % | time / AdamW's | loss, nats a byte | seeds | forgetting, nats"
     return cells(header, map(cells_of, rows))
 
 
 def cells_of(row: Mapping[str, Any]) -> tuple[str, ...]:
     """Return what the table says of an arm."""
+    measured = row["forgetting_seeds"]
     return (
         row["method"],
         row["state"],
@@ -176,11 +183,14 @@ def cells_of(row: Mapping[str, Any]) -> tuple[str, ...]:
         "" if row["time"] is None else f"{row['time']:.2f}",
         spread(row, "loss", 1, 3),
         str(len(row["seeds"])),
+        spread(row, "forgetting", 1, 3) + (f" (of {measured})" if 0 < measured < len(row["seeds"]) else ""),
     )
 
 
 def spread(row: Mapping[str, Any], name: str, factor: float, digits: int) -> str:
-    """Return mean and standard deviation, the latter where there is one."""
+    """Return mean and standard deviation, the latter where there is one; nothing of nothing."""
+    if row[name] is None:
+        return ""
     deviation = row[name + "_sd"]
     mean = f"{factor * row[name]:.{digits}f}"
     return mean if deviation is None else f"{mean} ± {factor * deviation:.{digits}f}"

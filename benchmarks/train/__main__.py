@@ -4,4 +4,4 @@ import sys
 
 from benchmarks.commands import run
 
-sys.exit(run("train", {"e2e": "e2e", "memory": "training_memory"}))
+sys.exit(run("train", {"e2e": "e2e", "memory": "training_memory", "slices": "slices"}))

@@ -16,8 +16,11 @@ GOALS = (
     ("misa", "lora", 1.15),
     ("misa", "badam_package", 1.0),
     ("misa_window", "misa", 1.25),
+    ("misa_slices", "lora", 1.25),
 )
 OPTIMIZER_SHARE = 0.01
+# Of what LoRA of all matrices keeps for backward, what slices may keep.
+KEPT = 0.75
 # Steps of a round in an ordinary run, MISA's default and BAdam's; the measured rounds are shorter, to see many draws.
 ROUND = 50
 
@@ -35,6 +38,9 @@ def goals(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
         if "misa" in peers:
             share = peers["misa"]["optimizer_share"]
             found.append(goal("optimizer's share of misa's iteration", where, OPTIMIZER_SHARE, share))
+        kept = {name: peer["kept_bytes"] for name, peer in shape["peers"].items() if "kept_bytes" in peer}
+        if kept.keys() >= {"misa_slices", "lora"}:
+            found.append(goal("kept for backward, misa_slices / lora", where, KEPT, kept["misa_slices"] / kept["lora"]))
     return found
 
 
@@ -94,13 +100,13 @@ def lines(content: dict[str, Any]) -> list[str]:
                     f"{ordinary['optimizer_share']:.1%}",
                     f"{peer['mfu']:.0%}",
                     f"{peer['backward_depth']['mean']:.1f}",
+                    *([f"{peer['kept_bytes'] / 1e6:.1f}"] if "kept_bytes" in peer else []),
                 )
             )
-        found += cells(
-            f"peer | tokens/s in rounds of {ROUND} | tokens/s measured | forward ms | backward ms | step ms | "
-            "switch ms | optimizer's share | utilization | layers of backward",
-            rows,
-        )
+        header = f"peer | tokens/s in rounds of {ROUND} | tokens/s measured | forward ms | backward ms | step ms | "
+        header += "switch ms | optimizer's share | utilization | layers of backward"
+        more = any("kept_bytes" in peer for peer in shape["peers"].values())
+        found += cells(header + " | kept for backward, MB" * more, rows)
     return [*found, *goal_lines(content.get("goals", []))]
 
 

@@ -8,6 +8,7 @@ import math
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,14 +17,15 @@ from torch import nn
 from benchmarks.tables import GIB
 from benchmarks.train import llama
 from benchmarks.train.llama import LINEARS, Llama, Shape
-from misa_kernels import MISA, ImportanceSampler, badam, lisa, param_groups
+from misa_kernels import MISA, ImportanceSampler, badam, lisa, param_groups, slices
 
 # Small, because the weights are random and only time counts; the update costs the same.
 LR = 1e-5
 LORA_RANK = 16
 # As deep as the small models that people train, and of a size that two cores train on.
 SHAPES = llama.SHAPES | {"11m": Shape(vocab=2048, hidden=192, intermediate=512, layers=24, heads=6, kv_heads=6)}
-OURS = ("badam", "lisa", "misa", "misa_window")
+SHAPES |= {"12l": Shape(vocab=1024, hidden=256, intermediate=704, layers=12, heads=8, kv_heads=8)}
+OURS = ("badam", "lisa", "misa", "misa_window", "misa_slices")
 
 
 @dataclass(frozen=True)
@@ -148,11 +150,17 @@ def flash_adamw(model: Llama, plan: Plan, seed: int) -> Peer:
     return Peer(FlashAdamW(model.parameters(), lr=LR, master_weight_bits=bits), nothing)
 
 
-def lora(model: Llama, plan: Plan, seed: int) -> Peer:
-    """AdamW of peft's LoRA adapters on all linear layers of the blocks, in the weights' dtype, its fastest form."""
+def lora(model: Llama, plan: Plan, seed: int, targets: Sequence[str] = tuple(LINEARS)) -> Peer:
+    """AdamW of peft's LoRA adapters, in the weights' dtype, its fastest form.
+
+    They are on all linear layers of the blocks, or on those of these names, with a rank of as many parameters.
+    """
     from peft import LoraConfig, get_peft_model
 
-    config = LoraConfig(r=plan.lora_rank, lora_alpha=plan.lora_rank, target_modules=list(LINEARS))
+    linears = {name: part for name, part in model.layers[0].named_modules() if isinstance(part, nn.Linear)}
+    sizes = {name.rpartition(".")[2]: sum(part.weight.shape) for name, part in linears.items()}
+    rank = plan.lora_rank * sum(sizes.values()) // sum(sizes[name] for name in targets)
+    config = LoraConfig(r=rank, lora_alpha=rank, target_modules=list(targets))
     adapted = get_peft_model(model, config, autocast_adapter_dtype=False)
     trained = [p for p in adapted.parameters() if p.requires_grad]
     return Peer(torch.optim.AdamW(trained, lr=LR, fused=True), adapted.unload)
@@ -228,6 +236,11 @@ def misa_window(model: Llama, plan: Plan, seed: int) -> Peer:
     return sampled(model, plan, seed, sampler=ImportanceSampler(depth_window=window))
 
 
+def misa_slices(model: Llama, plan: Plan, seed: int) -> Peer:
+    """MISA with columns of each down projection, the same in all rounds."""
+    return sampled(model, plan, seed, **slices())
+
+
 PEERS: dict[str, Callable[[Llama, Plan, int], Peer]] = {
     "adamw": full_adamw,
     "adamw_8bit": adamw_8bit,
@@ -238,4 +251,6 @@ PEERS: dict[str, Callable[[Llama, Plan, int], Peer]] = {
     "lisa": lisa_layers,
     "misa": misa_modules,
     "misa_window": misa_window,
+    "lora_down": partial(lora, targets=("down_proj",)),
+    "misa_slices": misa_slices,
 }

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from examples.demo.model import Llama
-from misa_kernels import MISA, ImportanceSampler, UniformSampler, badam, lisa, param_groups
+from misa_kernels import MISA, ImportanceSampler, UniformSampler, lisa, param_groups, slices
 
 # An eighth of the parameters is trained at a time: room for one of the eight layers.
 DELTA = 0.125
@@ -47,11 +47,6 @@ def lora(model: Llama, lr: float, steps: int, seed: int) -> tuple[nn.Module, tor
     return wrapped, torch.optim.AdamW((p for p in wrapped.parameters() if p.requires_grad), lr=lr)
 
 
-def badam_layers(model: Llama, lr: float, steps: int, seed: int) -> tuple[nn.Module, torch.optim.Optimizer]:
-    """Train one layer at a time, in turn."""
-    return model, MISA(param_groups(model), lr=lr, delta=DELTA, total_steps=steps, seed=seed, **badam())
-
-
 def lisa_layers(model: Llama, lr: float, steps: int, seed: int) -> tuple[nn.Module, torch.optim.Optimizer]:
     """Train one layer at a time, drawn at random."""
     return model, MISA(param_groups(model), lr=lr, delta=DELTA, total_steps=steps, seed=seed, **lisa())
@@ -66,6 +61,11 @@ def uniform(model: Llama, lr: float, steps: int, seed: int) -> tuple[nn.Module, 
 def misa(model: Llama, lr: float, steps: int, seed: int) -> tuple[nn.Module, torch.optim.Optimizer]:
     """Train some modules at a time, those with large gradients more often."""
     return model, MISA(param_groups(model), lr=lr, delta=DELTA, total_steps=steps, seed=seed)
+
+
+def misa_slices(model: Llama, lr: float, steps: int, seed: int) -> tuple[nn.Module, torch.optim.Optimizer]:
+    """Train a few columns of the last matrices of all attentions and feed-forward networks, the same in all rounds."""
+    return model, MISA(param_groups(model), lr=lr, delta=DELTA, total_steps=steps, seed=seed, **slices())
 
 
 def misa_window(model: Llama, lr: float, steps: int, seed: int) -> tuple[nn.Module, torch.optim.Optimizer]:
@@ -90,11 +90,11 @@ def misa_window(model: Llama, lr: float, steps: int, seed: int) -> tuple[nn.Modu
 METHODS = {
     "AdamW": Method(4e-3, adamw),
     "LoRA": Method(8e-3, lora),
-    "BAdam": Method(4e-3, badam_layers),
     "LISA": Method(4e-3, lisa_layers),
     "uniform": Method(6e-3, uniform),
     "MISA": Method(6e-3, misa),
     "MISA, window": Method(6e-3, misa_window),
+    "MISA, slices": Method(8e-3, misa_slices),
 }
 
 

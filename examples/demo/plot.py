@@ -22,11 +22,11 @@ from misa_kernels.tools import plots
 STYLES = {
     "AdamW": ("#000000", "o"),
     "LoRA": ("#E69F00", "s"),
-    "BAdam": ("#56B4E9", "^"),
     "LISA": ("#009E73", "v"),
     "uniform": ("#CC79A7", "D"),
     "MISA": ("#D55E00", "*"),
     "MISA, window": ("#0072B2", "P"),
+    "MISA, slices": ("#56B4E9", "^"),
 }
 
 

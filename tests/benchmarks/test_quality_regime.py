@@ -18,7 +18,7 @@ from misa_kernels import MISA, ImportanceSampler
 
 SCALE = SCALES["5m"]
 MISA_JOB = Job("fine-tuning", "MISA", "int8", 0.03, 0, 1, 1)
-METHODS = ("AdamW", "LoRA", "GaLore", "BAdam", "LISA", "uniform", "MISA", *VARIANTS)
+METHODS = ("AdamW", *equal_bytes.LOW_RANK, "BAdam", "LISA", "uniform", "MISA", "slices", *VARIANTS)
 
 
 def run_of(job: Job, loss: float, seconds: float = 50.0) -> dict:
@@ -72,6 +72,27 @@ def test_time_is_over_that_of_adamw_on_the_same_machine() -> None:
     assert "| 75.0 |  | 1.500 | 1 |" in regime_table.table([rows["uniform"]])[-2]
 
 
+def test_forgetting_is_the_rise_on_the_source_text_where_runs_measured_it() -> None:
+    adamw = replace(MISA_JOB, method="AdamW", state="fp32", delta=1.0, power=0)
+    seeds = [replace(job, seed=seed) for job in (adamw, replace(MISA_JOB, method="slices")) for seed in (1, 2)]
+    runs = [run_of(job, 1.0) for job in seeds]
+    for run, source_loss in zip(runs[1:], (2.5, 1.75, 1.25), strict=True):
+        run |= {"source_loss": source_loss, "source_loss_before": 1.0}
+    adamw_row, row = regime_table.summary([], runs)["rows"]
+    assert (row["forgetting"], row["forgetting_sd"]) == (0.5, pytest.approx(0.5 / 2**0.5))
+    assert (adamw_row["forgetting"], adamw_row["forgetting_seeds"]) == (1.5, 1)
+    text = "\n".join(regime_table.table([adamw_row, row]))
+    assert "| 1.000 ± 0.000 | 2 | 1.500 (of 1) |" in text and "| 2 | 0.500 ± 0.354 |" in text
+    assert "| 1.600 | 1 |  |" in "\n".join(regime_table.table(content_of((1.6,))["rows"]))
+
+
+def test_what_is_forgotten_is_what_pretraining_reports() -> None:
+    tiny = SCALES["tiny"]
+    model = regime.new_model(tiny)
+    losses = regime.held_out_losses("fine-tuning", model, tiny)
+    assert losses["source_loss"] == regime.held_out_losses("pre-training", model, tiny)["loss"] != losses["loss"]
+
+
 @pytest.mark.parametrize(("losses", "met"), [((1.4, 1.5), True), ((1.6, 1.5), False)])
 def test_the_goal_of_the_share_is_three_quarters_at_three_per_cent(losses: tuple[float, ...], met: bool) -> None:
     (line,) = [line for line in content_of(losses)["goals"] if line["goal"].startswith("share")]
@@ -110,7 +131,7 @@ def test_every_search_asks_for_jobs_that_exist(model: Llama) -> None:
     assert {job for search in GPU_SEARCHES for job in reported(search, 0)} < jobs
     assert {job.task for job in jobs} == set(TASKS) and {job.method for job in jobs} == set(METHODS)
     for job in jobs:
-        if job.method in ("LoRA", "GaLore"):
+        if job.method in equal_bytes.LOW_RANK:
             misa = equal_bytes.misa_bytes(model, job.state, job.delta)
             assert 0.6 * misa < regime.training_bytes(job, model) <= misa
 
@@ -145,6 +166,21 @@ def test_what_is_trained_is_what_the_task_says(task: str, method: str, model: Ll
         whole = regime.layer_share(model) if method in ("BAdam", "LISA") else 0.05
         budget = whole * equal_bytes.parameters(model)
         assert 0.5 * budget < sum(moved[name] for name in matrices) <= budget + 1
+
+
+def test_slices_are_columns_of_every_down_projection(model: Llama) -> None:
+    fresh = regime.new_model(SCALE)
+    _, optimizer = regime.build(Job("fine-tuning", "slices", "int8", 0.03, 0, 0, 1), fresh, SCALE)
+    tokens = torch.randint(256, (1, 17), generator=torch.Generator().manual_seed(0))
+    for _ in range(2):
+        nn.functional.cross_entropy(fresh(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    pairs = zip(model.named_parameters(), fresh.named_parameters(), strict=True)
+    moved = {name: (old != new).any(dim=0) for (name, old), (_, new) in pairs if not torch.equal(old, new)}
+    assert len(moved) == LAYERS and all(name.endswith("down_proj.weight") for name in moved)
+    budget = 0.03 * equal_bytes.parameters(model)
+    assert 0.95 * budget < 128 * sum(int(columns.sum()) for columns in moved.values()) <= budget
 
 
 @pytest.mark.slow

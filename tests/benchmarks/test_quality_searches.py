@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from benchmarks.quality.equal_bytes import LOW_RANK, largest_rank, misa_bytes
-from benchmarks.quality.regime_runs import Job, at, first
+from benchmarks.quality.regime_runs import PACKAGES, Job, at, first
 from benchmarks.quality.searches import Search, run_all, wanted
 from examples.demo.data import finetuning_corpus, halves, header_files, split
 from examples.demo.model import Llama, LlamaConfig
@@ -21,7 +21,7 @@ from examples.demo.train import batch_loss
 from misa_kernels import MISA, param_groups
 
 BUDGET_BYTES = 700_000
-REQUIRED = {"LoRA": ["peft", "bitsandbytes"], "GaLore": ["galore_torch", "bitsandbytes"]}
+REQUIRED = {name: PACKAGES[name] for name in LOW_RANK}
 # Of the whole model, the bytes of int8 states and gradients are 1.9 million.
 DELTA = 0.3
 
@@ -58,7 +58,9 @@ def held_bytes(base: Llama, model: nn.Module, optimizer: torch.optim.Optimizer, 
     return sum(storages(list(optimizer.state.values())).values()) + peak + extra
 
 
-@pytest.mark.parametrize("name", ["GaLore", pytest.param("LoRA", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "name", ["GaLore", *(pytest.param(n, marks=pytest.mark.slow) for n in ("LoRA", "LoRA, down", "DoRA"))]
+)
 def test_training_bytes_are_those_of_the_tensors_and_the_largest_rank_within_the_budget(name: str) -> None:
     for package in REQUIRED[name]:
         pytest.importorskip(package)

@@ -121,6 +121,7 @@ def test_e2e_measures_every_peer(record):
         ("tokens/s, misa / adamw", 1.45),
         ("tokens/s, misa / lora", 1.15),
         ("tokens/s, misa_window / misa", 1.25),
+        ("tokens/s, misa_slices / lora", 1.25),
         ("optimizer's share of misa's iteration", 0.01),
     ]
 

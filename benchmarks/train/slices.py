@@ -1,0 +1,70 @@
+"""How fast is an iteration, and what is kept for backward, where slices, modules and LoRA train as many parameters?
+
+python -m benchmarks.train slices --out benchmarks/results    a table, goals, slices.json: minutes on a CPU
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks import commands
+from benchmarks.train import e2e, e2e_table
+from benchmarks.train.llama import Llama
+from benchmarks.train.trainers import PLANS, Plan
+
+# LoRA's rank is the largest that needs no more parameters.
+PLAN = replace(PLANS["11m"], shape="12l", delta=0.03, checkpointing=False, lora_rank=5)
+NAMES = ("adamw", "lora", "lora_down", "misa", "misa_slices")
+
+
+def kept_bytes(model: Llama, tokens: Tensor) -> int:
+    """Return the bytes of all tensors that a forward pass keeps for backward, weights left out."""
+    kept: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        # As long as it lives no address is given out twice.
+        loss = model(tokens)
+    weights = {weight.untyped_storage().data_ptr() for weight in model.parameters()}
+    del loss
+    return sum(size for address, size in kept.items() if address not in weights)
+
+
+def kept_by(name: str, plan: Plan, rounds: int = 24) -> dict[str, float]:
+    """Return "kept_bytes", a mean over rounds, and "trained", the most parameters with a gradient, of a peer."""
+    model, tokens = e2e.build_model(plan, torch.device("cpu")), e2e.tokens_of(plan, torch.device("cpu"))
+    peer = e2e.begin(model, tokens, name, replace(plan, inner_steps=1), 0)
+    kept, trained = [], []
+    for _ in range(rounds if peer.rounds else 1):
+        kept.append(kept_bytes(model, tokens))
+        model(tokens).backward()
+        grads = (weight.grad for weight in model.parameters() if weight.grad is not None)
+        trained.append(sum(getattr(grad, "part", grad).numel() for grad in grads))
+        peer.optimizer.step()
+        peer.optimizer.zero_grad()
+    peer.close()
+    return {"kept_bytes": statistics.mean(kept), "trained": max(trained)}
+
+
+def measure(plan: Plan, deadline: float) -> Iterator[dict[str, Any]]:
+    """Yield the record after each turn."""
+    kept = {name: kept_by(name, plan) for name in NAMES}
+    for shape in e2e.measure(plan, torch.device("cpu"), deadline, NAMES):
+        shapes = [shape | {"peers": {name: peer | kept[name] for name, peer in shape["peers"].items()}}]
+        yield {"shapes": shapes, "goals": e2e_table.goals(shapes)}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Measure, print and record; return the exit code."""
+    args = commands.parse(commands.parser("train slices", __doc__, threads=1, device=False, limit=600.0), argv)
+    commands.measured("slices", torch.device("cpu"), args.out, measure(PLAN, args.deadline), e2e_table.lines)
+    return 0
