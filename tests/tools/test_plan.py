@@ -221,6 +221,7 @@ FAST = [
     (SLICES, "llama", {"delta": 0.03, "checkpointing": False}),
     (SLICES, "llama", {"delta": 0.25}),
     (SLICES, "llama", {"delta": 0.25, "checkpointing": False}),
+    (SLICES, "llama", {"delta": 0.25, "checkpointing": False} | LEAN),
     (SLICES, "qwen3", {"delta": 0.25, "state_dtype": "int8", "param_precision": "split"}),
     (SLICES, "gemma", {"delta": 0.03, "checkpointing": False, "dtype": "float32"}),
 ]
