@@ -12,8 +12,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from misa_kernels.gradients.hooks import Slice
 from misa_kernels.gradients.sliced import SlicedGradient, part_of
-from misa_kernels.gradients.slices import Slice
 from misa_kernels.memory.arena import host, sent
 from misa_kernels.optimizer import MISA
 from misa_kernels.ranks.agreement import group_of

@@ -16,7 +16,7 @@ from misa_kernels.draw.sampler import ImportanceSampler
 from misa_kernels.draw.scores import Candidates
 from misa_kernels.draw.slices import Matrix, Slicing, axis_of, slicing
 from misa_kernels.draw.streams import Linear, flows
-from misa_kernels.gradients.slices import Slice
+from misa_kernels.gradients.hooks import Slice
 from misa_kernels.memory.arena import MOVE_ELEMENTS
 from misa_kernels.memory.storage import Storage
 from misa_kernels.optimizer import MISA

@@ -4,7 +4,7 @@ Widths are those of a `LlamaShape`: h hidden, f intermediate, q queries, k keys 
 of an element and n the tokens of a batch. Attention is a fused one without a mask.
 
 Sources: what torch's autograd saves. A linear layer saves its input where its weight is trained, and its weight, which
-exists anyhow, where its input needs a gradient. For a slice of columns `gradients/slices.py` saves a copy of these
+exists anyhow, where its input needs a gradient. For a slice of columns `gradients/hooks.py` saves a copy of these
 columns of the input, for one of rows all of it. What needs no gradient saves nothing: layers below the lowest active
 module, and the inputs of frozen linears. Each part was compared with bytes counted allocation by allocation:
 `benchmarks/results/training_memory.md` for a LLaMA in plain PyTorch, `tests/tools/test_plan.py` for models of
@@ -18,7 +18,7 @@ from collections.abc import Mapping, Set
 from dataclasses import dataclass, field
 from typing import Literal
 
-from misa_kernels.gradients.slices import Slice
+from misa_kernels.gradients.hooks import Slice
 from misa_kernels.tools.planner.fsdp import unsharded
 from misa_kernels.tools.planner.shapes import LINEARS, LlamaShape
 

@@ -16,8 +16,8 @@ from torch.utils.checkpoint import checkpoint
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from misa_kernels import MISA, CyclicSampler, ImportanceSampler, UniformSampler, param_groups, slices
+from misa_kernels.gradients.hooks import Slice
 from misa_kernels.gradients.sliced import SlicedGradient
-from misa_kernels.gradients.slices import Slice
 
 BACKENDS = ["reference", "cpu"]
 SAMPLERS = [ImportanceSampler, UniformSampler, CyclicSampler]
