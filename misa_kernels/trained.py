@@ -349,7 +349,7 @@ class Trained:
             whole if rows is None else [row.numel for row in rows],
             dtypes,
             range(layout.dense),
-            layout.partition.budget,
+            layout.partition.most,
             device,
             storage=self._storage,
             whole=None if rows is None else whole,

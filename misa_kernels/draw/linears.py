@@ -37,9 +37,11 @@ def find(modules: Iterable[nn.Module]) -> dict[int, int]:
     found: dict[int, int] = {}
     of: dict[int, list[_Linear]] = {}
     for module in modules:
-        axis, weight = input_axis(module), module._parameters.get("weight")
-        if axis is None or weight is None:
+        axis = input_axis(module)
+        if axis is None:
             continue
+        weight = module._parameters["weight"]
+        assert weight is not None
         found[id(weight)] = axis
         of.setdefault(id(weight), []).append(_Linear(weakref.ref(module), places.get(id(module), [])))
         _linears[weight] = of[id(weight)]

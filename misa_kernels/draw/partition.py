@@ -126,6 +126,11 @@ class Partition:
     slicing: Slicing | None = None
 
     @property
+    def most(self) -> int:
+        """Most parameters that are active at a time: the budget, or what slices make of it in whole lines."""
+        return self.budget if self.slicing is None else self.slicing.trained
+
+    @property
     def trained(self) -> list[Block]:
         """The blocks of all that is ever trained."""
         return [*self.dense, *(block for module in self.modules for block in module.blocks)]

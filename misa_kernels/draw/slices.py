@@ -45,7 +45,7 @@ class Slicing:
         reach: One of `REACHES`.
         widths: Columns or rows of a slice of each matrix; 0 where it is not sliced.
         numel: Parameters of the sliced matrices,
-        share: and the fraction of them that is trained at a time.
+        trained: and how many of these are trained at a time.
         unsliced: Sampled parameters that are not trained, in matrices beyond the reach and such as cannot be sliced,
         uncut: and how many of these are in the latter.
         is_known: Whether it was seen of any matrix that it leads back to the residual stream.
@@ -55,11 +55,16 @@ class Slicing:
     reach: str
     widths: list[int] = field(repr=False)
     numel: int
-    share: float
+    trained: int
     unsliced: int
     uncut: int
     is_known: bool
     lines: tuple[str, ...]
+
+    @property
+    def share(self) -> float:
+        """Fraction of the sliced matrices that is trained at a time."""
+        return self.trained / self.numel
 
     def __str__(self) -> str:
         """Return what is sliced in one line, and what is not trained."""
@@ -101,7 +106,7 @@ def slicing(matrices: Sequence[Matrix | None], numels: Sequence[int], budget: in
         reach=reach,
         widths=all_widths,
         numel=whole,
-        share=_spent(own, widths) / whole,
+        trained=_spent(own, widths),
         unsliced=sum(numels) - whole,
         uncut=sum(numel for matrix, numel in zip(matrices, numels, strict=True) if matrix is None),
         is_known=any(matrix is not None and matrix.part in ("down", "output") for matrix in matrices),
@@ -137,8 +142,17 @@ def _widths(matrices: Sequence[Matrix], budget: int, unit: int) -> list[int]:
     share = min(1.0, budget / sum(matrix.size * matrix.line for matrix in matrices))
     ideal = [share * matrix.size for matrix in matrices]
     # A matrix that is trained whole need not be a multiple of the unit.
-    widths = [matrix.size if share == 1 else int(x // unit) * unit for matrix, x in zip(matrices, ideal, strict=True)]
+    least = 1 if unit == 1 and sum(matrix.line for matrix in matrices) <= budget else 0
+    widths = [
+        matrix.size if share == 1 else max(int(x // unit) * unit, least)
+        for matrix, x in zip(matrices, ideal, strict=True)
+    ]
     left = budget - _spent(matrices, widths)
+    while left < 0:
+        # So that each has a line, those that have the most beyond their share give some.
+        n = max((n for n in range(len(matrices)) if widths[n] > least), key=lambda n: (widths[n] - ideal[n], n))
+        widths[n] -= 1
+        left += matrices[n].line
     # What whole units leave goes to those that lack the most, among equals to the upper layers.
     for n in sorted(range(len(matrices)), key=lambda n: (widths[n] - ideal[n], -n)):
         matrix, more = matrices[n], min(unit, matrices[n].size - widths[n])

@@ -128,7 +128,10 @@ class _Blocks:
         for writer in writes:
             own = [n for n in reads if n not in writes and self._fits(n, writer)]
             rest = [n for n in loose if n != writer and n not in own]
-            if writer not in reads and 0 < len(own) < _QKV and any(n in writes for n in rest) and len(rest) > 1:
+            # Key and value as wide as the stream, beside a query and an output that are wider.
+            is_rest = len(rest) == 2 and all(map(self._is_square, rest))
+            is_attention = len(rest) > 1 and any(n in writes for n in rest) and not is_rest
+            if writer not in reads and 0 < len(own) < _QKV and is_attention:
                 return [sorted([*own, writer]), *self.split(rest)]
         return [sorted(loose)]
 

@@ -47,8 +47,10 @@ def input_axis(module: nn.Module) -> int | None:
     That is axis 1 for torch's linear layers, 0 for `Conv1D` of transformers. Not known is what computes its output in a
     way of its own, holds its weight packed, or is not called by the module around it, as in torch's attention.
     """
+    if isinstance(module, torch.jit.ScriptModule) or "forward" in vars(module):
+        return None
     weight = module._parameters.get("weight")
-    if weight is None or weight.ndim != 2 or "forward" in vars(module):
+    if weight is None or weight.ndim != 2:
         return None
     kind: Any = type(module)
     if isinstance(module, nn.Linear):

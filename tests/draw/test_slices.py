@@ -19,6 +19,8 @@ from transformers import (
     LlamaForCausalLM,
     MixtralConfig,
     MixtralForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
     T5Config,
     T5ForConditionalGeneration,
     ViTConfig,
@@ -80,6 +82,13 @@ def llama() -> nn.Module:
             {"mlp.fc1 0"},
         ),
         (
+            # As in Qwen3 of 0.6B, key and value are as wide as the stream, query and output twice as wide.
+            lambda: Qwen3ForCausalLM(Qwen3Config(**SIZES, num_key_value_heads=2, head_dim=16)),
+            {"mlp.down_proj 1"},
+            {"self_attn.o_proj 1"},
+            {"self_attn.v_proj 0", "self_attn.q_proj 0"},
+        ),
+        (
             lambda: T5ForConditionalGeneration(
                 T5Config(vocab_size=32, d_model=32, d_kv=8, d_ff=96, num_layers=2, num_heads=4)
             ),
@@ -88,7 +97,7 @@ def llama() -> nn.Module:
             {"layer.0.SelfAttention.q 0"},
         ),
     ],
-    ids=["llama", "gpt2", "bert", "vit", "t5"],
+    ids=["llama", "gpt2", "bert", "vit", "qwen3", "t5"],
 )
 def test_which_matrices_and_along_which_axis(model, down, output, others):
     model = model()
@@ -154,7 +163,7 @@ def test_a_budget_is_spent_in_nearly_equal_shares(sizes, share):
         found = slicing(matrices, numels, budget, "down")
     except ValueError as error:
         assert "raise delta" in str(error)
-        assert any(budget / sum(numels) * size < 1 for size, _ in sizes)
+        assert sum(line for _, line in sizes) > budget
         return
     spent = sum(line * width for (_, line), width in zip(sizes, found.widths, strict=True))
     assert spent <= budget
@@ -162,7 +171,8 @@ def test_a_budget_is_spent_in_nearly_equal_shares(sizes, share):
     wanted = min(1.0, budget / sum(numels))
     for (size, _), width in zip(sizes, found.widths, strict=True):
         assert 1 <= width <= size
-        assert abs(width - wanted * size) < 16
+        # Where lines are few, each matrix has one before any has more.
+        assert abs(width - wanted * size) < 16 or min(found.widths) == 1
 
 
 def test_a_large_model_is_cut_into_units_of_16_and_spends_its_budget():

@@ -219,7 +219,7 @@ def memory(method: str, shape: LlamaShape | Model, options: Setup) -> Memory:
             # Shards have no slices.
             ranks=1,
             # Allocated once, for the budget.
-            state_elements=min(math.floor(options.delta * shape.numel), found.numel),
+            state_elements=found.trained,
             state_bytes=state_bytes(options, options.state_dtype, options.param_precision),
             released=options.release_gradients,
             waiting=HELD_BYTES,
@@ -271,7 +271,7 @@ def _of_model(method: str, model: Model, options: Setup) -> Memory:
             trained, ranks = set(), 1
             sliced, found = slices_of(model, options.delta)
             numels = {name: math.prod(piece.shape_of(params[name])) for name, piece in sliced.items()}
-            whole_numel, largest = found.numel, max(numels.values())
+            whole_numel, largest = found.trained, max(numels.values())
         else:
             trained = costliest_names(model, options.delta, options.depth_window)
             numels = {name: params[name].numel() for name in trained}
