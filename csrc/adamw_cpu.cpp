@@ -21,6 +21,12 @@ static_assert(PIECE % BLOCK == 0 && PIECE % GROUP == 0, "sums and scales would b
 // Fewer elements than this take longer to hand out than to update.
 constexpr std::int64_t ALONE = 32768;
 
+#if defined(__GNUC__)
+#define MISA_APART __attribute__((noinline))
+#else
+#define MISA_APART
+#endif
+
 struct Instructions {
   const char* name;
   const ChunkFunctions* functions;
@@ -72,8 +78,11 @@ WeightKind kind_of(const MisaRow& row, const MisaState& state) {
   return state.master != nullptr ? MASTER : state.residual != nullptr ? SPLIT : STOCHASTIC;
 }
 
+// What else an update reads is for `update_chunk` to set: many small tensors would notice zeros written
+// twice.
 Chunk gradient_of(const MisaRow& row, std::int64_t begin, float unscale) {
-  Chunk chunk{};
+  Chunk chunk;
+  chunk.width = chunk.left = chunk.gap = 0;
   const std::int64_t left = row.numel - begin;
   chunk.numel = left < CHUNK ? left : CHUNK;
   chunk.grad = static_cast<const char*>(row.grad) + begin * bytes_of(row.grad_dtype);
@@ -109,29 +118,27 @@ struct LastScalars {
   }
 };
 
-// Whether not all elements of its weight are neighbours.
-bool has_gaps(const MisaRow& row) { return row.width < row.pitch && row.width < row.numel; }
-
-// Where weight and state of a row are from an element on, and what that counts as in its noise.
+// Where weight and state of a row without gaps are from an element on, and what that counts as in its noise.
 void point(Chunk& chunk, const MisaStep& step, const MisaRow& row, std::int64_t begin) {
   const MisaState& state = step.state[row.weight_dtype];
-  std::int64_t element = begin;
-  if (has_gaps(row)) {
-    const std::int64_t column = begin % row.width;
-    element = begin / row.width * row.pitch + column;
-    chunk.width = row.width;
-    chunk.left = row.width - column;
-    chunk.gap = row.pitch - row.width;
-  }
-  chunk.weight = static_cast<char*>(row.weight) + element * bytes_of(row.weight_dtype);
+  chunk.weight = static_cast<char*>(row.weight) + begin * bytes_of(row.weight_dtype);
   const std::int64_t at = row.offset + begin;
   chunk.m = static_cast<char*>(state.exp_avg) + at * code_bytes(step.format);
   chunk.v = static_cast<char*>(state.exp_avg_sq) + at * code_bytes(step.format);
-  if (state.exp_avg_scale != nullptr) chunk.m_scale = state.exp_avg_scale + at / GROUP;
-  if (state.exp_avg_sq_scale != nullptr) chunk.v_scale = state.exp_avg_sq_scale + at / GROUP;
-  if (state.master != nullptr) chunk.master = state.master + at;
-  if (state.residual != nullptr) chunk.residual = state.residual + at;
+  chunk.m_scale = state.exp_avg_scale == nullptr ? nullptr : state.exp_avg_scale + at / GROUP;
+  chunk.v_scale = state.exp_avg_sq_scale == nullptr ? nullptr : state.exp_avg_sq_scale + at / GROUP;
+  chunk.master = state.master == nullptr ? nullptr : state.master + at;
+  chunk.residual = state.residual == nullptr ? nullptr : state.residual + at;
   chunk.first = static_cast<std::uint64_t>(row.start + begin);
+}
+
+// Where a weight in lines is from an element on.
+void point_line(Chunk& chunk, const MisaRow& row, std::int64_t begin) {
+  const std::int64_t column = begin % row.width, line = begin / row.width * row.pitch;
+  chunk.weight = static_cast<char*>(row.weight) + (line + column) * bytes_of(row.weight_dtype);
+  chunk.width = row.width;
+  chunk.left = row.width - column;
+  chunk.gap = row.pitch - row.width;
 }
 
 // The same of a chunk, and what holds for all of its elements.
@@ -165,6 +172,7 @@ void in_pieces(const Chunk& chunk, const MisaStep& step, const MisaRow& row, std
   for (std::int64_t at = 0; at < chunk.numel; at += PIECE) {
     const std::int64_t left = chunk.numel - at;
     point(piece, step, row, begin + at);
+    point_line(piece, row, begin + at);
     piece.numel = left < PIECE ? left : PIECE;
     if (chunk.grad != nullptr) {
       piece.grad = static_cast<const char*>(chunk.grad) + at * bytes_of(row.grad_dtype);
@@ -177,6 +185,20 @@ void in_pieces(const Chunk& chunk, const MisaStep& step, const MisaRow& row, std
   }
 }
 
+// Kept out of what every small tensor runs.
+MISA_APART void update_lines(const UpdateFunction* updates, Chunk chunk, const MisaStep& step,
+                             const MisaRow& row, std::int64_t begin, double* sums) {
+  // One line alone has no gaps; `gap` would reach beyond it.
+  if (row.width == row.numel) {
+    updates[0](chunk, sums);
+  } else if (row.width % LANES == 0 && !chunk.fresh) {
+    point_line(chunk, row, begin);
+    updates[1](chunk, sums);
+  } else {
+    in_pieces(chunk, step, row, begin, true, [&](const Chunk& piece) { updates[0](piece, sums); });
+  }
+}
+
 void update_chunk(const ChunkFunctions& functions, const MisaStep& step, const MisaRow& row,
                   std::int64_t index, float unscale, bool controlled, LastScalars& last) {
   if (row.grad == nullptr) return;
@@ -185,14 +207,13 @@ void update_chunk(const ChunkFunctions& functions, const MisaStep& step, const M
   point(chunk, step, row, begin, index);
   chunk.coefficient = controlled ? step.control[0] : 1.0f;
   chunk.scalars = last.of(step, row.group, step.age[index]);
-  const bool gaps = has_gaps(row), in_place = gaps && row.width % LANES == 0 && !chunk.fresh;
-  const auto update =
-      functions.update[step.format][kind_of(row, step.state[row.weight_dtype])][row.grad_dtype][in_place];
+  const auto& updates =
+      functions.update[step.format][kind_of(row, step.state[row.weight_dtype])][row.grad_dtype];
   double sums[LANES] = {};
-  if (gaps && !in_place) {
-    in_pieces(chunk, step, row, begin, true, [&](const Chunk& piece) { update(piece, sums); });
+  if (row.width == 0) {
+    updates[0](chunk, sums);
   } else {
-    update(chunk, sums);
+    update_lines(updates, chunk, step, row, begin, sums);
   }
   step.sq_sum[index] += controlled ? step.partial[index] : sum_of(sums);
   ++step.age[index];
@@ -255,7 +276,7 @@ void close_chunk(const ChunkFunctions& functions, const MisaStep& step, const Mi
     const auto close = functions.close[step.format][kind_of(row, step.state[row.weight_dtype])];
     const Closing shared = closing(step.hyper[row.group], step.age[index]);
     const auto work = [&](const Chunk& piece) { close(piece, row.action, shared, updates, weights); };
-    if (has_gaps(row)) {
+    if (row.width != 0) {
       in_pieces(chunk, step, row, begin, !chunk.fresh && (row.action & MISA_WRITE_BACK) != 0, work);
     } else {
       work(chunk);

@@ -110,20 +110,17 @@ struct StoredMoments {
   }
 };
 
-// A weight whose lines follow one another with gaps between them: `from + i` is its element i in the present
-// one.
-template <class T>
+// How much further than at i the element i of a weight in lines is.
 struct Lines {
-  T* from;
-  std::int64_t end, width, gap;
+  std::int64_t end, width, gap, shift = 0;
 
-  // To the line of element i, which is in this one or a later one.
-  MISA_INLINE T* at(std::int64_t i) {
+  // For ascending i.
+  MISA_INLINE std::int64_t to(std::int64_t i) {
     while (i >= end) {
-      from += gap;
+      shift += gap;
       end += width;
     }
-    return from + i;
+    return shift;
   }
 };
 
@@ -138,7 +135,9 @@ struct UpdateOf {
   Scalars s;
   Noise noise;
   float unscale, coefficient;
-  Lines<typename Weight::type> here, ahead;
+  Lines here, ahead;
+  // 0 for a weight without gaps.
+  std::int64_t shift = 0;
   // Not a member by value: compilers keep the rest of this in registers only without its arrays.
   Moments& moments;
 
@@ -151,34 +150,35 @@ struct UpdateOf {
         noise(noise_from(chunk.first, chunk.key)),
         unscale(chunk.unscale),
         coefficient(chunk.coefficient),
-        here{weight, chunk.left, chunk.width, chunk.gap},
+        here{chunk.left, chunk.width, chunk.gap},
         ahead(here),
         moments(moments) {}
 
   // Updates one element and returns its unclipped gradient.
   MISA_INLINE float operator()(std::int64_t i) {
     const float g = Grad::load(grad + i) * unscale;
+    const std::int64_t at = IN_LINES ? i + shift : i;
     float theta;
     if constexpr (KIND == MASTER) {
       theta = master[i];
     } else if constexpr (KIND == SPLIT) {
-      theta = bf16_join(weight[i], residual[i]);
+      theta = bf16_join(weight[at], residual[i]);
     } else {
-      theta = Weight::load(weight + i);
+      theta = Weight::load(weight + at);
     }
     float& m = moments.m[i - moments.begin];
     float& v = moments.v[i - moments.begin];
     adamw(theta, g * coefficient, m, v, s.decay, s.step_size, s.beta1, s.beta2, s.one_minus_beta1,
           s.one_minus_beta2, s.denom_scale, s.eps);
     if constexpr (KIND == FLOAT32) {
-      weight[i] = theta;
+      weight[at] = theta;
     } else if constexpr (KIND == STOCHASTIC) {
-      weight[i] = bf16_stochastic(theta, noise16(noise, static_cast<std::uint32_t>(i)));
+      weight[at] = bf16_stochastic(theta, noise16(noise, static_cast<std::uint32_t>(i)));
     } else if constexpr (KIND == MASTER) {
       master[i] = theta;
-      weight[i] = bf16_nearest(theta);
+      weight[at] = bf16_nearest(theta);
     } else {
-      bf16_split(theta, weight[i], residual[i]);
+      bf16_split(theta, weight[at], residual[i]);
     }
     return g;
   }
@@ -187,12 +187,12 @@ struct UpdateOf {
   void close(std::int64_t end) { moments.close(end); }
   // Before the lanes from i on.
   MISA_INLINE void go_to([[maybe_unused]] std::int64_t i) {
-    if constexpr (IN_LINES) weight = here.at(i) - i;
+    if constexpr (IN_LINES) shift = here.to(i);
   }
   MISA_INLINE void prefetch(std::int64_t i) {
     MISA_PREFETCH(grad + i, 0);
     if constexpr (IN_LINES) {
-      MISA_PREFETCH(ahead.at(i), 1);
+      MISA_PREFETCH(weight + (i + ahead.to(i)), 1);
     } else {
       MISA_PREFETCH(weight + i, 1);
     }

@@ -42,10 +42,11 @@ struct Chunk {
 
 // Each adds squares to `sums`, one a lane; the lanes are fixed, so that vectors of any width give the same
 // bits, and so do several calls instead of one for whole blocks and the rest.
+using UpdateFunction = void (*)(const Chunk&, double* sums);
 struct ChunkFunctions {
   // By MisaFormat, kind of weight, gradient dtype, and whether the weight is in lines: of whole lanes then,
   // and not fresh.
-  void (*update[MISA_FORMATS][4][2][2])(const Chunk&, double* sums);
+  UpdateFunction update[MISA_FORMATS][4][2][2];
   // By gradient dtype.
   void (*sq_norm[2])(const Chunk&, double* sums);
   // Does what `action` says, of MISA_MEASURE with the squares of update ratios and of weights. By MisaFormat

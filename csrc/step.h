@@ -121,8 +121,8 @@ static inline bool aligned(const void* pointer, std::size_t bytes) {
 
 // Whether the lines of a row's weight are such, and their bytes can be counted.
 static inline bool is_lined(const MisaRow& row) {
-  if (row.width == 0) return row.pitch == 0;
-  if (row.width < 0 || row.pitch < row.width || row.numel % row.width != 0) return false;
+  if ((row.width | row.pitch) == 0) return true;
+  if (row.width <= 0 || row.pitch < row.width || row.numel % row.width != 0) return false;
   const std::int64_t most = INT64_MAX / 4;
   return row.width <= most && (row.numel / row.width - 1) <= (most - row.width) / row.pitch;
 }

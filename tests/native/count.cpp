@@ -40,7 +40,8 @@ int main(int argc, char** argv) {
     const std::string lines = " in lines of " + std::to_string(width);
     Table floats({{LARGE, MISA_FLOAT32, MISA_FLOAT32, width, 4 * width}}, WITH_MASTER);
     count("fp32" + lines, floats, 0);
-    Table halves({{LARGE, MISA_BFLOAT16, MISA_BFLOAT16, width, 4 * width}}, STOCHASTIC, MISA_STATE_INT8);
+    Table halves({{LARGE, MISA_BFLOAT16, MISA_BFLOAT16, width, 4 * width}}, STOCHASTIC_ROUNDING,
+                 MISA_STATE_INT8);
     count("bf16 stochastic int8 states" + lines, halves, 0);
   }
   Table clipped({{LARGE, MISA_FLOAT32, MISA_FLOAT32}}, WITH_MASTER);

@@ -81,15 +81,17 @@ int all_variants() {
   return walks;
 }
 
-// The weight of a pitched row without its gaps, or between its lines with `gaps`.
+// The weight of a pitched row without its gaps, or with `gaps` what is in them.
 std::vector<char> lines_of(const Table& table, std::size_t i, bool gaps) {
   const MisaRow& row = table.rows[i];
   const std::int64_t size = row.weight_dtype == MISA_FLOAT32 ? 4 : 2;
   std::vector<char> found;
-  const auto extent = static_cast<std::int64_t>(table.weights[i].size()) / size;
-  for (std::int64_t k = 0; k < extent; ++k) {
-    const auto from = table.weights[i].begin() + k * size;
-    if ((k % row.pitch >= row.width) == gaps) found.insert(found.end(), from, from + size);
+  const char* line = table.weights[i].data();
+  for (std::int64_t left = row.numel / row.width; left > 0; --left, line += row.pitch * size) {
+    // There is no gap after the last one.
+    const std::int64_t end = left > 1 ? row.pitch : row.width;
+    found.insert(found.end(), line + (gaps ? row.width : 0) * size, line + (gaps ? end : row.width) * size);
+    if (left == 1) break;
   }
   return found;
 }
@@ -101,13 +103,13 @@ int all_pitched() {
   };
   int walks = 0;
   for (const Lines& lines : std::vector<Lines>{{1, 2, 1},
-                                               {1, 7, 5000},
+                                               {1, 7, 500},
                                                {3, 4, 1365},
                                                {16, 32, 2049},
-                                               {48, 49, 900},
+                                               {48, 49, 90},
                                                {100, 100, 41},
-                                               {4095, 5000, 9},
-                                               {40001, 40003, 2}}) {
+                                               {4095, 5000, 2},
+                                               {20001, 20003, 2}}) {
     for (int variant = 0; variant < 2 * (1 + PRECISIONS) * MISA_FORMATS; ++variant) {
       const int kind = variant / 2 % (1 + PRECISIONS), format = variant / 2 / (1 + PRECISIONS);
       const auto precision = static_cast<Precision>(kind > 0 ? kind - 1 : 0);
