@@ -340,8 +340,9 @@ class Trained:
         device = devices.pop()
         dtypes = [block.param.dtype for block in blocks]
         grad_dtypes = {getattr(block.param, "grad_dtype", None) or block.param.dtype for block in blocks}
-        pitched = any(block.axis is not None and block.width for block in blocks)
-        self._backend = select(self._options.backend, device, {*dtypes, *grad_dtypes}, self._storage, pitched=pitched)
+        self._backend = select(
+            self._options.backend, device, {*dtypes, *grad_dtypes}, self._storage, pitched=layout.is_pitched
+        )
         whole = [block.numel for block in blocks]
         # Of shards, the parts here.
         rows = None if ranks is None else list(map(layout.row, range(len(blocks))))
