@@ -246,6 +246,7 @@ ROW_REFUSED = [
 ]
 REFUSED = [
     ("step.bytes", but(), "BAD_VERSION"),
+    ("step.row_bytes", but(), "BAD_VERSION"),
     ("step.row_count", but(), "BAD_SIZE"),
     ("step.chunk_count", but(), "BAD_SIZE"),
     ("step.group_count", lambda old: st.integers(LEAST, -1), "BAD_SIZE"),
@@ -284,7 +285,7 @@ ALL_REFUSED = [
     *((SPLIT_INT8, *case) for case in INT8_REFUSED),
 ]
 # What must be right to collect, too.
-COLLECTED = {"bytes", "row_count", "chunk_count", "rows", "age", "sq_sum", "first_chunk"}
+COLLECTED = {"bytes", "row_bytes", "row_count", "chunk_count", "rows", "age", "sq_sum", "first_chunk"}
 
 
 @pytest.fixture
@@ -363,7 +364,8 @@ def test_wrong_arguments_are_refused_and_change_nothing(library, sound):
         assert library.misa_cpu_collect(step, collected) == STATUS[status]
     assert library.misa_cpu_collect(reference, None) == STATUS["BAD_POINTER"]
     assert library.misa_cpu_collect(reference, collected + 4) == STATUS["BAD_ALIGNMENT"]
-    nothing = native.MisaStep(bytes=ctypes.sizeof(native.MisaStep), row_count=-1)
+    sizes = {"bytes": ctypes.sizeof(native.MisaStep), "row_bytes": 8 * table.ROW_COLUMNS}
+    nothing = native.MisaStep(**sizes, row_count=-1)
     assert library.misa_cpu_step(nothing, 1) == library.misa_cpu_collect(nothing, None) == STATUS["BAD_SIZE"]
     assert same_bits(before, everything(sound))
 
