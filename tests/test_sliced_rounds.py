@@ -468,6 +468,28 @@ def test_a_weight_exchanged_within_its_layer_is_noticed_at_once():
     assert sum(param.grad is not None for param in optimizer.trained) == 3
 
 
+@pytest.mark.parametrize("how", ["forward", "class"])
+def test_a_layer_that_computes_otherwise_than_before_is_noticed_and_not_trained(how):
+    model = build(hidden=48)
+    optimizer = sliced(model, reach="output")
+    layer = model.blocks[1].o
+    if how == "forward":
+        # As accelerate's hooks do; what it returns is not known to be the weight times the input.
+        layer.forward = lambda x: 2 * nn.Linear.forward(layer, x)
+    else:
+        layer.__class__ = type("Doubled", (nn.Linear,), {"forward": lambda self, x: 2 * nn.Linear.forward(self, x)})
+    before = weights(model)
+    with pytest.warns(UserWarning, match=r"^blocks.1.o.weight is trained in slices, .* or has another forward now"):
+        loss_of(model, batch(0)).backward()
+    assert layer.weight.grad is None and model.blocks[0].o.weight.grad is not None
+    optimizer.step()
+    optimizer.zero_grad()
+    with pytest.warns(UserWarning, match=r"finds no linear layer with the weight blocks.1.o.weight"):
+        train(model, optimizer, 5, 1)
+    assert torch.equal(layer.weight, before["blocks.1.o.weight"])
+    assert not torch.equal(model.blocks[0].o.weight, before["blocks.0.o.weight"])
+
+
 def test_a_gradient_of_an_earlier_slice_trains_nothing_of_this_one():
     model = build(hidden=48)
     optimizer = sliced(model, 1, "down", CyclicSampler, inner_steps=1)

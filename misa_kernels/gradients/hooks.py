@@ -190,7 +190,11 @@ class _Trained:
             return None
         if weight.requires_grad:
             return None
-        is_input = axis == input_axis(module)
+        reads = input_axis(module)
+        if reads is None:
+            self._say()
+            return None
+        is_input = axis == reads
         kept = x.detach()
         if is_input and last - first < x.shape[-1]:
             # A copy always: a view would keep all of the input alive.
@@ -241,8 +245,8 @@ class _Trained:
             self._has_warned = True
             warn(
                 f"{self._name or 'a weight'} is trained in slices, and its layer is called with another weight than "
-                "when the round began (exchanged, resized, or computed by a parametrization): the slice gets no "
-                "gradient; make a new MISA of the model as it is now"
+                "when the round began (exchanged, resized, or computed by a parametrization), or has another forward "
+                "now: the slice gets no gradient; make a new MISA of the model as it is now"
             )
 
 
