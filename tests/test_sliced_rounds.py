@@ -468,6 +468,23 @@ def test_a_weight_exchanged_within_its_layer_is_noticed_at_once():
     assert sum(param.grad is not None for param in optimizer.trained) == 3
 
 
+def test_a_loop_that_switches_the_whole_model_on_trains_the_slices_as_ever():
+    model, other = build(hidden=48), build(hidden=48)
+    optimizer, same = sliced(model), sliced(other)
+    with pytest.warns(UserWarning, match="had requires_grad switched on while not active"):
+        for step in range(7):
+            optimizer.zero_grad()
+            # As training of GANs does, mostly before `zero_grad`.
+            model.requires_grad_(True)
+            loss_of(model, batch(step)).backward()
+            optimizer.step()
+            model.requires_grad_(False)
+            train(other, same, 1, step)
+    for (name, param), expected in zip(model.named_parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(param, expected, rtol=0, atol=1e-5, msg=name)
+        assert ("down" in name) == (not torch.equal(param, build(hidden=48).get_parameter(name))), name
+
+
 @pytest.mark.parametrize("how", ["forward", "class"])
 def test_a_layer_that_computes_otherwise_than_before_is_noticed_and_not_trained(how):
     model = build(hidden=48)
