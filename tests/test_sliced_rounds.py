@@ -554,6 +554,20 @@ def test_only_what_param_groups_knows_can_be_sliced():
         MISA(groups, delta=0.1, **slices())
 
 
+def test_a_weight_that_is_more_than_one_of_linear_layers_is_not_sliced():
+    model = build(hidden=48)
+    model.head.weight = model.embedding.weight
+    again = nn.Linear(48, WIDTH, bias=False)
+    again.weight = model.blocks[0].down.weight
+    model.blocks[0].add_module("again", again)
+    groups = param_groups(model, sampled=[model.embedding.weight])
+    optimizer = MISA(groups, delta=0.3, sampler=UniformSampler(granularity="slice", slices="all"))
+    assert optimizer.coverage(100).slicing.unsliced == model.embedding.weight.numel()
+    # Two linear layers with one weight add up.
+    assert {model.blocks[0].down.weight, model.blocks[1].q.weight} < optimizer.trained.keys()
+    assert model.embedding.weight not in optimizer.trained
+
+
 def test_where_nothing_is_known_rows_of_all_are_taken_and_that_is_said():
     model = nn.Sequential(*(nn.Linear(64, 64) for _ in range(6)))
     with pytest.warns(UserWarning, match="does not see which matrices lead back"):
