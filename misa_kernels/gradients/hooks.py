@@ -208,9 +208,12 @@ class _Trained:
         """Return the leaf, anew where the weight was moved or cast."""
         weight, leaf = self.weight, self._leaf
         shape = self.piece.shape_of(weight)
-        if leaf is None or (leaf.shape, leaf.dtype, leaf.device) != (shape, weight.dtype, weight.device):
+        form = shape, weight.dtype, weight.device, _grad_dtype(weight)
+        if leaf is None or (leaf.shape, leaf.dtype, leaf.device, _grad_dtype(leaf)) != form:
             # One element stands for all: nobody reads it.
             leaf = weight.detach().new_zeros(1).expand(shape).requires_grad_()
+            if form[-1] != weight.dtype:
+                leaf.grad_dtype = form[-1]
             own = weakref.ref(self)
 
             def arrived(leaf: Tensor) -> None:
@@ -248,6 +251,12 @@ class _Trained:
                 "when the round began (exchanged, resized, or computed by a parametrization), or has another forward "
                 "now: the slice gets no gradient; make a new MISA of the model as it is now"
             )
+
+
+def _grad_dtype(param: Tensor) -> torch.dtype | None:
+    """Return the dtype of a parameter's gradients, which newer torch lets the user choose; None for any."""
+    dtype: torch.dtype | None = getattr(param, "grad_dtype", param.dtype)
+    return dtype
 
 
 class _Hook:

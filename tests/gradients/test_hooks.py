@@ -434,6 +434,21 @@ def test_inputs_given_by_name_and_other_hooks():
     assert_gradients(slices, [whole.layer.weight.grad])
 
 
+@pytest.mark.skipif(not hasattr(torch.Tensor, "grad_dtype"), reason="torch has gradients of the weight's dtype only")
+@pytest.mark.parametrize("dtype", [torch.float32, None])
+def test_gradients_of_another_dtype_than_the_weight(dtype):
+    model, gradients, slices, whole = small("linear", "inputs")
+    (weight,) = slices
+    for own in (model.bfloat16(), whole.bfloat16()):
+        own.layer.weight.grad_dtype = dtype
+    x = torch.randn(5, 12).bfloat16()
+    for own in (model, whole):
+        own(x).square().sum().backward()
+        own(3 * x).square().sum().backward()
+    assert weight.grad.dtype == whole.layer.weight.grad.dtype
+    torch.testing.assert_close(weight.grad.part, cut(whole.layer.weight.grad, slices[weight][0]), rtol=1e-2, atol=1e-2)
+
+
 def test_an_exchanged_weight_is_said_once_and_not_trained():
     model, gradients, slices, _ = small("linear", "inputs")
     (weight,) = slices
