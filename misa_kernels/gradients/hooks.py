@@ -233,6 +233,12 @@ class _Trained:
             return
         weight, piece = self.weight, self.piece
         made = SlicedGradient(grad.contiguous(), weight.shape, piece.axis, piece.first)
+        for hook in tuple((weight._backward_hooks or {}).values()):
+            changed = hook(made)
+            if isinstance(changed, SlicedGradient) and made.fits(changed):
+                made = changed
+            elif changed is not None:
+                made = made.like(made.within(changed).contiguous(), 0)
         if weight.grad is None:
             weight.grad = made
         elif not isinstance(weight.grad, SlicedGradient):

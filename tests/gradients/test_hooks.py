@@ -434,6 +434,27 @@ def test_inputs_given_by_name_and_other_hooks():
     assert_gradients(slices, [whole.layer.weight.grad])
 
 
+@pytest.mark.parametrize("which", SLICES)
+def test_hooks_of_the_weight_change_its_gradient(which):
+    model, gradients, slices, whole = small("linear", which)
+    (weight,) = slices
+    gradients.close()
+    seen, mask = [], torch.rand(8, 12)
+    for own in (weight.requires_grad_(True), whole.layer.weight):
+        # The first keeps it sliced, the second makes it dense, the third only looks.
+        own.register_hook(lambda grad: 2 * grad)
+        own.register_hook(lambda grad: grad * mask)
+        own.register_hook(lambda grad: seen.append(type(grad)))
+    weight.requires_grad_(False)
+    gradients.train(slices)
+    x = torch.randn(5, 12)
+    for own in (model, whole):
+        for factor in (1, 3):
+            own(factor * x).square().sum().backward()
+    assert_gradients(slices, [whole.layer.weight.grad])
+    assert seen == [SlicedGradient] * 2 + [torch.Tensor] * 2
+
+
 @pytest.mark.skipif(not hasattr(torch.Tensor, "grad_dtype"), reason="torch has gradients of the weight's dtype only")
 @pytest.mark.parametrize("dtype", [torch.float32, None])
 def test_gradients_of_another_dtype_than_the_weight(dtype):
