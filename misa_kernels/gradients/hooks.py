@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Mapping, MutableMapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -153,7 +153,7 @@ class _Trained:
         # A module holds its hook, and so this: weakly, to be freed when it goes.
         self._hooks: MutableMapping[nn.Module, RemovableHandle] = weakref.WeakKeyDictionary()
         self._leaf: Tensor | None = None
-        self._has_warned = self._has_left = False
+        self._has_warned = self._has_warned_of_order = self._has_left = False
 
     def hook(self, modules: Sequence[nn.Module]) -> None:
         """Hook these modules, and no others."""
@@ -203,6 +203,18 @@ class _Trained:
         is_input_first = axis == 0 if is_input else axis == 1
         tied: Tensor = _Tie.apply(out, kept, self._leaf_now(), columns, is_input_first)  # type: ignore[no-untyped-call]
         return tied
+
+    def put_first(self, module: nn.Module, hook: _Hook) -> None:
+        """Let a hook run before all others from the next call on: it needs the output of the layer itself."""
+        number = next(number for number, other in module._forward_hooks.items() if other is hook)
+        cast(Any, module._forward_hooks).move_to_end(number, last=False)
+        if not self._has_warned_of_order:
+            self._has_warned_of_order = True
+            warn(
+                f"a hook was registered with prepend=True on the layer of {self._name or 'a weight'} after its slice "
+                "became active, and in this call the slice's gradient lacks what it does to the output: from the next "
+                "call on MISA's hook comes first; register such hooks before MISA is constructed"
+            )
 
     def _leaf_now(self) -> Tensor:
         """Return the leaf, anew where the weight was moved or cast."""
@@ -276,8 +288,12 @@ class _Hook:
         self._own = trained
 
     @not_traced
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], out: Tensor) -> Any:
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], out: Any) -> Any:
         if self._own is not None:
+            if next(iter(module._forward_hooks.values())) is not self:
+                self._own.put_first(module, self)
+            if not isinstance(out, Tensor):
+                return None
             return self._own.tie(module, args[0] if args else next(iter(kwargs.values())), out)
         for number in [number for number, hook in module._forward_hooks.items() if hook is self]:
             module._forward_hooks.pop(number, None)

@@ -470,6 +470,23 @@ def test_gradients_of_another_dtype_than_the_weight(dtype):
     torch.testing.assert_close(weight.grad.part, cut(whole.layer.weight.grad, slices[weight][0]), rtol=1e-2, atol=1e-2)
 
 
+def test_a_hook_that_is_put_before_this_one_is_said_once_and_comes_after_it_from_then_on():
+    model, gradients, slices, whole = small("linear", "inputs")
+    x = torch.randn(5, 12)
+    for own in (model, whole):
+        own.layer.register_forward_hook(lambda module, args, out: 3 * out, prepend=True)
+    with pytest.warns(UserWarning, match="registered with prepend=True on the layer of a weight") as said:
+        model(x).square().sum().backward()
+    model.zero_grad()
+    model.layer.weight.grad = None
+    for own in (model, whole):
+        own(x).square().sum().backward()
+    assert_gradients(slices, [whole.layer.weight.grad])
+    assert len(said) == 1
+    gradients.close()
+    assert len(model.layer._forward_hooks) == 1
+
+
 def test_an_exchanged_weight_is_said_once_and_not_trained():
     model, gradients, slices, _ = small("linear", "inputs")
     (weight,) = slices
