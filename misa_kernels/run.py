@@ -25,7 +25,7 @@ from misa_kernels.draw.order import recall
 from misa_kernels.draw.rehearsal import costliest, kept_inputs
 from misa_kernels.draw.sampler import Draw, ImportanceSampler, Sampler, checked, described, rounds_held
 from misa_kernels.draw.scores import Ints
-from misa_kernels.gradients.hooks import Slice, SliceGradients
+from misa_kernels.gradients.hooks import Slice, SliceGradients, input_axis
 from misa_kernels.layout import SCORES, Layout, form_of
 from misa_kernels.meeting import Meeting
 from misa_kernels.memory.storage import Storage
@@ -263,7 +263,8 @@ class Run:
             if block.index in self.flags.sliced and block.axis is not None:
                 slices[block.param] = Slice(block.axis, *block.ends), linears.linears_of(block.param)
                 names[block.param] = self.layout.partition.names[block.index]
-        for param in [param for param, (_, modules) in slices.items() if not modules]:
+        lost = [p for p, (_, modules) in slices.items() if not modules or None in map(input_axis, modules)]
+        for param in lost:
             del slices[param]
             sentence = (
                 f"granularity='slice' finds no linear layer with the weight {names[param]}: make the groups with "

@@ -468,6 +468,45 @@ def test_a_weight_exchanged_within_its_layer_is_noticed_at_once():
     assert sum(param.grad is not None for param in optimizer.trained) == 3
 
 
+def test_a_loop_that_switches_the_whole_model_on_trains_the_slices_as_ever():
+    model, other = build(hidden=48), build(hidden=48)
+    optimizer, same = sliced(model), sliced(other)
+    with pytest.warns(UserWarning, match="had requires_grad switched on while not active"):
+        for step in range(7):
+            optimizer.zero_grad()
+            # As training of GANs does, mostly before `zero_grad`.
+            model.requires_grad_(True)
+            loss_of(model, batch(step)).backward()
+            optimizer.step()
+            model.requires_grad_(False)
+            train(other, same, 1, step)
+    for (name, param), expected in zip(model.named_parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(param, expected, rtol=0, atol=1e-5, msg=name)
+        assert ("down" in name) == (not torch.equal(param, build(hidden=48).get_parameter(name))), name
+
+
+@pytest.mark.parametrize("how", ["forward", "class"])
+def test_a_layer_that_computes_otherwise_than_before_is_noticed_and_not_trained(how):
+    model = build(hidden=48)
+    optimizer = sliced(model, reach="output")
+    layer = model.blocks[1].o
+    if how == "forward":
+        # As accelerate's hooks do; what it returns is not known to be the weight times the input.
+        layer.forward = lambda x: 2 * nn.Linear.forward(layer, x)
+    else:
+        layer.__class__ = type("Doubled", (nn.Linear,), {"forward": lambda self, x: 2 * nn.Linear.forward(self, x)})
+    before = weights(model)
+    with pytest.warns(UserWarning, match=r"^blocks.1.o.weight is trained in slices, .* or has another forward now"):
+        loss_of(model, batch(0)).backward()
+    assert layer.weight.grad is None and model.blocks[0].o.weight.grad is not None
+    optimizer.step()
+    optimizer.zero_grad()
+    with pytest.warns(UserWarning, match=r"finds no linear layer with the weight blocks.1.o.weight"):
+        train(model, optimizer, 5, 1)
+    assert torch.equal(layer.weight, before["blocks.1.o.weight"])
+    assert not torch.equal(model.blocks[0].o.weight, before["blocks.0.o.weight"])
+
+
 def test_a_gradient_of_an_earlier_slice_trains_nothing_of_this_one():
     model = build(hidden=48)
     optimizer = sliced(model, 1, "down", CyclicSampler, inner_steps=1)
@@ -513,6 +552,20 @@ def test_only_what_param_groups_knows_can_be_sliced():
     # The model is gone.
     with pytest.raises(RuntimeError, match="finds no linear layer with the weight blocks.0.down.weight"):
         MISA(groups, delta=0.1, **slices())
+
+
+def test_a_weight_that_is_more_than_one_of_linear_layers_is_not_sliced():
+    model = build(hidden=48)
+    model.head.weight = model.embedding.weight
+    again = nn.Linear(48, WIDTH, bias=False)
+    again.weight = model.blocks[0].down.weight
+    model.blocks[0].add_module("again", again)
+    groups = param_groups(model, sampled=[model.embedding.weight])
+    optimizer = MISA(groups, delta=0.3, sampler=UniformSampler(granularity="slice", slices="all"))
+    assert optimizer.coverage(100).slicing.unsliced == model.embedding.weight.numel()
+    # Two linear layers with one weight add up.
+    assert {model.blocks[0].down.weight, model.blocks[1].q.weight} < optimizer.trained.keys()
+    assert model.embedding.weight not in optimizer.trained
 
 
 def test_where_nothing_is_known_rows_of_all_are_taken_and_that_is_said():

@@ -28,20 +28,28 @@ class _Linear(NamedTuple):
 
 
 def find(modules: Iterable[nn.Module]) -> dict[int, int]:
-    """Note the linear layers among some modules; return, by the identity of a weight, the axis of its input."""
+    """Note the linear layers among some modules; return, by the identity of a weight, the axis of its input.
+
+    A weight that another kind of module has, too, such as an embedding, is left out: its gradient comes from both.
+    """
     modules = list(modules)
     places: dict[int, list[tuple[weakref.ref[nn.Module], str]]] = {}
     for outer in modules:
         for name, module in outer._modules.items():
             places.setdefault(id(module), []).append((weakref.ref(outer), name))
+    axes = list(map(input_axis, modules))
+    others = {
+        id(param)
+        for module, axis in zip(modules, axes, strict=True)
+        for name, param in module._parameters.items()
+        if axis is None or name != "weight"
+    }
     found: dict[int, int] = {}
     of: dict[int, list[_Linear]] = {}
-    for module in modules:
-        axis = input_axis(module)
-        if axis is None:
+    for module, axis in zip(modules, axes, strict=True):
+        weight = None if axis is None else module._parameters["weight"]
+        if axis is None or weight is None or id(weight) in others:
             continue
-        weight = module._parameters["weight"]
-        assert weight is not None
         found[id(weight)] = axis
         of.setdefault(id(weight), []).append(_Linear(weakref.ref(module), places.get(id(module), [])))
         _linears[weight] = of[id(weight)]

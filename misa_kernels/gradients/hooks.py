@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Mapping, MutableMapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -155,7 +155,7 @@ class _Trained:
         # A module holds its hook, and so this: weakly, to be freed when it goes.
         self._hooks: MutableMapping[nn.Module, RemovableHandle] = weakref.WeakKeyDictionary()
         self._leaf: Tensor | None = None
-        self._has_warned = self._has_left = False
+        self._has_warned = self._has_warned_of_order = self._has_left = False
 
     def hook(self, modules: Sequence[nn.Module]) -> None:
         """Hook these modules, and no others."""
@@ -192,7 +192,11 @@ class _Trained:
             return None
         if weight.requires_grad:
             return None
-        is_input = axis == input_axis(module)
+        reads = input_axis(module)
+        if reads is None:
+            self._say()
+            return None
+        is_input = axis == reads
         kept = x.detach()
         if is_input and last - first < x.shape[-1]:
             # A copy always: a view would keep all of the input alive.
@@ -202,13 +206,28 @@ class _Trained:
         tied: Tensor = _Tie.apply(out, kept, self._leaf_now(), columns, is_input_first)  # type: ignore[no-untyped-call]
         return tied
 
+    def put_first(self, module: nn.Module, hook: _Hook) -> None:
+        """Let a hook run before all others from the next call on: it needs the output of the layer itself."""
+        number = next(number for number, other in module._forward_hooks.items() if other is hook)
+        cast(Any, module._forward_hooks).move_to_end(number, last=False)
+        if not self._has_warned_of_order:
+            self._has_warned_of_order = True
+            warn(
+                f"a hook was registered with prepend=True on the layer of {self._name or 'a weight'} after its slice "
+                "became active, and in this call the slice's gradient lacks what it does to the output: from the next "
+                "call on MISA's hook comes first; register such hooks before MISA is constructed"
+            )
+
     def _leaf_now(self) -> Tensor:
         """Return the leaf, anew where the weight was moved or cast."""
         weight, leaf = self.weight, self._leaf
         shape = self.piece.shape_of(weight)
-        if leaf is None or (leaf.shape, leaf.dtype, leaf.device) != (shape, weight.dtype, weight.device):
+        form = shape, weight.dtype, weight.device, _grad_dtype(weight)
+        if leaf is None or (leaf.shape, leaf.dtype, leaf.device, _grad_dtype(leaf)) != form:
             # One element stands for all: nobody reads it.
             leaf = weight.detach().new_zeros(1).expand(shape).requires_grad_()
+            if form[-1] != weight.dtype:
+                leaf.grad_dtype = form[-1]
             own = weakref.ref(self)
 
             def arrived(leaf: Tensor) -> None:
@@ -228,6 +247,12 @@ class _Trained:
             return
         weight, piece = self.weight, self.piece
         made = SlicedGradient(grad.contiguous(), weight.shape, piece.axis, piece.first)
+        for hook in tuple((weight._backward_hooks or {}).values()):
+            changed = hook(made)
+            if isinstance(changed, SlicedGradient) and made.fits(changed):
+                made = changed
+            elif changed is not None:
+                made = made.like(made.within(changed).contiguous(), 0)
         if weight.grad is None:
             weight.grad = made
         elif not isinstance(weight.grad, SlicedGradient):
@@ -243,9 +268,15 @@ class _Trained:
             self._has_warned = True
             warn(
                 f"{self._name or 'a weight'} is trained in slices, and its layer is called with another weight than "
-                "when the round began (exchanged, resized, or computed by a parametrization): the slice gets no "
-                "gradient; make a new MISA of the model as it is now"
+                "when the round began (exchanged, resized, or computed by a parametrization), or has another forward "
+                "now: the slice gets no gradient; make a new MISA of the model as it is now"
             )
+
+
+def _grad_dtype(param: Tensor) -> torch.dtype | None:
+    """Return the dtype of a parameter's gradients, which newer torch lets the user choose; None for any."""
+    dtype: torch.dtype | None = getattr(param, "grad_dtype", param.dtype)
+    return dtype
 
 
 class _Hook:
@@ -259,8 +290,12 @@ class _Hook:
         self._own = trained
 
     @not_traced
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], out: Tensor) -> Any:
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], out: Any) -> Any:
         if self._own is not None:
+            if next(iter(module._forward_hooks.values())) is not self:
+                self._own.put_first(module, self)
+            if not isinstance(out, Tensor):
+                return None
             return self._own.tie(module, args[0] if args else next(iter(kwargs.values())), out)
         for number in [number for number, hook in module._forward_hooks.items() if hook is self]:
             module._forward_hooks.pop(number, None)

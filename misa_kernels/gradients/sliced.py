@@ -132,6 +132,18 @@ class SlicedGradient(torch.Tensor):
             "to a copy"
         )
 
+    @property
+    def data(self) -> Tensor:
+        """The same slice, to be read or assigned: torch itself would exchange the outside alone."""
+        return self.detach()
+
+    @data.setter
+    def data(self, value: Tensor) -> None:
+        if isinstance(value, SlicedGradient) and self.fits(value) and value.dtype == self.dtype:
+            self.part, self.rest = value.part, value.rest
+        else:
+            self.copy_(value)
+
     def numpy(self, *, force: bool = False) -> Any:
         """Return the elements, as torch does of a tensor that stores them."""
         return self.dense().numpy(force=force)

@@ -339,7 +339,11 @@ class Flags:
 
     def _put_back(self, stray: list[int]) -> None:
         for index in stray:
-            self._switch_off(index)
+            if index in self.sliced:
+                # Backward has made all of a gradient of which the slice is wanted.
+                _set(self.params[index], False)
+            else:
+                self._switch_off(index)
         if stray:
             self.warn_once(
                 "stray",

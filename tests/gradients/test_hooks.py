@@ -434,6 +434,59 @@ def test_inputs_given_by_name_and_other_hooks():
     assert_gradients(slices, [whole.layer.weight.grad])
 
 
+@pytest.mark.parametrize("which", SLICES)
+def test_hooks_of_the_weight_change_its_gradient(which):
+    model, gradients, slices, whole = small("linear", which)
+    (weight,) = slices
+    gradients.close()
+    seen, mask = [], torch.rand(8, 12)
+    for own in (weight.requires_grad_(True), whole.layer.weight):
+        # The first keeps it sliced, the second makes it dense, the third only looks.
+        own.register_hook(lambda grad: 2 * grad)
+        own.register_hook(lambda grad: grad * mask)
+        own.register_hook(lambda grad: seen.append(type(grad)))
+    weight.requires_grad_(False)
+    gradients.train(slices)
+    x = torch.randn(5, 12)
+    for own in (model, whole):
+        for factor in (1, 3):
+            own(factor * x).square().sum().backward()
+    assert_gradients(slices, [whole.layer.weight.grad])
+    assert seen == [SlicedGradient] * 2 + [torch.Tensor] * 2
+
+
+@pytest.mark.skipif(not hasattr(torch.Tensor, "grad_dtype"), reason="torch has gradients of the weight's dtype only")
+@pytest.mark.parametrize("dtype", [torch.float32, None])
+def test_gradients_of_another_dtype_than_the_weight(dtype):
+    model, gradients, slices, whole = small("linear", "inputs")
+    (weight,) = slices
+    for own in (model.bfloat16(), whole.bfloat16()):
+        own.layer.weight.grad_dtype = dtype
+    x = torch.randn(5, 12).bfloat16()
+    for own in (model, whole):
+        own(x).square().sum().backward()
+        own(3 * x).square().sum().backward()
+    assert weight.grad.dtype == whole.layer.weight.grad.dtype
+    torch.testing.assert_close(weight.grad.part, cut(whole.layer.weight.grad, slices[weight][0]), rtol=1e-2, atol=1e-2)
+
+
+def test_a_hook_that_is_put_before_this_one_is_said_once_and_comes_after_it_from_then_on():
+    model, gradients, slices, whole = small("linear", "inputs")
+    x = torch.randn(5, 12)
+    for own in (model, whole):
+        own.layer.register_forward_hook(lambda module, args, out: 3 * out, prepend=True)
+    with pytest.warns(UserWarning, match="registered with prepend=True on the layer of a weight") as said:
+        model(x).square().sum().backward()
+    model.zero_grad()
+    model.layer.weight.grad = None
+    for own in (model, whole):
+        own(x).square().sum().backward()
+    assert_gradients(slices, [whole.layer.weight.grad])
+    assert len(said) == 1
+    gradients.close()
+    assert len(model.layer._forward_hooks) == 1
+
+
 def test_an_exchanged_weight_is_said_once_and_not_trained():
     model, gradients, slices, _ = small("linear", "inputs")
     (weight,) = slices

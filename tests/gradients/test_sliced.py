@@ -293,6 +293,23 @@ def test_copies_share_nothing_and_are_of_the_same_slice():
     assert grad.to("meta").part.is_meta and grad.to("meta").shape == grad.shape
 
 
+@pytest.mark.parametrize("place", PLACES)
+def test_what_is_assigned_to_data_is_the_gradient(place):
+    # Loops of old write `p.grad.data = p.grad.data / n`.
+    ours, theirs = params(place)
+    for own in (ours, theirs):
+        for p in own:
+            p.grad.data = p.grad.data / 4
+            p.grad.data = 3 * p.grad.data
+    assert isinstance(ours[1].grad, SlicedGradient)
+    assert_same(ours, theirs)
+    ours[1].grad.data = theirs[1].grad * 2
+    assert torch.equal(dense_of(ours[1].grad), theirs[1].grad * 2)
+    if place != "all":
+        with pytest.raises(RuntimeError, match="would change elements beside"):
+            ours[1].grad.data = torch.ones(ROWS, COLUMNS)
+
+
 def test_another_optimizer_can_step_with_it():
     # Plain torch reads a dense copy.
     results = []
