@@ -86,13 +86,15 @@ def lines(
         panels: By title, the label of the horizontal axis and by name the points of a line.
         label: Of the vertical axes.
         source: As for `bars`.
-        powers: Whether both axes are in powers of ten, with marks at the points.
+        powers: Whether both axes are in powers of ten; if not, panels come in pairs of the same names.
     """
     plt = pyplot()
     if plt is None or not panels:
         return None
-    figure, axes = plt.subplots(1, len(panels), figsize=(5 * len(panels), 4.2), squeeze=False)
-    for axis, (title, (below, by_name)) in zip(axes[0], panels.items(), strict=True):
+    columns = len(panels) if powers else 2
+    size = (5 * columns, 4.2) if powers else (12, 4.6 * (len(panels) // 2))
+    figure, axes = plt.subplots(len(panels) // columns, columns, figsize=size, squeeze=False)
+    for place, (axis, (title, (below, by_name))) in enumerate(zip(axes.flat, panels.items(), strict=True)):
         for number, (name, points) in enumerate(by_name.items()):
             x, y = zip(*points, strict=True) if points else ((), ())
             style = "o-" if powers else ("-", "--", ":")[number // len(COLORS) % 3]
@@ -101,7 +103,8 @@ def lines(
         axis.set_title(title, fontsize=10, loc="left")
         axis.set_xlabel(below)
         axis.grid(True, alpha=0.3)
-        axis.legend(fontsize=8)
+        if powers or place % 2:
+            axis.legend(fontsize=8, **({} if powers else {"loc": "upper left", "bbox_to_anchor": (1.01, 1.02)}))
     axes[0, 0].set_ylabel(label)
     return saved(plt, figure, path, digest(source))
 

@@ -151,10 +151,10 @@ CPU_SEARCHES += (
     # Fourth seeds are as new as slices; the runs before do not have the loss on the source text.
     Search(8, first("AdamW", "fp32", 1.0, power=0), at(4, 1.0)),
     Search(8, first("slices", power=2), at(3, 0.03, 0.01)),
-    Search(9, first("slices", delta=0.25, power=0), at(3, 0.25)),
+    Search(9, first("MISA"), at(4, 0.03)),
+    Search(9, first("LoRA", power=2), at(4, 0.03)),
     Search(10, first("LoRA, down", power=2), at(3, 0.03)),
-    Search(11, first("MISA"), at(4, 0.03)),
-    Search(11, first("LoRA", power=2), at(4, 0.03)),
+    Search(11, first("slices", delta=0.25, power=0), at(3, 0.25)),
     Search(12, first("slices", power=2), at(3, 0.05)),
     # Rank 1 of it needs the bytes of this δ.
     Search(13, first("DoRA", delta=0.032, power=2), at(3, 0.032)),

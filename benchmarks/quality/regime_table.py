@@ -49,8 +49,8 @@ def notes(content: Mapping[str, Any]) -> list[str]:
         "mean of AdamW's on the same machine. Learning rates: steps of a factor 2, three and one more while the best "
         "lies at an end, on a seed of its own and other validation text; arms without a search take the rate of the "
         "nearest δ. Mean ± standard deviation over seeds, which move batches, draws and adapters. Forgetting is by how "
-        "much the loss on held-out Python source rises in fine-tuning; older runs did not measure it. "
-        "The chart leaves out variants, and slices with fp32 states.",
+        "much the loss on held-out Python source rises in fine-tuning; older runs did not measure it. The chart leaves "
+        "out variants, and slices with fp32 states; a point is a mean over the steps since the one before.",
         "",
         f"Runs by machine: {'; '.join(f'{name}: {runs}' for name, runs in content['machines'].items())}.",
         "",
@@ -145,7 +145,7 @@ def curves(arms: Mapping[tuple[Any, ...], Runs]) -> dict[str, dict[str, list[lis
         default = (arm["state"], arm["inner_steps"]) == ("int8", 0)
         if arm["method"].startswith("MISA, ") or (arm["method"] in ("MISA", "slices") and not default):
             continue
-        # Of runs with fewer points there are others.
+        # Later runs have fewer points.
         most = max(len(run["curve"]) for run in runs)
         points = zip(*(run["curve"] for run in runs if run["curve"] and len(run["curve"]) == most), strict=True)
         means = [[statistics.mean(values) for values in zip(*point, strict=True)] for point in points]
@@ -228,8 +228,12 @@ def lines(content: Mapping[str, Any]) -> list[str]:
 def draw(content: Mapping[str, Mapping[str, Sequence[Sequence[float]]]], path: Path) -> Path | None:
     """Draw the training loss of every task against steps and against time; None without matplotlib."""
     panels = {
-        f"{task}, by {by}": (label, {name: [(point[column], point[2]) for point in of] for name, of in arms.items()})
+        # The steep beginning would squeeze all that differs.
+        f"{task}, by {by}": (
+            label,
+            {arm: [(p[at], p[2]) for p in of if 6 * p[0] > of[-1][0]] for arm, of in arms.items()},
+        )
         for task, arms in content.items()
-        for column, by, label in ((0, "step", "steps"), (1, "time", "time, of AdamW's whole training"))
+        for at, by, label in ((0, "step", "steps"), (1, "time", "time, of AdamW's whole training"))
     }
     return charts.lines(path, panels, "training loss, nats a byte", content, powers=False)

@@ -151,10 +151,7 @@ def flash_adamw(model: Llama, plan: Plan, seed: int) -> Peer:
 
 
 def lora(model: Llama, plan: Plan, seed: int, targets: Sequence[str] = tuple(LINEARS)) -> Peer:
-    """AdamW of peft's LoRA adapters, in the weights' dtype, its fastest form.
-
-    They are on all linear layers of the blocks, or on those of these names, with a rank of as many parameters.
-    """
+    """AdamW of peft's LoRA adapters, in the weights' dtype, its fastest form; with as many parameters as on all."""
     from peft import LoraConfig, get_peft_model
 
     linears = {name: part for name, part in model.layers[0].named_modules() if isinstance(part, nn.Linear)}
@@ -236,11 +233,6 @@ def misa_window(model: Llama, plan: Plan, seed: int) -> Peer:
     return sampled(model, plan, seed, sampler=ImportanceSampler(depth_window=window))
 
 
-def misa_slices(model: Llama, plan: Plan, seed: int) -> Peer:
-    """MISA with columns of each down projection, the same in all rounds."""
-    return sampled(model, plan, seed, **slices())
-
-
 PEERS: dict[str, Callable[[Llama, Plan, int], Peer]] = {
     "adamw": full_adamw,
     "adamw_8bit": adamw_8bit,
@@ -252,5 +244,6 @@ PEERS: dict[str, Callable[[Llama, Plan, int], Peer]] = {
     "misa": misa_modules,
     "misa_window": misa_window,
     "lora_down": partial(lora, targets=("down_proj",)),
-    "misa_slices": misa_slices,
+    # Columns of each down projection, the same in all rounds.
+    "misa_slices": partial(sampled, **slices()),
 }
