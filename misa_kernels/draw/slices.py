@@ -139,8 +139,9 @@ def _widths(matrices: Sequence[Matrix], budget: int, unit: int) -> list[int]:
     # A matrix that is trained whole need not be a multiple of the unit.
     widths = [matrix.size if share == 1 else int(x // unit) * unit for matrix, x in zip(matrices, ideal, strict=True)]
     left = budget - _spent(matrices, widths)
-    # What whole units leave goes to those that lack the most, among equals to the upper layers.
-    for n in sorted(range(len(matrices)), key=lambda n: (widths[n] - ideal[n], -n)):
+    # What whole units leave goes to those that lack the most, among equals to the upper layers; of single lines, first
+    # to those that have none.
+    for n in sorted(range(len(matrices)), key=lambda n: (unit > 1 or widths[n] > 0, widths[n] - ideal[n], -n)):
         matrix, more = matrices[n], min(unit, matrices[n].size - widths[n])
         if 0 < more * matrix.line <= left and widths[n] < ideal[n]:
             widths[n] += more
@@ -151,10 +152,13 @@ def _widths(matrices: Sequence[Matrix], budget: int, unit: int) -> list[int]:
 def _too_little(matrices: Sequence[Matrix], without: Matrix, budget: int) -> str:
     """Return the error where a matrix has no slice."""
     needed = sum(matrix.line for matrix in matrices)
+    total = f"which are {needed:,}"
+    if needed <= budget:
+        share = budget / sum(matrix.size * matrix.line for matrix in matrices)
+        total = f"of which an equal share is {share:.2%}, here less than one of {without.size:,} lines"
     return (
         f"granularity='slice' with a budget of {budget:,} has no room for one line of {without.line:,} parameters of "
-        f"each of {len(matrices)} matrices, which are {needed:,}: raise delta, or draw modules with "
-        "granularity='module'"
+        f"each of {len(matrices)} matrices, {total}: raise delta, or draw modules with granularity='module'"
     )
 
 
