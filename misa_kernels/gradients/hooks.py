@@ -185,6 +185,9 @@ class _Trained:
         weight, (axis, first, last) = self.weight, self.piece
         if self._has_left or not torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():
             return None
+        if torch._C._get_tracing_state() is not None:
+            # Who traces a model wants its outputs.
+            return None
         if module._parameters.get("weight") is not weight or last > weight.shape[axis]:
             self._say()
             return None
@@ -262,7 +265,9 @@ class _Trained:
         self._arrivals.note(weight)
 
     def _say(self) -> None:
-        if not self._has_warned:
+        # Export calls layers with stand-ins of their weights.
+        is_exporting = getattr(torch.compiler, "is_exporting", bool)
+        if not self._has_warned and not is_exporting():
             self._has_warned = True
             warn(
                 f"{self._name or 'a weight'} is trained in slices, and its layer is called with another weight than "
