@@ -485,6 +485,18 @@ def test_a_loop_that_switches_the_whole_model_on_trains_the_slices_as_ever():
         assert ("down" in name) == (not torch.equal(param, build(hidden=48).get_parameter(name))), name
 
 
+def test_a_weight_that_is_used_without_its_layer_is_noticed():
+    model = build(hidden=48)
+    optimizer = sliced(model)
+    down = model.blocks[1].down
+    # As some models do with kernels of their own.
+    model.blocks[1].forward = lambda x: x + F.silu(x @ down.weight) @ down.weight.T
+    with pytest.warns(
+        UserWarning, match=r"^blocks.1.down.* had no gradient.* used otherwise than by calling its layer"
+    ):
+        train(model, optimizer, 30)
+
+
 @pytest.mark.parametrize("how", ["forward", "class"])
 def test_a_layer_that_computes_otherwise_than_before_is_noticed_and_not_trained(how):
     model = build(hidden=48)
