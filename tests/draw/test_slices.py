@@ -13,6 +13,8 @@ from torch import nn
 from transformers import (
     BertConfig,
     BertModel,
+    FalconConfig,
+    FalconForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
@@ -214,6 +216,9 @@ def test_what_cannot_be_sliced():
     assert found.slicing.uncut == 2 * (4 * 3 * 32 * 96 + 4 * 32)
     with pytest.raises(ValueError, match=r"finds no matrix to slice.*param_groups\(model\)"):
         partition([{"params": list(llama().parameters())}], 0.1, "slice", "error")
+    falcon = FalconForCausalLM(FalconConfig(vocab_size=32, hidden_size=32, num_hidden_layers=2, num_attention_heads=4))
+    with pytest.raises(ValueError, match="with linear layers that keep the forward of nn.Linear"):
+        sliced(falcon, 0.1)
     with pytest.raises(ValueError, match=r"slices='down' finds none of 2 matrices.*slices='all'"):
         sliced(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)), 0.5, "down")
     with pytest.raises(ValueError, match="no room for one line of 32 parameters of each of 2 matrices, which are 64"):
