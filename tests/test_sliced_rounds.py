@@ -519,6 +519,20 @@ def test_a_layer_that_computes_otherwise_than_before_is_noticed_and_not_trained(
     assert not torch.equal(model.blocks[0].o.weight, before["blocks.0.o.weight"])
 
 
+@pytest.mark.parametrize("is_late", [False, True])
+def test_hooks_of_accelerate_that_were_removed_leave_an_ordinary_layer(is_late):
+    hooks = pytest.importorskip("accelerate.hooks")
+    model = build(hidden=48)
+    optimizer = sliced(model) if is_late else None
+    for layer in (block.down for block in model.blocks):
+        hooks.add_hook_to_module(layer, hooks.ModelHook())
+        hooks.remove_hook_from_module(layer)
+    optimizer = optimizer or sliced(model)
+    loss_of(model, batch(0)).backward()
+    assert all(type(block.down.weight.grad) is SlicedGradient for block in model.blocks)
+    assert len(optimizer.trained) == 4
+
+
 def test_a_gradient_of_an_earlier_slice_trains_nothing_of_this_one():
     model = build(hidden=48)
     optimizer = sliced(model, 1, "down", CyclicSampler, inner_steps=1)

@@ -48,9 +48,12 @@ def input_axis(module: nn.Module) -> int | None:
     way of its own, holds its weight packed, or is not called by the module around it, as in torch's attention.
     """
     weight = module._parameters.get("weight")
-    if weight is None or weight.ndim != 2 or "forward" in vars(module):
-        return None
     kind: Any = type(module)
+    own = vars(module).get("forward")
+    # accelerate leaves the bound method of the class behind where it removes its hooks.
+    is_exchanged = own is not None and own != kind.forward.__get__(module)
+    if weight is None or weight.ndim != 2 or is_exchanged:
+        return None
     if isinstance(module, nn.Linear):
         is_plain = kind.forward is nn.Linear.forward and not isinstance(module, NonDynamicallyQuantizableLinear)
         return 1 if is_plain and weight.shape == (module.out_features, module.in_features) else None
