@@ -485,6 +485,18 @@ def test_a_loop_that_switches_the_whole_model_on_trains_the_slices_as_ever():
         assert ("down" in name) == (not torch.equal(param, build(hidden=48).get_parameter(name))), name
 
 
+def test_a_weight_that_is_used_without_its_layer_is_noticed():
+    model = build(hidden=48)
+    optimizer = sliced(model)
+    down = model.blocks[1].down
+    # As some models do with kernels of their own.
+    model.blocks[1].forward = lambda x: x + F.silu(x @ down.weight) @ down.weight.T
+    with pytest.warns(
+        UserWarning, match=r"^blocks.1.down.* had no gradient.* used otherwise than by calling its layer"
+    ):
+        train(model, optimizer, 30)
+
+
 @pytest.mark.parametrize("how", ["forward", "class"])
 def test_a_layer_that_computes_otherwise_than_before_is_noticed_and_not_trained(how):
     model = build(hidden=48)
@@ -505,6 +517,20 @@ def test_a_layer_that_computes_otherwise_than_before_is_noticed_and_not_trained(
         train(model, optimizer, 5, 1)
     assert torch.equal(layer.weight, before["blocks.1.o.weight"])
     assert not torch.equal(model.blocks[0].o.weight, before["blocks.0.o.weight"])
+
+
+@pytest.mark.parametrize("is_late", [False, True])
+def test_hooks_of_accelerate_that_were_removed_leave_an_ordinary_layer(is_late):
+    hooks = pytest.importorskip("accelerate.hooks")
+    model = build(hidden=48)
+    optimizer = sliced(model) if is_late else None
+    for layer in (block.down for block in model.blocks):
+        hooks.add_hook_to_module(layer, hooks.ModelHook())
+        hooks.remove_hook_from_module(layer)
+    optimizer = optimizer or sliced(model)
+    loss_of(model, batch(0)).backward()
+    assert all(type(block.down.weight.grad) is SlicedGradient for block in model.blocks)
+    assert len(optimizer.trained) == 4
 
 
 def test_a_gradient_of_an_earlier_slice_trains_nothing_of_this_one():

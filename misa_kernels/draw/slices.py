@@ -195,7 +195,8 @@ def _nothing(matrices: Sequence[Matrix | None], reach: str) -> str:
     """Return the error where nothing is sliced."""
     known = any(matrix is not None for matrix in matrices)
     what = f"slices={reach!r} finds none of {len(matrices)} matrices" if known else "finds no matrix to slice"
-    remedy = "take slices='all'" if known else "make the groups with param_groups(model), of a model with linear layers"
+    plain = "make the groups with param_groups(model), of a model with linear layers that keep the forward of nn.Linear"
+    remedy = "take slices='all'" if known else plain
     return (
         f"granularity='slice' {what}, and must find one: {remedy}, or draw modules with granularity='module', which "
         "may be adapters, stacked experts and convolutions, too"

@@ -47,12 +47,15 @@ def input_axis(module: nn.Module) -> int | None:
     That is axis 1 for torch's linear layers, 0 for `Conv1D` of transformers. Not known is what computes its output in a
     way of its own, holds its weight packed, or is not called by the module around it, as in torch's attention.
     """
-    if isinstance(module, torch.jit.ScriptModule) or "forward" in vars(module):
+    if isinstance(module, torch.jit.ScriptModule):
         return None
     weight = module._parameters.get("weight")
-    if weight is None or weight.ndim != 2:
-        return None
     kind: Any = type(module)
+    own = vars(module).get("forward")
+    # accelerate leaves the bound method of the class behind where it removes its hooks.
+    is_exchanged = own is not None and own != kind.forward.__get__(module)
+    if weight is None or weight.ndim != 2 or is_exchanged:
+        return None
     if isinstance(module, nn.Linear):
         is_plain = kind.forward is nn.Linear.forward and not isinstance(module, NonDynamicallyQuantizableLinear)
         return 1 if is_plain and weight.shape == (module.out_features, module.in_features) else None
@@ -187,6 +190,9 @@ class _Trained:
         weight, (axis, first, last) = self.weight, self.piece
         if self._has_left or not torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():
             return None
+        if torch._C._get_tracing_state() is not None:
+            # Who traces a model wants its outputs.
+            return None
         if module._parameters.get("weight") is not weight or last > weight.shape[axis]:
             self._say()
             return None
@@ -264,7 +270,9 @@ class _Trained:
         self._arrivals.note(weight)
 
     def _say(self) -> None:
-        if not self._has_warned:
+        # Export calls layers with stand-ins of their weights.
+        is_exporting = getattr(torch.compiler, "is_exporting", bool)
+        if not self._has_warned and not is_exporting():
             self._has_warned = True
             warn(
                 f"{self._name or 'a weight'} is trained in slices, and its layer is called with another weight than "

@@ -13,6 +13,8 @@ from torch import nn
 from transformers import (
     BertConfig,
     BertModel,
+    FalconConfig,
+    FalconForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
@@ -175,6 +177,17 @@ def test_a_budget_is_spent_in_nearly_equal_shares(sizes, share):
         assert abs(width - wanted * size) < 16 or min(found.widths) == 1
 
 
+def test_single_lines_that_are_left_go_first_to_matrices_without_one():
+    matrices = [Matrix("down", 1, 2, 60), *[Matrix("down", 1, 100, 10)] * 10]
+    numels = [matrix.size * matrix.line for matrix in matrices]
+    # An equal share is 0.42 of a line of 60, and 20.86 lines of 10.
+    found = slicing(matrices, numels, 2111, "down")
+    assert found.widths == [1, *[20] * 5, *[21] * 5]
+    # One line of each is much less than the budget, of which nearly all goes into whole lines of 10.
+    with pytest.raises(ValueError, match=r"of which an equal share is 20\.10%, here less than one of 2 lines: raise"):
+        slicing(matrices, numels, 2034, "down")
+
+
 def test_a_large_model_is_cut_into_units_of_16_and_spends_its_budget():
     matrices = [Matrix("down", 1, 14_336, 4096)] * 32
     numels = [14_336 * 4096] * 32
@@ -213,6 +226,9 @@ def test_what_cannot_be_sliced():
     assert found.slicing.uncut == 2 * (4 * 3 * 32 * 96 + 4 * 32)
     with pytest.raises(ValueError, match=r"finds no matrix to slice.*param_groups\(model\)"):
         partition([{"params": list(llama().parameters())}], 0.1, "slice", "error")
+    falcon = FalconForCausalLM(FalconConfig(vocab_size=32, hidden_size=32, num_hidden_layers=2, num_attention_heads=4))
+    with pytest.raises(ValueError, match="with linear layers that keep the forward of nn.Linear"):
+        sliced(falcon, 0.1)
     with pytest.raises(ValueError, match=r"slices='down' finds none of 2 matrices.*slices='all'"):
         sliced(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)), 0.5, "down")
     with pytest.raises(ValueError, match="no room for one line of 32 parameters of each of 2 matrices, which are 64"):

@@ -419,6 +419,21 @@ def test_nothing_happens_without_gradients_or_within_transforms():
         grad.square().sum().backward()
 
 
+@pytest.mark.parametrize("how", ["trace", "export"])
+@pytest.mark.filterwarnings("ignore:.torch.jit.trace:DeprecationWarning", "ignore:.torch.jit.trace:FutureWarning")
+def test_a_traced_or_exported_model_is_an_ordinary_one(how):
+    model, gradients, _, whole = small("linear", "inputs")
+    x = torch.randn(5, 12)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*trained in slices")
+        made = torch.jit.trace(model, (x,)) if how == "trace" else torch.export.export(model, (x,)).module()
+    gradients.close()
+    assert torch.equal(made(x), whole(x))
+    if how == "trace":
+        torch.jit.save(made, io.BytesIO())
+        assert "Tie" not in str(made.inlined_graph)
+
+
 def test_inputs_given_by_name_and_other_hooks():
     model, gradients, slices, whole = small("linear", "inputs")
     gradients.close()

@@ -14,6 +14,7 @@ import sys
 import zlib
 from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -104,6 +105,15 @@ def test_examples_of_pages_and_docstrings_run(tmp_path: Path) -> None:
     assert not said, said
     ran = re.search(r"(\d+) tests\n\s+0 failures in tests", (tmp_path / "output.txt").read_text())
     assert ran and int(ran[1]) > 60
+
+
+def test_the_page_of_slices_shows_what_its_example_prints() -> None:
+    page = (ROOT / "docs" / "slices.md").read_text()
+    example, shown = re.search(r"```py\n(.*?)```", page, re.DOTALL), re.search(r"^slices: .*$", page, re.MULTILINE)
+    assert example is not None and shown is not None
+    scope: dict[str, Any] = {}
+    exec(example[1], scope)
+    assert str(scope["optimizer"]).splitlines()[1] == shown[0]
 
 
 @pytest.mark.parametrize("page", EVERYWHERE, ids=names)
