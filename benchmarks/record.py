@@ -48,13 +48,15 @@ def describe_device(device: torch.device) -> dict[str, Any]:
 
 
 def processor() -> str:
-    """Return the name of the processor, and how many of them there are."""
+    """Return name, family and model of the processor, where they are known, and how many of them there are."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return f"{names[0] if names else platform.machine()}, {os.cpu_count()} cores"
+    said = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+    # Clouds give processors of several generations one name.
+    kind = f" ({said['cpu family']}/{said['model']})" if {"cpu family", "model"} <= said.keys() else ""
+    return f"{said.get('model name', platform.machine())}{kind}, {os.cpu_count()} cores"
 
 
 def version(package: str) -> str | None:
