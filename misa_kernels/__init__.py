@@ -11,7 +11,7 @@ from misa_kernels.optimizer import MISA
 from misa_kernels.presets import authors, badam, lisa, paper, slices
 from misa_kernels.tools.backward import watch_backward
 
-__version__ = "0.2.0"
+__version__ = "0.3.0"
 
 __all__ = [
     "MISA",

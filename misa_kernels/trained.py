@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Container, Iterable, Mapping, Sequence
+from operator import attrgetter
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,9 @@ from misa_kernels.outside.weights import Weights
 from misa_kernels.ranks.shards import is_sharded, like, local, local_like
 from misa_kernels.reference import Hyper, noise_key
 from misa_kernels.release import Arrivals
+
+# `map` runs it without the interpreter.
+GRAD = attrgetter("grad")
 
 
 class Trained:
@@ -69,6 +73,7 @@ class Trained:
         self._weights = Weights([], [], False)
         # The gradients that came in this step, see `receive`, and its hyperparameters.
         self._arrivals: Arrivals | None = None
+        self._has_slices = False
         self._hyper: list[Hyper] | None = None
 
     @property
@@ -102,7 +107,9 @@ class Trained:
             self._hyper = None
         self._adopt()
         params, rows = self._weights.params, ALL
-        grads = self._grads(ALL)
+        grads = list(map(GRAD, params))
+        if self._has_slices:
+            grads = self._parts_in(grads, ALL)
         if self.layout.ranks is not None:
             grads = [None if g is None else _part_of_grad(g, p) for g, p in zip(grads, params, strict=True)]
         if self._arrivals:
@@ -148,13 +155,11 @@ class Trained:
         """Update what all gradients of have come, and free these."""
         for rows in self._arrivals.use() if self._arrivals is not None else ():
             self._adopt(rows)
-            self._run(self._grads(rows), rows)
+            grads = list(map(GRAD, self._weights.params[rows]))
+            self._run(self._parts_in(grads, rows) if self._has_slices else grads, rows)
 
-    def _grads(self, rows: slice) -> list[Tensor | None]:
-        """Return the gradients of some rows, of slices those of their own."""
-        grads = [param.grad for param in self._weights.params[rows]]
-        if self.layout.partition.slicing is None:
-            return grads
+    def _parts_in(self, grads: Sequence[Tensor | None], rows: slice) -> list[Tensor | None]:
+        """Return what of the gradients of some rows belongs to these, where they are slices."""
         own = zip(list(self.rows)[rows], grads, strict=True)
         return [None if grad is None else _part_in(grad, self.layout.blocks[slot]) for slot, grad in own]
 
@@ -267,6 +272,7 @@ class Trained:
     def _prepare(self) -> None:
         """Make the steps of the rows that are trained now."""
         assert self.arena is not None and self._backend is not None
+        self._has_slices = self.layout.partition.slicing is not None
         self._weights.watch(list(self.rows), [n for n, slot in enumerate(self.rows) if self.arena.refines(slot)])
         self._step = prepare(self._backend, list(self.rows.values()), self.arena, self._settings())
         self._arrivals = None

@@ -22,6 +22,7 @@ import misa_kernels
 PUBLIC = {
     "MISA",
     "param_groups",
+    "slices",
     "ImportanceSampler",
     "UniformSampler",
     "CyclicSampler",
