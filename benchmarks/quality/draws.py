@@ -24,7 +24,9 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.quality import regime
+from benchmarks.quality.equal_bytes import FP32_BYTES
 from benchmarks.quality.regime_runs import SCALES
+from benchmarks.quality.regime_runs import Job as RegimeJob
 from benchmarks.quality.searches import read
 from benchmarks.tables import cells
 from examples.demo.data import (
@@ -471,19 +473,22 @@ def arm_of(job: Job) -> tuple[Any, ...]:
 
 
 def shares(runs: dict[Job, dict[str, Any]]) -> dict[Job, dict[str, float]]:
-    """Return the part of AdamW's mean improvement that runs reach, in %, on "tuning" and on reporting text ("loss").
+    """Return the part of AdamW's improvement that runs reach, in %, on "tuning" and on reporting text ("loss").
 
-    AdamW is taken at its best rate, and over all its seeds, which need not be those of the others.
+    AdamW is taken at its best rate, with the run's seed, or over all seeds that it has where that one is not among them.
     """
     found: dict[Job, dict[str, float]] = {}
     for model, steps in {(job.model, job.steps) for job in runs if job.method == "AdamW"}:
         (before,) = (run for job, run in runs.items() if (job.model, job.method) == (model, "none"))
         own = {job: run for job, run in runs.items() if (job.model, job.steps) == (model, steps)}
         adamw = {job: run for job, run in own.items() if job.method == "AdamW"}
-        best = [run for job, run in adamw.items() if job.lr == best_rate(adamw)]
-        whole = {kind: before[kind] - statistics.mean(run[kind] for run in best) for kind in ("tuning", "loss")}
+        best = {job.seed: run for job, run in adamw.items() if job.lr == best_rate(adamw)}
         for job, run in own.items():
-            found[job] = {kind: 100 * (before[kind] - run[kind]) / whole[kind] for kind in whole}
+            beside = [best[job.seed]] if job.seed in best else [*best.values()]
+            found[job] = {
+                kind: 100 * (before[kind] - run[kind]) / (before[kind] - statistics.mean(one[kind] for one in beside))
+                for kind in ("tuning", "loss")
+            }
     return found
 
 
@@ -516,7 +521,8 @@ def rows(runs: dict[Job, dict[str, Any]]) -> list[list[str]]:
         line = [job.model, str(job.steps), job.method, f"{job.delta:g}", f"{own[job]['trained'] / 1e6:.2f}"]
         line += [job.matrices, "; ".join(filter(None, extras)), f"{best:g}", spread(tuning), spread(reporting)]
         line += [" ".join(str(one.seed) for one in jobs)]
-        line += [f"{statistics.mean(own[one]['other'] for one in jobs) - before[job.model]:+.3f}"]
+        others = [own[one]["other"] for one in jobs if own[one]["other"] is not None]
+        line += [f"{statistics.mean(others) - before[job.model]:+.3f}" if others else ""]
         line += [f"{statistics.mean(own[one]['s'] for one in jobs):.0f}"]
         tried = sorted((one for one in own if one.seed == job.seed), key=lambda one: one.lr)
         line += [", ".join(f"{one.lr:g}: {reached[one]['tuning']:.0f}/{reached[one]['loss']:.0f}" for one in tried)]
@@ -529,9 +535,25 @@ def spread(values: Sequence[float]) -> str:
     return f"{statistics.mean(values):.1f}" + (f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else "")
 
 
+def known(runs: dict[Job, dict[str, Any]]) -> dict[Job, dict[str, Any]]:
+    """Return the finished runs of AdamW on the small model that `benchmarks.quality` has, from the same weights."""
+    before = next((run["tuning"] for job, run in runs.items() if (job.model, job.method) == ("small", "none")), None)
+    found = {}
+    for key, run in read(RESULTS / regime.RUNS, RegimeJob).items():
+        # Another processor makes other weights to begin with.
+        same = before is not None and abs(run["tuning_loss_before"] - before) < 1e-4
+        if same and (key.task, key.method) == ("fine-tuning", "AdamW"):
+            job = Job("small", "AdamW", "", "", 1.0, run["lr"], key.seed, steps=SCALES["5m"].steps)
+            trained = run["training_bytes"] // (3 * FP32_BYTES)
+            found[job] = {"tuning": run["tuning_loss"], "loss": run["loss"], "other": None}
+            found[job] |= {"trained": trained, "s": run["training_s"]}
+    return found
+
+
 def table(options: argparse.Namespace) -> None:
     """Write draws.md from the finished runs."""
     runs = read(options.out / RUNS, Job)
+    runs = known(runs) | runs
     header = "model | steps | method | δ | trained, M | matrices | columns | rate | tuning text, % | reporting text, %"
     header += " | seeds | other text, nats | CPU s | by rate, tuning/reporting"
     about = ["# Which slices learn most?", "", "Made by `python -m benchmarks.quality.draws table`.", ""]

@@ -87,6 +87,7 @@ def test_the_table_has_the_share_at_the_rate_that_the_tuning_text_chooses() -> N
         run("slices", 0.2, 1, 2.6, 2.0),
         run("slices", 0.1, 2, 2.5, 2.6),
     ])  # fmt: skip
+    # Of the second seed there is no AdamW.
     adamw, slices = draws.rows(runs)
     assert adamw[7:10] == ["0.1", "100.0", "100.0"]
     assert slices[7:11] == ["0.1", "50.0 ± 0.0", "50.0 ± 14.1", "1 2"]
