@@ -475,7 +475,7 @@ def arm_of(job: Job) -> tuple[Any, ...]:
 def shares(runs: dict[Job, dict[str, Any]]) -> dict[Job, dict[str, float]]:
     """Return the part of AdamW's improvement that runs reach, in %, on "tuning" and on reporting text ("loss").
 
-    AdamW is taken at its best rate, with the run's seed, or over all seeds that it has where that one is not among them.
+    AdamW is taken at its best rate, with the run's seed, or over all that it has where that one is not among them.
     """
     found: dict[Job, dict[str, float]] = {}
     for model, steps in {(job.model, job.steps) for job in runs if job.method == "AdamW"}:
