@@ -524,8 +524,12 @@ def rows(runs: dict[Job, dict[str, Any]]) -> list[list[str]]:
         others = [own[one]["other"] for one in jobs if own[one]["other"] is not None]
         line += [f"{statistics.mean(others) - before[job.model]:+.3f}" if others else ""]
         line += [f"{statistics.mean(own[one]['s'] for one in jobs):.0f}"]
-        tried = sorted((one for one in own if one.seed == job.seed), key=lambda one: one.lr)
-        line += [", ".join(f"{one.lr:g}: {reached[one]['tuning']:.0f}/{reached[one]['loss']:.0f}" for one in tried)]
+        tried = []
+        for lr in sorted({one.lr for one in own}):
+            at = [reached[one] for one in own if one.lr == lr]
+            figures = "/".join(f"{statistics.mean(one[kind] for one in at):.0f}" for kind in ("tuning", "loss"))
+            tried.append(f"{lr:g}: {figures}" + f" ({len(at)} seeds)" * (len(at) > 1))
+        line += [", ".join(tried)]
         lines.append(((job.model, job.steps, -job.delta, -statistics.mean(tuning)), line))
     return [line for _, line in sorted(lines, key=lambda entry: entry[0])]
 
