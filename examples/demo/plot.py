@@ -95,4 +95,4 @@ def _record(rounds: Rounds) -> SimpleNamespace:
         SimpleNamespace(round=number, importance=importance, active=drawn)
         for number, (importance, drawn) in enumerate(zip(rounds.importance, active, strict=True))
     ]
-    return SimpleNamespace(names=rounds.names, layer=np.array(rounds.layer), layers=layers, rounds=records)
+    return SimpleNamespace(names=rounds.names, layer=np.array(rounds.layer), layers=layers, parts=[], rounds=records)
