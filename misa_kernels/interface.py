@@ -60,11 +60,9 @@ class Interface(torch.optim.Optimizer):
     def trained(self) -> dict[Tensor, Slice | None]:
         """What is trained in this round, dense parameters included, and of a slice where it lies; else None."""
         run = self._run
-        slices = {block.index: block for block in run.layout.slices_of(run.active.tolist())}
+        pieces = {block.index: block.piece for block in run.layout.slices_of(run.active.tolist())}
         return {
-            run.flags.params[index]: Slice(block.axis, *block.ends)
-            if (block := slices.get(index)) is not None and block.axis is not None
-            else None
+            run.flags.params[index]: pieces.get(index)
             for index in sorted(run.layout.indices_of(run.active.tolist()))
             if run.flags.chosen[index]
         }

@@ -25,7 +25,7 @@ from misa_kernels.draw.order import recall
 from misa_kernels.draw.rehearsal import costliest, kept_inputs
 from misa_kernels.draw.sampler import Draw, ImportanceSampler, Sampler, checked, described, rounds_held
 from misa_kernels.draw.scores import Ints
-from misa_kernels.gradients.hooks import Slice, SliceGradients, input_axis
+from misa_kernels.gradients.hooks import Slice, SliceGradients
 from misa_kernels.layout import SCORES, Layout, form_of
 from misa_kernels.meeting import Meeting
 from misa_kernels.memory.storage import Storage
@@ -260,11 +260,10 @@ class Run:
         slices: dict[nn.Parameter, tuple[Slice, list[nn.Module]]] = {}
         names: dict[nn.Parameter, str] = {}
         for block in self.layout.slices_of(self.active.tolist()):
-            if block.index in self.flags.sliced and block.axis is not None:
-                slices[block.param] = Slice(block.axis, *block.ends), linears.linears_of(block.param)
+            if block.index in self.flags.sliced and (piece := block.piece) is not None:
+                slices[block.param] = piece, linears.linears_of(block.param)
                 names[block.param] = self.layout.partition.names[block.index]
-        lost = [p for p, (_, modules) in slices.items() if not modules or None in map(input_axis, modules)]
-        for param in lost:
+        for param in [param for param, (_, modules) in slices.items() if not modules]:
             del slices[param]
             sentence = (
                 f"granularity='slice' finds no linear layer with the weight {names[param]}: make the groups with "

@@ -619,15 +619,15 @@ def _part_of_grad(grad: Tensor, param: Tensor) -> Tensor:
 
 def _part_in(grad: Tensor, block: Block) -> Tensor:
     """Return the part of a gradient that belongs to a slice; all of it where it is no slice, and dense."""
-    if block.axis is None:
+    if (piece := block.piece) is None:
         return grad
-    first, last = block.ends
+    axis, first, last = piece
     if isinstance(grad, SlicedGradient):
-        if (grad.axis, grad.first, grad.part.shape[block.axis]) == (block.axis, first, last - first):
+        if (grad.axis, grad.first, grad.part.shape[axis]) == (axis, first, last - first):
             return grad.part
         # Somebody has put one of an earlier round back.
         grad = grad.dense()
-    return grad.narrow(block.axis, first, last - first).contiguous()
+    return grad.narrow(axis, first, last - first).contiguous()
 
 
 def _take(place: Tensor, value: Any, param: Tensor) -> None:

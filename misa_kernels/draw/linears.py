@@ -57,9 +57,10 @@ def find(modules: Iterable[nn.Module]) -> dict[int, int]:
 
 
 def linears_of(param: Tensor) -> list[nn.Module]:
-    """Return the living linear layers that have a parameter as their weight."""
+    """Return the living linear layers that have a parameter as their weight; [] if one of them is no such layer now."""
     modules = (known.module() for known in _known(param))
-    return [module for module in modules if module is not None and module._parameters.get("weight") is param]
+    own = [module for module in modules if module is not None and module._parameters.get("weight") is param]
+    return [] if None in map(input_axis, own) else own
 
 
 def successors_of(param: Tensor) -> list[nn.Module]:

@@ -13,6 +13,7 @@ from torch import nn
 
 from misa_kernels.draw.order import merged
 from misa_kernels.draw.slices import Matrix, Slicing, slicing, starts_of
+from misa_kernels.gradients.hooks import Slice
 from misa_kernels.outside.notices import names_of
 from misa_kernels.ranks.shards import is_sharded, local
 
@@ -47,9 +48,8 @@ class Block:
         """Elements of such a line; 0 where it is contiguous."""
         if self.axis != 1:
             return 0
-        rows, columns = self.param.shape
-        width = self.stop - self.start - (rows - 1) * columns
-        return 0 if width == columns else width
+        first, last = self.ends
+        return 0 if last - first == self.param.shape[1] else last - first
 
     @property
     def numel(self) -> int:
@@ -64,6 +64,11 @@ class Block:
         if self.axis == 1:
             return self.start, self.stop - (rows - 1) * columns
         return self.start // columns, self.stop // columns
+
+    @property
+    def piece(self) -> Slice | None:
+        """What backward makes the gradient of, where it is a slice."""
+        return None if self.axis is None else Slice(self.axis, *self.ends)
 
 
 @dataclass(frozen=True, slots=True)
