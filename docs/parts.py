@@ -37,6 +37,7 @@ BOXES = [
     (2, 9, 26, 12, "ranks/ · meeting.py", "shards; do all ranks\nhold the same?"),
     (32, 9, 22, 12, "layout.py · clock.py", "permanent numbers;\nthe position"),
     (58, 9, 21, 12, "csrc/ · triton.py", "gradient read once:\n‖g‖² and AdamW"),
+    (83, 9, 15, 12, "gradients/", "backward of\nslices alone"),
 ]
 STEP, SWITCH, SAVED = "#1f5fa8", "#c05a10", "#2a7d3f"
 

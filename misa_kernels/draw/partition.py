@@ -185,15 +185,12 @@ def partition(
     total_numel = sum(member.numel for member in members if counts[member.place])
     budget = math.floor(delta * total_numel)
 
-    modules: list[Module] = []
+    sampled = [member for member in members if member.role == "sampled"]
+    plan = _slicing(sampled, budget, slices) if granularity == "slice" and sampled else None
+    modules = [] if plan is None else list(_slices(sampled, plan, position))
     split: list[Module] = []
     too_large: list[Module] = []
-    sampled = [member for member in members if member.role == "sampled"]
-    are_sliced = granularity == "slice" and bool(sampled)
-    plan = _slicing(sampled, budget, slices) if are_sliced else None
-    if plan is not None:
-        modules = list(_slices(sampled, plan, position))
-    for module in () if are_sliced else _modules(sampled, position, granularity):
+    for module in _modules(sampled, position, granularity) if plan is None else ():
         if module.numel <= budget:
             modules.append(module)
             continue
