@@ -93,6 +93,25 @@ def test_what_is_forgotten_is_what_pretraining_reports() -> None:
     assert losses["source_loss"] == regime.held_out_losses("pre-training", model, tiny)["loss"] != losses["loss"]
 
 
+def test_leads_of_slices_are_of_the_same_seeds_and_in_no_fewer_bytes() -> None:
+    adamw = replace(MISA_JOB, method="AdamW", state="fp32", delta=1.0, power=0)
+    slices = replace(MISA_JOB, method="slices")
+    arms = {slices: 1.2, replace(MISA_JOB, delta=0.01): 1.1, MISA_JOB: 1.6, replace(MISA_JOB, inner_steps=25): 1.1}
+    arms |= {replace(MISA_JOB, method="LoRA", delta=0.25): 1.3, replace(MISA_JOB, method="MISA, window"): 1.4}
+    arms |= {replace(slices, state="fp32"): 1.1, replace(MISA_JOB, state="fp32"): 1.1}
+    # The seeds differ by more than the methods, and two of slices have no partner.
+    runs = [run_of(replace(job, seed=seed), loss - seed / 10) for job, loss in arms.items() for seed in (1, 2)]
+    runs += [run_of(replace(slices, seed=seed), 0.5) for seed in (3, 4)]
+    runs += [run_of(replace(adamw, seed=seed), 1.0) for seed in (1, 2, 3, 4)]
+    runs[-1]["loss"] = 0.9
+    runs = [run | {"training_bytes": 3000 if run["method"] == "LoRA" else 1000} for run in runs]
+    lora, misa = regime_table.summary([], runs)["leads"]
+    assert (lora["method"], lora["bytes"], lora["seeds"]) == ("LoRA", 3, 2)
+    assert (lora["lead"], lora["error"]) == (pytest.approx(0.05), pytest.approx(0, abs=1e-12))
+    assert (misa["method"], misa["delta"], misa["lead"]) == ("MISA", 0.03, pytest.approx(0.2))
+    assert "| 0.03 | LoRA | 3.00 | +5.0 ± 0.0 | 2 |" in regime_table.lead_lines([lora, misa])
+
+
 @pytest.mark.parametrize(("losses", "met"), [((1.4, 1.5), True), ((1.6, 1.5), False)])
 def test_the_goal_of_the_share_is_three_quarters_at_three_per_cent(losses: tuple[float, ...], met: bool) -> None:
     (line,) = [line for line in content_of(losses)["goals"] if line["goal"].startswith("share")]
