@@ -238,6 +238,39 @@ def test_the_tables_of_small_deltas_are_those_of_the_record() -> None:
             assert time == f"{row['time']:.2f}"
 
 
+def test_the_readme_compares_methods_as_the_record_does() -> None:
+    record = json.loads((ROOT / "benchmarks" / "results" / "regime.json").read_text())
+    rows = {
+        (row["method"], row["delta"]): row
+        for row in record["rows"]
+        if (row["task"], row["state"], row["inner_steps"]) == ("fine-tuning", "int8", 0)
+    }
+    lines = re.findall(
+        r"^\| (slices|LoRA|LoRA, down|MISA) \| (.+) \| ([\d.]+) \|$", (ROOT / "README.md").read_text(), re.MULTILINE
+    )
+    assert len(lines) == 4
+    for method, cells, time in lines:
+        for delta, cell in zip((0.01, 0.03, 0.05, 0.25), cells.split(" | "), strict=True):
+            row = rows.get((method, delta))
+            assert cell == ("does not fit" if row is None else regime_table.spread(row, "share", 100, 1))
+        assert time == f"{rows[method, 0.03]['time']:.2f}"
+
+
+def test_the_leads_of_slices_are_those_of_the_record() -> None:
+    record = json.loads((ROOT / "benchmarks" / "results" / "regime.json").read_text())["leads"]
+    known = {
+        (line["delta"], line["method"]): f"{100 * line['lead']:.1f} ± {100 * line['error']:.1f}" for line in record
+    }
+    fits = {(line["delta"], line["method"]) for line in record if line["bytes"] < 1.05}
+    table = (ROOT / "docs" / "choosing.md").read_text().split("| δ | LoRA, all matrices |")[1].split("\n\n")[0]
+    lines = re.findall(r"^\| (\.\d+) \| (.*) \|$", table, re.MULTILINE)
+    assert [float(delta) for delta, _ in lines] == sorted({delta for delta, _ in fits})
+    for delta, cells in lines:
+        for method, cell in zip(("LoRA", "LoRA, down", "DoRA", "GaLore", "MISA"), cells.split(" | "), strict=True):
+            key = float(delta), method
+            assert cell.strip() == (known[key] if key in fits else "")
+
+
 def test_tables_of_choices_are_those_of_their_runs(capsys: pytest.CaptureFixture[str]) -> None:
     spec = importlib.util.spec_from_file_location("choices", ROOT / "docs" / "choices.py")
     assert spec and spec.loader
