@@ -54,6 +54,9 @@ def test_the_chart_leaves_out_variants_that_the_table_has() -> None:
     )
     assert len(content["rows"]) == 6
     assert set(content["curves"]["fine-tuning"]) == {"AdamW", "MISA int8, δ = 0.01", "LISA"}
+    slices = [run_of(replace(MISA_JOB, method="slices", delta=delta), 1.0) for delta in (0.01, 0.03, 0.05, 0.25)]
+    drawn = regime_table.summary([], [run_of(adamw, 1.0), *slices])["curves"]["fine-tuning"]
+    assert set(drawn) == {"AdamW", "slices int8, δ = 0.03", "slices int8, δ = 0.25"}
 
 
 def test_time_is_over_that_of_adamw_on_the_same_machine() -> None:
