@@ -58,8 +58,8 @@ def notes(content: Mapping[str, Any]) -> list[str]:
         "lies at an end, on a seed of its own and other validation text; arms without a search take the rate of the "
         "nearest δ. Mean ± standard deviation over seeds, which move batches, draws and adapters. Forgetting is by how "
         "much the loss on held-out Python source rises in fine-tuning; older runs did not measure it. The chart leaves "
-        "out variants, and what is not MISA at other δ than .03 and .25; a point is a mean over the steps since the one "
-        "before.",
+        "out variants, and at other δ than .03 and .25 what is not MISA; a point is a mean over the steps since the "
+        "one before.",
         "",
         f"Runs by machine: {'; '.join(f'{name}: {runs}' for name, runs in content['machines'].items())}.",
         "",
