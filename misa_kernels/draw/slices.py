@@ -14,8 +14,8 @@ from typing import NamedTuple
 
 # What is sliced, in the order in which a budget is spent: each adds matrices to those before.
 REACHES = ("down", "output", "all")
-# A budget that is a larger part of the matrices than this goes on to the next ones. On a small model an eighth of the down
-# projections was better than as much of all matrices, .45 of them within half a point, and all of them worse.
+# A budget that is a larger part of the matrices than this goes on to the next ones. On a small model an eighth of the
+# down projections was better than as much of all matrices, .45 of them within half a point, and all of them worse.
 FULL = 0.5
 # Columns or rows that a slice is made of, 16 bytes of 8-bit states and a sector of bfloat16, unless that leaves so much
 # of the budget unspent, as in small models.
