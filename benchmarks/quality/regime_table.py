@@ -123,7 +123,7 @@ def row_of(key: tuple[Any, ...], runs: Runs) -> dict[str, Any]:
 def leads(arms: Mapping[tuple[Any, ...], Runs]) -> list[dict[str, Any]]:
     """Return by how much slices with int8 states are ahead of each other method in fine-tuning, at each δ.
 
-    Seeds are paired. A method that has no run in as few bytes is taken with the fewest that it has, to its favour.
+    Seeds are paired. A method without runs at this δ is taken at the next larger one that it has, to its favour.
     """
     tuned = [(dict(zip(KEY, key, strict=True)), runs) for key, runs in arms.items() if key[0] == "fine-tuning"]
 
