@@ -2,6 +2,6 @@
 
 import sys
 
-from benchmarks.quality.regime import main
+from benchmarks.quality.command import main
 
 sys.exit(main())

@@ -7,12 +7,8 @@ it needs `pip install bitsandbytes galore-torch badam`. `make gpu STAGE=regime` 
 
 from __future__ import annotations
 
-import argparse
-import gc
 import importlib.util
-import math
 import shutil
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -25,18 +21,10 @@ from torch import nn
 
 from benchmarks import record
 from benchmarks.quality import regime_table
-from benchmarks.quality.equal_bytes import (
-    FP32_BYTES,
-    LOW_RANK,
-    adamw_bytes,
-    largest_rank,
-    misa_bytes,
-    parameters,
-    update_in_backward,
-)
-from benchmarks.quality.regime_runs import CPU_SEARCHES, GPU_SEARCHES, LR_RATIO, PACKAGES, SCALES, VARIANTS, Job, Scale
+from benchmarks.quality.equal_bytes import parameters
+from benchmarks.quality.methods import Plan, run
+from benchmarks.quality.regime_runs import CPU_SEARCHES, GPU_SEARCHES, LR_RATIO, PACKAGES, SCALES, Job, Scale
 from benchmarks.quality.searches import Search, outcome, read, run_all
-from benchmarks.train.trainers import block_optimizer
 from examples.demo.data import (
     finetuning_corpus,
     halves,
@@ -46,10 +34,8 @@ from examples.demo.data import (
     random_batches,
     validation_batches,
 )
-from examples.demo.methods import matrices
 from examples.demo.model import Llama
 from examples.demo.train import mean_loss, train
-from misa_kernels import MISA, ImportanceSampler, UniformSampler, lisa, param_groups, slices
 
 OUT = Path("out/regime")
 RESULTS = Path("benchmarks/results")
@@ -66,70 +52,6 @@ def new_model(scale: Scale) -> Llama:
     """Return the model with random weights, always the same."""
     torch.manual_seed(0)
     return Llama(scale.shape).to(scale.device)
-
-
-def always_trained(model: Llama) -> dict[str, nn.Parameter]:
-    """Return by name what pre-training trains at every step: embedding and norms."""
-    sampled = {id(matrix.weight) for matrix in matrices(model).values()}
-    return {name: parameter for name, parameter in model.named_parameters() if id(parameter) not in sampled}
-
-
-def layer_share(model: Llama) -> float:
-    """Return the fraction of the parameters that the matrices of one layer are."""
-    matrices = sum(module.weight.numel() for module in model.layers[0].modules() if isinstance(module, nn.Linear))
-    return matrices / parameters(model)
-
-
-def size_of(job: Job, model: Llama) -> float:
-    """Return the rank of low-rank methods, and the fraction of the parameters that others train at a time."""
-    if job.method in LOW_RANK:
-        return largest_rank(job.method, model, misa_bytes(model, job.state, job.delta))
-    return {"AdamW": 1.0, "BAdam": layer_share(model), "LISA": layer_share(model)}.get(job.method, job.delta)
-
-
-def training_bytes(job: Job, model: Llama) -> int:
-    """Return the bytes of states, gradients and extra weights; those trained all the time in pre-training apart."""
-    size = size_of(job, model)
-    if job.method == "AdamW":
-        return adamw_bytes(model)
-    if job.method == "BAdam":
-        # Its float32 copies of the layer, their gradients and two moments.
-        return math.ceil(size * parameters(model) * 4 * FP32_BYTES)
-    return LOW_RANK[job.method][0](model, int(size)) if job.method in LOW_RANK else misa_bytes(model, job.state, size)
-
-
-def build(job: Job, model: Llama, scale: Scale) -> tuple[nn.Module, torch.optim.Optimizer]:
-    """Return what to train (LoRA wraps the model) and its optimizer."""
-    lr, size = lr_of(job, scale), size_of(job, model)
-    always = always_trained(model) if job.task == "pre-training" else {}
-    if job.method == "AdamW":
-        return model, torch.optim.AdamW(model.parameters(), lr=lr)
-    if job.method in LOW_RANK:
-        trained, optimizer = LOW_RANK[job.method][1](model, int(size), lr, job.seed)
-        if always:
-            for parameter in always.values():
-                parameter.requires_grad_(True)
-            optimizer.add_param_group({"params": list(always.values())})
-            if job.method == "GaLore":
-                update_in_backward(optimizer, list(always.values()))
-        return trained, optimizer
-    if job.method == "BAdam":
-        base = torch.optim.AdamW(model.parameters(), lr=lr)
-        return model, block_optimizer(model, base, job.inner_steps, list(always))
-    presets: dict[str, dict[str, Any]] = {
-        "uniform": {"sampler": UniformSampler()},
-        "LISA": lisa(),
-        "slices": slices(),
-        "MISA": {},
-    }
-    presets |= {method: {"sampler": ImportanceSampler(**options)} for method, options in VARIANTS.items()}
-    rounds = {"inner_steps": job.inner_steps} if job.inner_steps else {"total_steps": scale.steps}
-    # Room for a whole layer must not be lost to rounding.
-    delta = size * (1 + 1e-9)
-    groups = param_groups(model, "finetune" if job.task == "fine-tuning" else "pretrain")
-    return model, MISA(
-        groups, lr=lr, delta=delta, state_dtype=job.state, seed=job.seed, **presets[job.method], **rounds
-    )
 
 
 def base_weights(scale: Scale) -> dict[str, torch.Tensor]:
@@ -186,55 +108,26 @@ def execute(scale: Scale, job: Job) -> dict[str, Any]:
     if scale.device == "cuda":
         # TF32, with which the weights to begin with are trained, too.
         torch.set_float32_matmul_precision("high")
-    # Updates in backward hold a model in cycles, and its memory until they are found.
-    gc.collect()
     base = new_model(scale)
     if job.task == "fine-tuning":
         base.load_state_dict(base_weights(scale))
     before = losses_before(job.task, scale)
-    size, held = size_of(job, base), training_bytes(job, base)
-    model, optimizer = build(job, base, scale)
     corpus = finetuning_corpus() if job.task == "fine-tuning" else pretraining_corpus()
     batches = random_batches(corpus.train, scale.batch, scale.shape.context, job.seed)
-    curve: list[tuple[int, float, float]] = []
-    losses: list[torch.Tensor] = []
-    began, clock_began = time.perf_counter(), clock_s(scale.device)
-    for step, loss in train(model, optimizer, batches, scale.steps):
-        losses.append(loss)
-        if step % scale.window == 0:
-            mean = torch.stack(losses).mean().item()
-            curve.append((step, round(clock_s(scale.device) - clock_began, 2), round(mean, 4)))
-            losses.clear()
-    training_s, seconds = clock_s(scale.device) - clock_began, time.perf_counter() - began
-    if isinstance(optimizer, MISA):
-        optimizer.release()
-    return asdict(job) | {
-        "lr": lr_of(job, scale),
-        "size": size,
-        "training_bytes": held,
-        "seconds": round(seconds, 1),
-        "training_s": round(training_s, 1),
-        "machine": record.describe_device(torch.device(scale.device))["name"],
-        "rounds_of": getattr(optimizer, "inner_steps", job.inner_steps) if job.method != "AdamW" else 0,
-        "curve": curve,
-        **before,
-        **held_out_losses(job.task, model, scale),
-    }
+    plan = Plan(lr_of(job, scale), scale.steps, scale.window, scale.device)
+    trained, found = run(job, base, batches, plan)
+    return found | before | held_out_losses(job.task, trained, scale)
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """Run or tabulate with the command-line arguments given, those of the process if None."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.quality", description=__doc__.splitlines()[0])
-    parser.add_argument("command", choices=["run", "table"])
-    parser.add_argument("--workers", type=int, default=1, help="processes of one thread each (%(default)s)")
-    options = parser.parse_args(arguments)
-    scale = SCALES["5m"]
-    if options.command == "run":
-        base_weights(scale)
-        if failed := run_all(CPU_SEARCHES, partial(execute, scale), RESULTS / RUNS, Job, options.workers):
-            sys.exit(f"{len(failed)} runs failed")
-    else:
-        write_table(RESULTS, scale, CPU_SEARCHES)
+def run_missing(workers: int) -> dict[Job, str]:
+    """Train what the table of the CPU wants and has not; return the error of each run that failed."""
+    base_weights(SCALES["5m"])
+    return run_all(CPU_SEARCHES, partial(execute, SCALES["5m"]), RESULTS / RUNS, Job, workers)
+
+
+def write_tables() -> None:
+    """Write the table of the CPU."""
+    write_table(RESULTS, SCALES["5m"], CPU_SEARCHES)
 
 
 def on_the_gpu(scale: Scale, deadline: float, folder: Path) -> dict[str, Any]:
@@ -284,7 +177,3 @@ def write_table(folder: Path, scale: Scale, searches: Sequence[Search], **more: 
     print(regime_table.markdown(content), regime_table.draw(content["curves"], folder / "regime.png"))
     print(f"{len(results)} runs, {missing} more wanted; written: {folder}/regime.json, .md, .png")
     return content
-
-
-if __name__ == "__main__":
-    main()

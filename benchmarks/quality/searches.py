@@ -113,7 +113,7 @@ def run_all(
 
     Args:
         searches: What the table needs.
-        execute: Maps a job to key and result of its run as plain types, "tuning_loss" and "loss" among them.
+        execute: Maps a job to key and result of its run as plain types, "tuning_loss" among them.
         path: File of the finished runs.
         kind: Of the jobs.
         workers: Processes, in which `execute` is called.
@@ -145,11 +145,12 @@ def run_all(
                     print(f"{time.strftime('%H:%M:%S')} {key}: {failed[job]}", flush=True)
                     continue
                 run = future.result()
-                for name in ("tuning_loss", "loss"):
+                names = [name for name in run if name.endswith("loss")]
+                for name in names:
                     # One that is not finite loses against all others, but JSON and min() must be able to hold it.
                     run[name] = run[name] if math.isfinite(run[name]) else 1e9
                 results[job] = run
                 with path.open("a") as file:
                     file.write(json.dumps(run) + "\n")
-                figures = f"{run['tuning_loss']:.4f} {run['loss']:.4f} nats, {run['seconds']} s"
+                figures = f"{' '.join(f'{run[name]:.4f}' for name in names)} nats, {run['seconds']} s"
                 print(f"{time.strftime('%H:%M:%S')} {key}: {figures}", flush=True)

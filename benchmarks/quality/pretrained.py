@@ -1,0 +1,144 @@
+"""What share of AdamW's improvement does each method reach where real weights are fine-tuned?
+
+SmolLM2-135M, on two kinds of text that it is bad at. `python -m benchmarks.quality run --model smollm2 [--workers N]`
+trains what is missing, as often as it is started; `python -m benchmarks.quality table --model smollm2` writes
+benchmarks/results/pretrained.{json,md,png}. It needs the `bench` extra.
+"""
+
+from __future__ import annotations
+
+import copy
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from benchmarks.memory import PeakMemory
+from benchmarks.quality import texts
+from benchmarks.quality.equal_bytes import misa_adamw, nearest_rank
+from benchmarks.quality.methods import Plan, build, run, size_of
+from benchmarks.quality.regime_runs import LR_RATIO, TUNING_SEED, Job, at
+from benchmarks.quality.searches import Search, outcome, read, run_all
+from examples.demo.data import random_batches
+from examples.demo.train import mean_loss, train
+from misa_kernels import MISA
+
+RESULTS = Path("benchmarks/results")
+RUNS = "pretrained-runs.jsonl"
+# Of power 0: AdamW's guess.
+LR = 1e-4
+BATCH, CONTEXT, STEPS, WINDOW = 1, 128, 100, 10
+# Sequences of the texts for tuning and for reporting.
+HELD_OUT = (24, 40)
+DELTAS = (0.01, 0.03, 0.25)
+TASKS = ("German manuals", "C++ headers")
+LAYERS = 30
+# Runs of another length than STEPS.
+LONG = {"C++ headers, 1,000 steps": 1000}
+
+
+def steps_of(task: str) -> int:
+    """Return the steps of a task's runs."""
+    return LONG.get(task, STEPS)
+
+
+def texts_of(task: str) -> texts.Texts:
+    """Return the text of a task, whatever its length."""
+    return texts.texts(task.partition(",")[0])
+
+
+def plan_of(job: Job) -> Plan:
+    """Return how a run is trained; adapters by MISA's AdamW, which bitsandbytes' on CPUs is slow beside."""
+    steps = steps_of(job.task)
+    return Plan(LR * LR_RATIO**job.power, steps, steps // 10, rank=nearest_rank, adamw=misa_adamw)
+
+
+def held_out_losses(job: Job, model: nn.Module) -> dict[str, float]:
+    """Return a model's losses in nats a token, by name: of a run that tunes a rate "tuning_loss" alone."""
+    own = texts_of(job.task)
+    found = {"tuning_loss": mean_loss(model, texts.sequences(own.tuning, HELD_OUT[0], CONTEXT))}
+    if job.seed != TUNING_SEED:
+        found["loss"] = mean_loss(model, texts.sequences(own.reporting, HELD_OUT[1], CONTEXT))
+        found["source_loss"] = texts.answers_loss(model)
+    return {name: round(loss, 6) for name, loss in found.items()}
+
+
+@cache
+def losses_before(task: str) -> dict[str, float]:
+    """Return the losses of the model that all runs of a task begin with."""
+    job = Job(task, "", "", 1.0, 0, 0, 1)
+    return {f"{name}_before": loss for name, loss in held_out_losses(job, texts.base()).items()}
+
+
+def batches_of(job: Job) -> Any:
+    """Return the training batches of a run."""
+    return random_batches(texts_of(job.task).train, BATCH, CONTEXT, job.seed)
+
+
+def peak_bytes(job: Job) -> int:
+    """Return the most bytes that tensors take in two training steps, weights and all; of a sampler at its costliest."""
+    plan = plan_of(job)
+    with PeakMemory() as memory:
+        model = copy.deepcopy(texts.base())
+        trained, optimizer = build(job, model, plan.lr, plan.steps, size_of(job, model, plan.rank), plan.adamw)
+        if isinstance(optimizer, MISA):
+            optimizer.rehearse()
+        for _ in train(trained, optimizer, batches_of(job), 2):
+            pass
+    return memory.peak_bytes
+
+
+def execute(job: Job) -> dict[str, Any]:
+    """Train once and return key and result of the run as plain types."""
+    torch.set_num_threads(1)
+    before = losses_before(job.task)
+    trained, found = run(job, copy.deepcopy(texts.base()), batches_of(job), plan_of(job))
+    found |= before | held_out_losses(job, trained)
+    # It is the same with all seeds.
+    return found | ({"peak_bytes": peak_bytes(job)} if job.seed == 1 else {})
+
+
+def first(task: str, method: str, delta: float, power: int, state: str = "int8", inner_steps: int = 0) -> Job:
+    """Return the run in the middle of a search for a learning rate."""
+    return Job(task, method, state, delta, inner_steps, power, TUNING_SEED)
+
+
+def searches_of(task: str, early: int, late: int) -> tuple[Search, ...]:
+    """Return the searches of a task: what answers most at stage `early`, the rest at `late`."""
+    adamw = first(task, "AdamW", 1.0, 1, "fp32")
+    # One round a layer, for what trains whole ones.
+    rounds = steps_of(task) // LAYERS
+    return (
+        Search(early, adamw, at(3, 1.0)),
+        *(
+            Search(stage + (delta > 0.1), first(task, method, delta, power), at(3, delta))
+            for stage, method, powers in (
+                (early, "slices", (6, 5, 2)),
+                (early, "LoRA", (5, 5, 2)),
+                (early, "LoRA, down", (5, 5, 3)),
+                (early, "MISA", (3, 3, 2)),
+                (late + 1, "DoRA", (5, 5, 2)),
+                (late + 1, "GaLore", (5, 4, 3)),
+            )
+            for delta, power in zip(DELTAS, powers, strict=True)
+        ),
+        Search(late, first(task, "BAdam", 0.03, 1, "fp32", rounds), at(3, 0.03)),
+        Search(late, first(task, "LISA", 0.03, 1, "fp32", rounds), at(3, 0.03)),
+    )
+
+
+SEARCHES = (
+    *searches_of(TASKS[0], 1, 5),
+    *searches_of(TASKS[1], 3, 5),
+)
+
+
+def run_missing(workers: int) -> dict[Job, str]:
+    """Train what the table wants and has not; return the error of each run that failed."""
+    # Before the workers, who would make the same files at once.
+    for task in TASKS:
+        texts.texts(task)
+    texts.answers()
+    return run_all(SEARCHES, execute, RESULTS / RUNS, Job, workers)
