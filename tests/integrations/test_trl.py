@@ -96,12 +96,3 @@ def test_sft_trainer_trains_the_active_modules_and_resumes_in_mid_round(tmp_path
     assert again.active == optimizer.active
     for (name, param), other in zip(resumed.model.named_parameters(), trainer.model.parameters(), strict=True):
         assert torch.equal(param, other), name
-
-
-def test_the_example_of_trainer_fine_tunes_and_saves(tmp_path, capsys):
-    from examples.loops import finetune_trainer
-
-    before, after = finetune_trainer.main(["--steps", "3", "--out", str(tmp_path)])
-    assert after < before
-    assert "modules" in capsys.readouterr().out
-    assert list(tmp_path.rglob("model.safetensors"))
