@@ -15,12 +15,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from benchmarks import record
 from benchmarks.memory import PeakMemory
-from benchmarks.quality import texts
-from benchmarks.quality.equal_bytes import misa_adamw, nearest_rank
+from benchmarks.quality import pretrained_table, texts
+from benchmarks.quality.equal_bytes import misa_adamw, nearest_rank, parameters
 from benchmarks.quality.methods import Plan, build, run, size_of
 from benchmarks.quality.regime_runs import LR_RATIO, TUNING_SEED, Job, at
-from benchmarks.quality.searches import Search, run_all
+from benchmarks.quality.searches import Search, outcome, read, run_all
 from examples.demo.data import random_batches
 from examples.demo.train import mean_loss, train
 from misa_kernels import MISA
@@ -142,3 +143,18 @@ def run_missing(workers: int) -> dict[Job, str]:
         texts.texts(task)
     texts.answers()
     return run_all(SEARCHES, execute, RESULTS / RUNS, Job, workers)
+
+
+def write_tables() -> None:
+    """Write pretrained.json, pretrained.md and pretrained.png from the finished runs."""
+    results = read(RESULTS / RUNS, Job)
+    tuning, reporting, missing = outcome(SEARCHES, results)
+    tasks = [*TASKS, *LONG]
+    plan = {"parameters": parameters(texts.base()), "batch": BATCH, "context": CONTEXT}
+    content = {"plan": plan | {"steps": {task: steps_of(task) for task in tasks}}, "missing": missing}
+    content = record.environment(torch.device("cpu")) | content | pretrained_table.summary(tuning, reporting, tasks)
+    record.write(RESULTS, "pretrained", content)
+    text = pretrained_table.markdown(content)
+    (RESULTS / "pretrained.md").write_text(text, encoding="utf-8")
+    print(text, pretrained_table.draw(content["rows"], RESULTS / "pretrained.png"))
+    print(f"{len(results)} runs, {missing} more wanted; written: {RESULTS}/pretrained.json, .md, .png")

@@ -67,26 +67,30 @@ def notes(content: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def summary(tuning: Runs, reporting: Runs) -> dict[str, Any]:
-    """Return rows, goals, searches, curves and the number of runs by machine, as plain types.
+def arms_of(tuning: Runs, reporting: Runs) -> dict[tuple[Any, ...], list[dict[str, Any]]]:
+    """Return runs by what they are called in the table, each with what it reached.
+
+    That is "share" of AdamW's improvement with the same seed, "forgetting", "time" over AdamW's on the same machine,
+    and "curve" with such times.
 
     Args:
         tuning: Runs of the searches for learning rates.
         reporting: Runs at the rates found; those of a seed without AdamW are left out.
     """
     adamw = {(run["task"], run["seed"]): run for run in reporting if run["method"] == "AdamW"}
-    # Of either task, whose steps are the same: finished runs may come from several machines.
-    adamw_s: dict[str, list[float]] = {}
+    # Of all tasks with as many steps: finished runs may come from several machines.
+    adamw_s: dict[tuple[str, int], list[float]] = {}
     for run in (*tuning, *reporting):
         if run["method"] == "AdamW":
-            adamw_s.setdefault(run["machine"], []).append(run["training_s"])
+            adamw_s.setdefault((run["machine"], run["curve"][-1][0]), []).append(run["training_s"])
     arms: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for run in reporting:
         reference = adamw.get((run["task"], run["seed"]))
         if reference is None:
             continue
         gain = reference["loss_before"] - reference["loss"]
-        whole_s = statistics.mean(adamw_s[run["machine"]]) if run["machine"] in adamw_s else None
+        of_adamw = adamw_s.get((run["machine"], run["curve"][-1][0]))
+        whole_s = None if of_adamw is None else statistics.mean(of_adamw)
         more = {
             "share": (run["loss_before"] - run["loss"]) / gain,
             "forgetting": run["source_loss"] - run["source_loss_before"] if "source_loss" in run else None,
@@ -94,17 +98,27 @@ def summary(tuning: Runs, reporting: Runs) -> dict[str, Any]:
             "curve": [] if whole_s is None else [(step, at_s / whole_s, loss) for step, at_s, loss in run["curve"]],
         }
         arms.setdefault(tuple(run[name] for name in KEY), []).append(run | more)
+    return arms
+
+
+def summary(tuning: Runs, reporting: Runs) -> dict[str, Any]:
+    """Return rows, goals, searches, curves and the number of runs by machine, as plain types; see `arms_of`."""
+    arms = arms_of(tuning, reporting)
     rows = [row_of(key, runs) for key, runs in arms.items()]
     rows.sort(key=lambda row: (row["task"], -row["share"]))
-    machines = dict(Counter(run["machine"] for run in (*tuning, *reporting)))
     return {
         "rows": rows,
         "leads": leads(arms),
         "goals": goals(rows),
         "tuning": searches(tuning),
         "curves": curves(arms),
-        "machines": machines,
+        "machines": machines(tuning, reporting),
     }
+
+
+def machines(*runs: Runs) -> dict[str, int]:
+    """Return the number of runs by machine."""
+    return dict(Counter(run["machine"] for own in runs for run in own))
 
 
 def row_of(key: tuple[Any, ...], runs: Runs) -> dict[str, Any]:
@@ -120,12 +134,12 @@ def row_of(key: tuple[Any, ...], runs: Runs) -> dict[str, Any]:
     return row
 
 
-def leads(arms: Mapping[tuple[Any, ...], Runs]) -> list[dict[str, Any]]:
-    """Return by how much slices with int8 states are ahead of each other method in fine-tuning, at each δ.
+def leads(arms: Mapping[tuple[Any, ...], Runs], task: str = "fine-tuning") -> list[dict[str, Any]]:
+    """Return by how much slices with int8 states are ahead of each other method in a task, at each δ.
 
     Seeds are paired. A method without runs at this δ is taken at the next larger one that it has, to its favour.
     """
-    tuned = [(dict(zip(KEY, key, strict=True)), runs) for key, runs in arms.items() if key[0] == "fine-tuning"]
+    tuned = [(dict(zip(KEY, key, strict=True)), runs) for key, runs in arms.items() if key[0] == task]
 
     def by_cost(entry: tuple[dict[str, Any], Runs]) -> tuple[Any, ...]:
         # Among equals the defaults: int8 states, and the rounds that MISA takes by itself.
@@ -157,7 +171,7 @@ def leads(arms: Mapping[tuple[Any, ...], Runs]) -> list[dict[str, Any]]:
     return sorted(found, key=lambda line: (line["delta"], line["lead"]))
 
 
-def lead_lines(found: Runs) -> list[str]:
+def lead_lines(found: Runs, task: str = "fine-tuning") -> list[str]:
     """Return a table of leads under its heading; nothing of none."""
     rows = (
         (
@@ -170,7 +184,7 @@ def lead_lines(found: Runs) -> list[str]:
         for line in found
     )
     header = "δ of slices | beside | its bytes over theirs | slices ahead by, % of AdamW's gain, ± SE | seeds"
-    return ["### Slices beside the others, fine-tuning, seeds paired", "", *cells(header, rows)] if found else []
+    return [f"### Slices beside the others, {task}, seeds paired", "", *cells(header, rows)] if found else []
 
 
 def goals(rows: Runs) -> list[dict[str, Any]]:

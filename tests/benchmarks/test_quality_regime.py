@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from benchmarks.gpu import stages as gpu
-from benchmarks.quality import equal_bytes, regime, regime_table
+from benchmarks.quality import equal_bytes, methods, regime, regime_table
 from benchmarks.quality.regime_runs import CPU_SEARCHES, GPU_SEARCHES, LAYERS, SCALES, TASKS, TUNING_SEED, VARIANTS, Job
 from benchmarks.quality.searches import reported
 from examples.demo.model import Llama
@@ -19,6 +19,10 @@ from misa_kernels import MISA, ImportanceSampler
 SCALE = SCALES["5m"]
 MISA_JOB = Job("fine-tuning", "MISA", "int8", 0.03, 0, 1, 1)
 METHODS = ("AdamW", *equal_bytes.LOW_RANK, "BAdam", "LISA", "uniform", "MISA", "slices", *VARIANTS)
+
+
+def built(job: Job, model: nn.Module) -> tuple[nn.Module, torch.optim.Optimizer]:
+    return methods.build(job, model, regime.lr_of(job, SCALE), SCALE.steps, methods.size_of(job, model))
 
 
 def run_of(job: Job, loss: float, seconds: float = 50.0) -> dict:
@@ -155,7 +159,7 @@ def test_every_search_asks_for_jobs_that_exist(model: Llama) -> None:
     for job in jobs:
         if job.method in equal_bytes.LOW_RANK:
             misa = equal_bytes.misa_bytes(model, job.state, job.delta)
-            assert 0.6 * misa < regime.training_bytes(job, model) <= misa
+            assert 0.6 * misa < methods.training_bytes(job, model, methods.size_of(job, model)) <= misa
 
 
 # Of other methods when this research is what changes; MISA's are as quick as they are.
@@ -170,7 +174,7 @@ def test_what_is_trained_is_what_the_task_says(task: str, method: str, model: Ll
     state = "fp32" if method in ("AdamW", "BAdam", "LISA") else "int8"
     fresh = regime.new_model(SCALE)
     job = Job(task, method, state, 0.05, 16 if method in ("BAdam", "LISA") else 0, 0, 1)
-    trained, optimizer = regime.build(job, fresh, SCALE)
+    trained, optimizer = built(job, fresh)
     tokens = torch.randint(256, (1, 17), generator=torch.Generator().manual_seed(0))
     # The first step of a round of BAdam's package fills its copies; a matrix that is drawn moves at once.
     for _ in range(2):
@@ -185,14 +189,14 @@ def test_what_is_trained_is_what_the_task_says(task: str, method: str, model: Ll
     if method == "AdamW":
         assert len(matrices) == 168
     else:
-        whole = regime.layer_share(model) if method in ("BAdam", "LISA") else 0.05
+        whole = methods.layer_share(model) if method in ("BAdam", "LISA") else 0.05
         budget = whole * equal_bytes.parameters(model)
         assert 0.5 * budget < sum(moved[name] for name in matrices) <= budget + 1
 
 
 def test_slices_are_columns_of_every_down_projection(model: Llama) -> None:
     fresh = regime.new_model(SCALE)
-    _, optimizer = regime.build(Job("fine-tuning", "slices", "int8", 0.03, 0, 0, 1), fresh, SCALE)
+    _, optimizer = built(Job("fine-tuning", "slices", "int8", 0.03, 0, 0, 1), fresh)
     tokens = torch.randint(256, (1, 17), generator=torch.Generator().manual_seed(0))
     for _ in range(2):
         nn.functional.cross_entropy(fresh(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten()).backward()
@@ -213,7 +217,7 @@ def test_low_rank_methods_train_the_rest_in_pretraining_alone(task: str, method:
         pytest.importorskip(name)
     fresh = regime.new_model(SCALE)
     begin = {name: parameter.detach().clone() for name, parameter in fresh.named_parameters()}
-    trained, optimizer = regime.build(Job(task, method, "int8", 0.25, 0, 0, 1), fresh, SCALE)
+    trained, optimizer = built(Job(task, method, "int8", 0.25, 0, 0, 1), fresh)
     tokens = torch.randint(256, (1, 17), generator=torch.Generator().manual_seed(0))
     # LoRA's B begins at zero, so that A has no gradient in the first step.
     for _ in range(2):
@@ -221,7 +225,7 @@ def test_low_rank_methods_train_the_rest_in_pretraining_alone(task: str, method:
         optimizer.step()
         optimizer.zero_grad()
     now = {name.removeprefix("base_model.model."): parameter for name, parameter in trained.named_parameters()}
-    rest = regime.always_trained(regime.new_model(SCALE))
+    rest = methods.always_trained(regime.new_model(SCALE))
     assert all(torch.equal(now[name], begin[name]) != (task == "pre-training") for name in rest)
     if method == "LoRA":
         frozen = "layers.0.attention.q_proj.base_layer.weight"
@@ -234,7 +238,7 @@ def test_low_rank_methods_train_the_rest_in_pretraining_alone(task: str, method:
 def test_variants_are_draws_of_another_kind() -> None:
     default = ImportanceSampler()
     for method, options in VARIANTS.items():
-        _, optimizer = regime.build(Job("fine-tuning", method, "int8", 0.03, 0, 0, 1), regime.new_model(SCALE), SCALE)
+        _, optimizer = built(Job("fine-tuning", method, "int8", 0.03, 0, 0, 1), regime.new_model(SCALE))
         assert isinstance(optimizer, MISA) and optimizer.sampler == replace(default, **options) != default
 
 
@@ -245,7 +249,7 @@ def test_scales_are_as_large_as_they_are_called(model: Llama) -> None:
     assert equal_bytes.parameters(large) == pytest.approx(128e6, rel=0.01)
     lora = [search.first for search in GPU_SEARCHES if search.first.method == "LoRA"]
     # A rank is 307,200 parameters of 10.03 bytes; there are 3.8 and 32 million to be trained, of 6.06 bytes.
-    assert {job.delta: regime.size_of(job, large) for job in lora} == {0.03: 7, 0.25: 62}
+    assert {job.delta: methods.size_of(job, large) for job in lora} == {0.03: 7, 0.25: 62}
     assert {len(Llama(scale.shape).layers) for scale in SCALES.values() if scale.device == "cpu"} == {LAYERS}
 
 
