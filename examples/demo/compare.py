@@ -176,7 +176,7 @@ def notes(settings: Settings, size: int, rank: int, device: str, runs: list[Run]
         f"{size:,} parameters, delta = {DELTA}; LoRA has rank {rank}, the highest that needs no more state.",
         f"{settings.finetune_steps} steps of {settings.batch} x {settings.context} bytes on {device}, "
         f"seed {settings.seed}.",
-        f"backend of MISA and its relatives: {', '.join(f'{name!r}, {STEPS[name]}' for name in backends)}.",
+        f"backend of MISA, slices and their relatives: {', '.join(f'{name!r}, {STEPS[name]}' for name in backends)}.",
         "state: the averages of the optimizer in the run, at most.",
         "peak memory: tensors in a training step at the costliest draw, weights and activations included.",
         "tokens per second and peak memory are measured after the runs, the methods taking turns.",

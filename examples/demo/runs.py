@@ -14,6 +14,7 @@ from examples.demo.methods import METHODS, state_bytes
 from examples.demo.model import Llama, LlamaConfig
 from examples.demo.train import mean_loss, train
 from misa_kernels import MISA
+from misa_kernels.monitor import Part
 
 PRETRAIN_LR = 4e-3
 
@@ -58,6 +59,7 @@ class Rounds:
         importance: Score of each at each draw, float64, shape (rounds, B); NaN where there was none yet.
         active: Whether it was drawn, bool, shape (rounds, B).
         backward_depth: Layers that backward ran through, one number a round.
+        parts: Of slices the range of lines that each is; nothing of whole modules.
     """
 
     names: list[str]
@@ -66,6 +68,7 @@ class Rounds:
     importance: np.ndarray
     active: np.ndarray
     backward_depth: list[int]
+    parts: list[Part]
 
 
 @dataclass
@@ -167,4 +170,5 @@ def drawn(optimizer: MISA, steps: int) -> Rounds:
         importance=np.stack([record.importance for record in rounds]),
         active=active,
         backward_depth=[record.backward_depth or 0 for record in rounds],
+        parts=list(optimizer.monitor.parts),
     )
