@@ -319,6 +319,15 @@ def test_what_is_released_is_not_held() -> None:
     assert released.peak < held.peak
 
 
+def test_a_plan_does_not_depend_on_the_one_before() -> None:
+    """What transformers does for checkpointing ends with it."""
+    model, options = planned("LlamaForCausalLM"), Setup(sequence=16, dtype="float32", checkpointing=False, delta=0.5)
+    first = memory("LoRA", model, options)
+    memory("LoRA", model, replace(options, checkpointing=True))
+    model.held.clear()
+    assert memory("LoRA", model, options) == first
+
+
 def test_a_step_that_cannot_be_run_has_lower_bounds() -> None:
     """XLNet adds float32 positions to bfloat16 activations, and fails as it would on a GPU."""
     config = transformers.XLNetConfig(vocab_size=96, d_model=32, n_layer=2, n_head=4, d_inner=48)

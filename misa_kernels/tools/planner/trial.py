@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence, Set
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -127,6 +127,9 @@ def _checkpointed(model: Model, wanted: bool) -> Iterator[None]:
     finally:
         if wanted:
             getattr(module, f"{name}_checkpointing_disable")()
+            # It makes the embedding's output require a gradient, and leaves that behind.
+            with suppress(AttributeError):
+                module.disable_input_require_grads()
 
 
 @contextmanager
