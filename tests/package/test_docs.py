@@ -33,7 +33,7 @@ FOLDERS = [
     *(ROOT / "misa_kernels" / room for room in ("draw", "memory", "gradients", "kernels", "outside", "ranks")),
 ]
 # Modules all of whose public names are for users.
-PLANNER = ("shapes", "model", "methods", "step", "fsdp", "cards")
+PLANNER = ("shapes", "model", "methods", "states", "step", "fsdp", "cards")
 MODULES = ("tools.plots", *(f"tools.planner.{name}" for name in PLANNER))
 names = [str(page.relative_to(ROOT)) for page in EVERYWHERE]
 
