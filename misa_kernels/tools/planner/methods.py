@@ -208,7 +208,6 @@ def memory(method: str, shape: LlamaShape | Model, options: Setup) -> Memory:
         found = [
             (n, inside, states_of(method, size, inside, run.element)) for (size, inside), n in shape.tensors.items()
         ]
-        most = [max(own[2] for _, inside, own in found if inside == where) for where in (False, True)]
         run = replace(
             run,
             active=everything,
@@ -217,7 +216,8 @@ def memory(method: str, shape: LlamaShape | Model, options: Setup) -> Memory:
             state_elements=shape.numel,
             state_bytes=sum(n * own[0] for n, _, own in found) / shape.numel,
             paged=sum(n * own[1] for n, _, own in found),
-            updating=(most[0], most[1]),
+            update_outside=max(own[2] for _, inside, own in found if not inside),
+            update_within=max(own[2] for _, inside, own in found if inside),
             released=options.release_gradients and method in RELEASED,
         )
     elif method in ("LoRA", "QLoRA"):

@@ -54,7 +54,8 @@ class Workload:
         alone: Active matrices or slices of which none waits; among twice as many, one waits for another, and so on.
         round_end: Bytes that the end of a round takes beside weights, gradients and states.
         paged: Bytes of states that lie in host memory but while their tensor is updated.
-        updating: Bytes that the update of one tensor works with, the most of any outside the layers and within.
+        update_outside: Bytes that the update of one tensor works with, the most of any outside the layers,
+        update_within: and of any matrix within.
         offloaded: Whether what the forward pass keeps lies in host memory until its layer's backward.
         norms: Who computes them: "fused" keeps the input as it is (torch on GPUs), "torch" in float32 (torch on
             CPUs), as "transformers" does in its own code.
@@ -80,7 +81,8 @@ class Workload:
     alone: int = 1
     round_end: int = 0
     paged: float = 0.0
-    updating: tuple[float, float] = (0.0, 0.0)
+    update_outside: float = 0.0
+    update_within: float = 0.0
     offloaded: bool = False
     norms: Literal["fused", "torch", "transformers"] = "transformers"
     ranks: int = 1
@@ -266,7 +268,7 @@ def count(run: Workload) -> Memory:
         # Beside the logits' gradient, the head's input comes back to train it.
         loss = max(loss, n * (e * shape.vocab + 2 * h * e) + head_gradient) if run.chunk == n else loss
     moments: list[tuple[float, float]] = [(0, sum(there) + there_last + loss)]
-    outside, within = (size / run.ranks for size in run.updating)
+    outside, within = run.update_outside / run.ranks, run.update_within / run.ranks
     if run.released and run.outside:
         moments.append((head_gradient / run.ranks, sum(there) + there_last + n * h * e + outside))
         # Tied weights have one gradient, the sum of both.
