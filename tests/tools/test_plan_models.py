@@ -207,6 +207,17 @@ def test_a_llama_is_planned_as_by_formulas(method: str, changes: dict[str, Any])
     assert found.peak == pytest.approx(formulas.peak, rel=close)
 
 
+def test_the_one_gradient_of_tied_weights_is_released_when_the_embeddings_is_there() -> None:
+    sizes = {"vocab_size": 4000, "hidden_size": 128, "intermediate_size": 448, "num_hidden_layers": 3}
+    config = config_of("LlamaForCausalLM", tie_word_embeddings=True, **sizes)
+    options = Setup(batch=2, sequence=64, release_gradients=True, offload_activations=True, loss_chunk=32)
+    for method in RELEASED:
+        formulas, found = (memory(method, each, options) for each in (from_config(config.to_dict()), build(config)))
+        assert formulas.peak == pytest.approx(found.peak, rel=0.01), method
+        # Autograd has the head's and the embedding's at once.
+        assert formulas.peak - formulas.weights - formulas.states > 2 * 2 * 4000 * 128
+
+
 # T5's bias has a gradient with checkpointing, for which CPUs alone have no fused attention.
 MEASURED = [
     ("GPT2LMHeadModel", False, False),
@@ -357,6 +368,8 @@ def test_a_step_that_cannot_be_run_has_lower_bounds() -> None:
     # Of a layer: 32 and 48 numbers a token that the MLP reads; attention's float32 weights end in the 8 of a head.
     assert bound.kept == 2 * 128 * (2 * 32 + 2 * 48 + 4 * 8)
     assert memory("MISA", narrow, replace(options, checkpointing=True)).kept < bound.kept
+    away = memory("MISA", narrow, replace(options, offload_activations=True))
+    assert (away.kept, away.offloaded, away.gradients) == (0, bound.kept, bound.gradients)
 
 
 def test_a_step_of_many_operators_is_planned_with_short_sequences(monkeypatch: Any) -> None:

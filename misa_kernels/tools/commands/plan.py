@@ -24,13 +24,13 @@ from misa_kernels.tools.planner.methods import (
     Setup,
     advice,
     fit,
+    is_released,
     memory,
     slices_of,
     weights_and_states,
 )
 from misa_kernels.tools.planner.model import Model, load
 from misa_kernels.tools.planner.shapes import PRESETS, LlamaShape
-from misa_kernels.tools.planner.states import RELEASED
 from misa_kernels.tools.planner.step import Memory
 
 GIB = 2**30
@@ -178,8 +178,8 @@ def report(content: Mapping[str, Any], shape: LlamaShape | Model, options: Setup
     if "AdamW paged" in content["methods"]:
         extra["AdamW paged"] = f": {content['methods']['AdamW paged']['paged'] / GIB:.2f} GiB there"
     extra["AdamW 4-bit"] = "; the update not counted"
-    if options.release_gradients:
-        extra |= {method: extra.get(method, "") + ", gradients released" for method in RELEASED}
+    for method in [each for each in METHODS if is_released(each, options)]:
+        extra[method] = extra.get(method, "") + ", gradients released"
     lines += [f"  {method:<13}{what}{extra.get(method, '')}" for method, what in METHODS.items()]
     if content["slices"]:
         lines += textwrap.wrap(content["slices"], 118, initial_indent=" " * 15, subsequent_indent=" " * 15)

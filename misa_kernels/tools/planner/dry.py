@@ -173,7 +173,8 @@ def step(
         assert param.grad is not None
         mode.turn_into_gradient(part_of(param.grad))
         if released:
-            torch.empty(int(working.get(name, 0)), dtype=torch.uint8, device=META)
+            if name in working:
+                torch.empty(int(working[name]), dtype=torch.uint8, device=META)
             param.grad = None
 
     def hook(name: str, mode: Counted, param: nn.Parameter) -> Any:

@@ -27,6 +27,7 @@ from misa_kernels.tools.planner.fsdp import unsharded
 from misa_kernels.tools.planner.model import Model
 from misa_kernels.tools.planner.shapes import LINEARS, LlamaShape
 from misa_kernels.tools.planner.states import (
+    APOLLO_RANKS,
     BITSANDBYTES_BYTES,
     FLASHOPTIM_BYTES,
     RELEASED,
@@ -103,6 +104,12 @@ def state_bytes(options: Setup, state_dtype: str = "fp32", param_precision: str 
     """
     buffers = Storage(state_dtype, param_precision).buffers(getattr(torch, options.dtype))
     return sum(kind.entries / kind.elements * kind.dtype.itemsize for kind in buffers.values())
+
+
+def is_released(method: str, options: Setup) -> bool:
+    """Whether a method of others frees each gradient within backward: if its package can, APOLLO's on one GPU alone."""
+    can = method in RELEASED and (options.world_size == 1 or method not in APOLLO_RANKS)
+    return options.release_gradients and can
 
 
 def costliest_set(shape: LlamaShape, delta: float, depth_window: int | None) -> dict[int, set[str]]:
@@ -218,7 +225,7 @@ def memory(method: str, shape: LlamaShape | Model, options: Setup) -> Memory:
             paged=sum(n * own[1] for n, _, own in found),
             update_outside=max(own[2] for _, inside, own in found if not inside),
             update_within=max(own[2] for _, inside, own in found if inside),
-            released=options.release_gradients and method in RELEASED,
+            released=is_released(method, options),
         )
     elif method in ("LoRA", "QLoRA"):
         # peft makes adapters float32 unless autocast_adapter_dtype=False.
@@ -281,7 +288,7 @@ def _of_model(method: str, model: Model, options: Setup) -> Memory:
         projected = {id(owner.weight) for owner, *_ in model.linears() if isinstance(owner, nn.Linear)}
         own = {name: states_of(method, (*p.shape,), id(p) in projected, p.itemsize) for name, p in params.items()}
         of_state, paged = sum(each[0] for each in own.values()) / model.numel, sum(each[1] for each in own.values())
-        trained, released = set(params), options.release_gradients and method in RELEASED
+        trained, released = set(params), is_released(method, options)
         updating = {name: each[2] / ranks for name, each in own.items() if each[2]}
         round_end, updating = (0.0, updating) if released else (max(updating.values(), default=0.0), {})
     elif not model.layers:

@@ -19,7 +19,7 @@ TORCHAO_BYTES = 2 * (1 / 2 + 4 / TORCHAO_BLOCK)
 # side and a projector of r by the smaller, in the gradient's dtype; the update makes two tensors of a gradient's size.
 APOLLO_RANKS = {"APOLLO": 256, "APOLLO-Mini": 1}
 # All weights are trained, and all gradients held unless a package releases them: flashoptim itself; for APOLLO
-# transformers 5, "apollo_adamw_layerwise"; for the others torchtune, `optimizer_in_bwd` of
+# transformers 5, "apollo_adamw_layerwise", on one GPU; for the others torchtune, `optimizer_in_bwd` of
 # recipes/full_finetune_single_device.py, whose 8B_full_single_device.yaml has it with PagedAdamW8bit.
 RELEASED = ("AdamW 8-bit", "AdamW paged", "AdamW 4-bit", "FlashOptim", *APOLLO_RANKS)
 WHOLE = ("AdamW", *RELEASED)

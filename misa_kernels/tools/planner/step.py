@@ -260,13 +260,13 @@ def count(run: Workload) -> Memory:
     smallest = min((size for own in trained for size in own.values()), default=0)
     together = math.ceil(sum(map(len, trained)) / run.alone)
     waiting = min(run.waiting, max(together - 1, 0) * smallest)
-    # (gradients, all else) of each moment.
     # Of what is kept, what is on the GPU when its backward has not begun; checkpoints do not offload the rotation.
     there, there_last = kept, kept_last
     if run.offloaded:
         there, there_last = [0 for _ in kept], n * 2 * shape.head_width * e * run.checkpointing
         # Beside the logits' gradient, the head's input comes back to train it.
         loss = max(loss, n * (e * shape.vocab + 2 * h * e) + head_gradient) if run.chunk == n else loss
+    # (gradients, all else) of each moment.
     moments: list[tuple[float, float]] = [(0, sum(there) + there_last + loss)]
     outside, within = run.update_outside / run.ranks, run.update_within / run.ranks
     if run.released and run.outside:

@@ -56,28 +56,25 @@ def held(
             param.requires_grad_(name in trained)
         with _checkpointed(model, checkpointing), _adapted(model, rank) as adapters, _sliced(params, sliced):
             own = {name: params[name] for name in (*trained, *sliced)} | adapters
-            model.held[key] = _tried(model, own, sliced, updating, [*params.values(), *adapters.values()], key)
+            model.held[key] = _tried(model, own, sliced, [*params.values(), *adapters.values()], key)
         model.module.requires_grad_(True)
     return model.held[key]
 
 
 def _tried(
-    model: Model,
-    trained: Mapping[str, nn.Parameter],
-    sliced: Mapping[str, Slice],
-    updating: Mapping[str, float],
-    weights: Sequence[Tensor],
-    key: Any,
+    model: Model, trained: Mapping[str, nn.Parameter], sliced: Mapping[str, Slice], weights: Sequence[Tensor], key: Any
 ) -> Held:
     """Run the step, in short sequences if it has too many operators; if it cannot be run, return a lower bound."""
-    _, _, (batch, sequence, chunk), checkpointing, ranks, released, offloaded, *_ = key
+    _, _, (batch, sequence, chunk), checkpointing, ranks, released, offloaded, _, updating = key
     if sequence > model.longest:
         model.note(f"Its positions end at {model.longest:,}: sequences have no more tokens.")
         sequence = model.longest
 
     def run(batch: int, length: int) -> Held:
         there = [*weights, *model.module.buffers()]
-        return step(lambda: model.loss(batch, length, chunk), trained, there, ranks, released, offloaded, updating)
+        return step(
+            lambda: model.loss(batch, length, chunk), trained, there, ranks, released, offloaded, dict(updating)
+        )
 
     try:
         try:
@@ -92,9 +89,7 @@ def _tried(
             "inputs of trained matrices or the gradients alone."
         )
         least = _least(model, trained, sliced, batch * sequence, checkpointing)
-        if not offloaded:
-            return least
-        return Held(0, least.gradients, 0, least.gradients, 0, offloaded=least.kept)
+        return Held(0, least.gradients, 0, least.gradients, 0, offloaded=least.kept) if offloaded else least
     if found.unused & model.matrices.keys():
         model.note(
             f"Some matrices get no gradient from {model.module.main_input_name}, all that it is planned with: their "
