@@ -285,6 +285,31 @@ def test_what_is_offloaded_is_not_held(method, changes):
     assert said.peak <= usual.peak and said.activations < usual.activations and said.kept < usual.kept / 10
 
 
+@pytest.mark.parametrize("offload", [False, True])
+@pytest.mark.parametrize("method", ["AdamW 8-bit", "APOLLO-Mini"])
+def test_gradients_that_a_hook_releases_are_held_as_planned(method, offload):
+    """As transformers and torchtune do it; APOLLO's hook makes the two tensors of its update, one from the other."""
+    # So few tokens that the embedding's gradient and update are the peak.
+    options = Setup(batch=2, sequence=8, release_gradients=True, offload_activations=offload)
+    config = config_of("llama", vocab_size=4000)
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).train()
+    model.gradient_checkpointing_enable()
+
+    def hook(param: nn.Parameter) -> None:
+        if method == "APOLLO-Mini":
+            scaled = param.grad * 0.5
+            scaled = scaled / 2.0
+        param.grad = None
+
+    for param in model.parameters():
+        param.register_post_accumulate_grad_hook(hook)
+    tokens = torch.randint(1, 4000, (options.batch, options.sequence))
+    with PeakMemory() as passes, away(model) if offload else nullcontext():
+        model(input_ids=tokens, labels=tokens).loss.backward()
+    said = memory(method, from_config(config.to_dict()), options)
+    assert said.peak_gradients + said.peak_activations == pytest.approx(passes.peak_bytes, rel=0.1)
+
+
 @pytest.mark.parametrize("kind", [*THREE, "square"])
 @pytest.mark.parametrize("delta", [0.01, 0.03, 0.1, 0.25, 0.5, 1.0])
 def test_slices_are_those_that_misa_trains(delta, kind):
