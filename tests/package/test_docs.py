@@ -12,16 +12,20 @@ import shlex
 import subprocess
 import sys
 import zlib
+from dataclasses import replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import misa_kernels
 from benchmarks.quality import regime_table
 from benchmarks.quality.regime_runs import TASKS
 from misa_kernels.__main__ import COMMANDS, main
+from misa_kernels.tools.planner.methods import SLICES, Setup, memory
+from misa_kernels.tools.planner.shapes import PRESETS
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted((ROOT / "docs").glob("*.md"))
@@ -33,7 +37,7 @@ FOLDERS = [
     *(ROOT / "misa_kernels" / room for room in ("draw", "memory", "gradients", "kernels", "outside", "ranks")),
 ]
 # Modules all of whose public names are for users.
-PLANNER = ("shapes", "model", "methods", "step", "fsdp", "cards")
+PLANNER = ("shapes", "model", "methods", "states", "step", "fsdp", "cards")
 MODULES = ("tools.plots", *(f"tools.planner.{name}" for name in PLANNER))
 names = [str(page.relative_to(ROOT)) for page in EVERYWHERE]
 
@@ -169,6 +173,49 @@ def test_commands_print_what_the_pages_show(capsys: pytest.CaptureFixture[str]) 
                 assert fnmatchcase(printed, pattern), f"{page.name}, {command} prints now:\n{printed}"
                 shown += 1
     assert shown >= 4
+
+
+def test_the_page_of_8b_on_24_gb_shows_what_its_commands_print(capsys: pytest.CaptureFixture[str]) -> None:
+    page = (ROOT / "docs" / "8b-on-24gb.md").read_text()
+    commands = re.findall(r"^python -m misa_kernels (.*)$", page, re.MULTILINE)
+    plans = []
+    for command in [*commands, f"{commands[0]} --offload-activations"]:
+        assert main([*shlex.split(command), "--json"]) == 0
+        plans.append(json.loads(capsys.readouterr().out))
+    columns, room = [plan["methods"] for plan in plans[:4]], 23 * 2**30
+    rows = re.findall(r"^\| ([\w, -]+) \| (\d.*) \|$", page.split("```")[0], re.MULTILINE)
+    assert [name for name, _ in rows] == list(columns[0])
+    for name, cells in rows:
+        peaks = [column[name]["peak"] for column in columns]
+        assert cells == " | ".join(f"{peak / 2**30:.2f}" + " fits" * (peak <= room) for peak in peaks)
+    # There and back.
+    moved = plans[3]["methods"]["AdamW paged"]["paged"], *(plan["methods"]["MISA"]["offloaded"] for plan in plans[3:])
+    assert re.findall(r"^\| .* \| (\d+\.\d) \|$", page, re.MULTILINE) == [f"{2 * size / 1e9:.1f}" for size in moved]
+    assert f"wants {moved[0] / 2**30:.0f} GiB of host memory" in page
+    assert f"have {columns[0]['LISA']['states'] / 2**30:.1f} GiB of states" in page
+    # Half a unit in the last place of what is above, against a whole step of the learning rate.
+    assert torch.tensor(0.004, dtype=torch.bfloat16) - 1e-5 == torch.tensor(0.004, dtype=torch.bfloat16)
+    assert torch.tensor(0.0038, dtype=torch.bfloat16) - 1e-5 != torch.tensor(0.0038, dtype=torch.bfloat16)
+
+
+def test_slices_fit_up_to_the_delta_that_the_page_of_8b_on_24_gb_gives_for_misa() -> None:
+    sessions = (ROOT / "docs" / "8b-on-24gb.md").read_text().split("```console")[1].split("$ ")[1:]
+    assert len(sessions) == 4
+    for session in sessions:
+        offers = {name: f"--{name}" in session for name in ("loss-chunk", "release-gradients", "offload-activations")}
+        lean = {"state_dtype": "int8", "param_precision": "split"} if "--state-dtype int8" in session else {}
+        options = Setup(
+            batch=2,
+            loss_chunk=1024 * offers["loss-chunk"],
+            release_gradients=offers["release-gradients"],
+            offload_activations=offers["offload-activations"],
+            **lean,
+        )
+        (said,) = re.findall(r"--delta (0\.\d+)\.", session)
+        inside, beyond = (
+            memory(SLICES, PRESETS["llama3-8b"], replace(options, delta=float(said) + more)).peak for more in (0, 1e-4)
+        )
+        assert inside <= 23 * 2**30 < beyond
 
 
 def test_the_design_names_every_file() -> None:

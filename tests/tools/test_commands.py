@@ -76,6 +76,30 @@ def test_a_plan_as_text(capsys):
     assert not any("\x1b" in line for line in lines)
 
 
+def test_a_plan_says_what_lies_in_host_memory_and_whose_gradients_are_released(capsys):
+    assert main(["plan", "llama3-8b", "--release-gradients", "--offload-activations"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "with checkpointing, activations offloaded, all logits" in lines[0]
+    assumed = {line[2:15].strip(): line for line in lines[lines.index(next(x for x in lines if "rows assume" in x)) :]}
+    released = {
+        "AdamW 8-bit",
+        "AdamW paged",
+        "AdamW 4-bit",
+        "FlashOptim",
+        "APOLLO",
+        "APOLLO-Mini",
+        "MISA",
+        "MISA, slices",
+    }
+    assert {method for method, line in assumed.items() if "gradients released" in line} == released
+    # Two bytes for each parameter but the norms'.
+    in_host = 2 * (PRESETS["llama3-8b"].numel - 65 * 4096) / GIB
+    assert f"where the GPU is full: {in_host:.2f} GiB there" in assumed["AdamW paged"]
+    assert main(["plan", "llama3-8b", "--release-gradients", "--world-size", "2"]) == 0
+    apollo = [line for line in capsys.readouterr().out.splitlines() if line.startswith("  APOLLO")]
+    assert len(apollo) == 2 and not any("released" in line for line in apollo)
+
+
 @pytest.mark.parametrize(
     ("terminal", "no_color", "coloured"), [(True, "", True), (True, "1", False), (False, "", False)]
 )
@@ -120,6 +144,8 @@ def test_a_number_of_parameters_gives_what_depends_on_nothing_else(capsys):
     assert main(["plan", "--params", "8e9"]) == 0
     text = capsys.readouterr().out
     assert "says nothing of activations" in text and "\nLoRA" not in text
+    assert content["methods"]["AdamW paged"]["states"] == 8e9 * 2 * 4 / 256
+    assert f"AdamW paged has {2 * 8e9 / GIB:.2f} GiB of states in host memory, too." in text
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,7 @@
 """How much memory will a training need? Counted from the model's sizes; nothing is allocated.
 
-Prints weights, gradients, states, activations and peak of a training step on one GPU, in GiB, for AdamW, its 8-bit
-relatives, LoRA, QLoRA, BAdam, LISA and MISA, each in the costliest step that it may take.
+Prints weights, gradients, states, activations and peak of a training step on one GPU, in GiB, for AdamW, its relatives
+of 8 and 4 bits and with pages, APOLLO, LoRA, QLoRA, BAdam, LISA and MISA, each in the costliest step that it may take.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from misa_kernels.tools.planner.methods import (
     Setup,
     advice,
     fit,
+    is_released,
     memory,
     slices_of,
     weights_and_states,
@@ -67,6 +68,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="whether layers keep their inputs alone and compute the rest again (on)",
     )
     how.add_argument(
+        "--offload-activations",
+        action="store_true",
+        help="what forward keeps lies in host memory until its backward, as with TRL's activation_offloading",
+    )
+    how.add_argument(
         "--loss-chunk",
         type=_positive,
         default=usual.loss_chunk,
@@ -79,7 +85,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     misa.add_argument("--depth-window", type=_positive, metavar="LAYERS", help="layers that a round draws from (all)")
     misa.add_argument("--state-dtype", choices=("fp32", "bf16", "int8", "fp8", "int8+int4"), default="fp32")
     misa.add_argument("--param-precision", choices=("master", "split", "stochastic"), default="master")
-    misa.add_argument("--release-gradients", action="store_true", help="free each within backward; flashoptim's, too")
+    misa.add_argument("--release-gradients", action="store_true", help="free each within backward; others, too")
     misa.add_argument("--rank", type=_positive, default=usual.rank, help="of LoRA and QLoRA (%(default)s)")
 
 
@@ -169,8 +175,11 @@ def report(content: Mapping[str, Any], shape: LlamaShape | Model, options: Setup
         own += f", some in the first layer of each of {len(shape.groups.order.first)} stacks, as any may run first"
     extra = {"MISA": f", delta {options.delta:g}{own}", "LoRA": f", rank {options.rank}"}
     extra[SLICES] = f", delta {options.delta:g}{sliced}"
-    if options.release_gradients:
-        extra["FlashOptim"] = ", gradients released"
+    if "AdamW paged" in content["methods"]:
+        extra["AdamW paged"] = f": {content['methods']['AdamW paged']['paged'] / GIB:.2f} GiB there"
+    extra["AdamW 4-bit"] = "; the update not counted"
+    for method in [each for each in METHODS if is_released(each, options)]:
+        extra[method] = extra.get(method, "") + ", gradients released"
     lines += [f"  {method:<13}{what}{extra.get(method, '')}" for method, what in METHODS.items()]
     if content["slices"]:
         lines += textwrap.wrap(content["slices"], 118, initial_indent=" " * 15, subsequent_indent=" " * 15)
@@ -214,7 +223,8 @@ def _print_without_shape(numel: float, options: Setup, as_json: bool) -> int:
     print(f"{'':<14}" + "".join(f"{name:>13}" for name in (*COLUMNS[:3], "together")))
     for method, row in sizes.items():
         print(f"{method:<14}" + "".join(f"{size / GIB:>13.2f}" for size in (*row, sum(row))))
-    print("\nTheir number says nothing of activations: a peak, and LoRA, QLoRA, BAdam and LISA, need CONFIG.")
+    print(f"\nAdamW paged has {2 * numel / options.world_size / GIB:.2f} GiB of states in host memory, too.")
+    print("Their number says nothing of activations: a peak, and APOLLO, LoRA, QLoRA, BAdam and LISA, need CONFIG.")
     return 0
 
 
@@ -222,6 +232,7 @@ def _setting(options: Setup) -> str:
     gpus = f", {options.world_size} GPUs with FSDP2" if options.world_size > 1 else ""
     loss = f"logits of {options.loss_chunk} tokens" if options.loss_chunk else "all logits"
     kept = "with checkpointing" if options.checkpointing else "without checkpointing"
+    kept += ", activations offloaded" if options.offload_activations else ""
     return f"{options.batch} x {options.sequence} tokens, {options.dtype}, {kept}, {loss} at once{gpus}"
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -45,6 +45,7 @@ class Held:
         peak_gradients: Gradients at the moment of the peak, on one rank.
         peak_activations: All else at this moment.
         unused: Names of trained parameters that got no gradient.
+        offloaded: Bytes in host memory when backward begins.
     """
 
     kept: float
@@ -53,6 +54,7 @@ class Held:
     peak_gradients: float
     peak_activations: float
     unused: frozenset[str] = frozenset()
+    offloaded: float = 0
 
 
 class Counted(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -93,6 +95,10 @@ class Counted(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self.live -= size
             self.gradients += size
             self._last = (self._last[0] + size, self._last[1] - size)
+
+    def is_there(self, tensor: Tensor) -> bool:
+        """Whether a tensor is one of those that do not count."""
+        return self._sizes.get(weakref.ref(tensor.untyped_storage())) == 0
 
     def settle(self) -> None:
         """Take the last operator into account."""
@@ -146,6 +152,8 @@ def step(
     there: Iterable[Tensor],
     ranks: int = 1,
     released: bool = False,
+    offloaded: bool = False,
+    updating: Mapping[str, float] | None = None,
 ) -> Held:
     """Return what forward and backward of a loss hold.
 
@@ -155,14 +163,18 @@ def step(
         there: Weights and buffers.
         ranks: GPUs over which gradients are sharded.
         released: Whether each gradient is freed when it is complete.
+        offloaded: Whether what forward keeps lies in host memory until it is used.
+        updating: Bytes that the update of each parameter works with, within backward if gradients are released.
     """
-    unused = set(trained)
+    unused, working, away = set(trained), updating or {}, _Away(offloaded)
 
     def arrived(name: str, mode: Counted, param: Tensor) -> None:
         unused.discard(name)
         assert param.grad is not None
         mode.turn_into_gradient(part_of(param.grad))
         if released:
+            if name in working:
+                torch.empty(int(working[name]), dtype=torch.uint8, device=META)
             param.grad = None
 
     def hook(name: str, mode: Counted, param: nn.Parameter) -> Any:
@@ -177,7 +189,8 @@ def step(
     with counted(there, ranks) as mode:
         hooks = [hook(name, mode, param) for name, param in trained.items()]
         try:
-            value = loss()
+            with away.offload(mode):
+                value = loss()
             kept = mode.live
             torch.autograd.backward(value)
             mode.settle()
@@ -186,7 +199,32 @@ def step(
             for handle, param in zip(hooks, trained.values(), strict=True):
                 handle.remove()
                 param.grad = None
-    return Held(kept, gradients, mode.most, *mode.peak, frozenset(unused))
+    return Held(kept, gradients, mode.most, *mode.peak, frozenset(unused), sum(away.sizes.values()))
+
+
+class _Away:
+    """What lies in host memory: `sizes`, bytes by storage. Weights stay, and what has values, which is small."""
+
+    def __init__(self, wanted: bool) -> None:
+        self.wanted = wanted
+        self.sizes: dict[weakref.ref[torch.UntypedStorage], int] = {}
+
+    def offload(self, mode: Counted) -> Any:
+        """Return the context within which what is kept for backward is dropped, and made again when it is used."""
+
+        def pack(tensor: Tensor) -> Any:
+            if not tensor.is_meta or mode.is_there(tensor):
+                return tensor
+            storage = tensor.untyped_storage()
+            self.sizes[weakref.ref(storage)] = storage.nbytes()
+            return tensor.shape, tensor.stride(), tensor.dtype
+
+        def unpack(kept: Any) -> Tensor:
+            if isinstance(kept, Tensor):
+                return kept
+            return torch.empty_strided(*kept[:2], dtype=kept[2], device=META)
+
+        return torch.autograd.graph.saved_tensors_hooks(pack, unpack) if self.wanted else nullcontext()
 
 
 def _run(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+from torch import nn
 
 from misa_kernels.draw.matrices import Widths
 from misa_kernels.draw.rehearsal import costliest
@@ -25,6 +26,15 @@ from misa_kernels.release import HELD_BYTES, LAUNCHES
 from misa_kernels.tools.planner.fsdp import unsharded
 from misa_kernels.tools.planner.model import Model
 from misa_kernels.tools.planner.shapes import LINEARS, LlamaShape
+from misa_kernels.tools.planner.states import (
+    APOLLO_RANKS,
+    BITSANDBYTES_BYTES,
+    FLASHOPTIM_BYTES,
+    RELEASED,
+    TORCHAO_BYTES,
+    WHOLE,
+    states_of,
+)
 from misa_kernels.tools.planner.step import NF4_BYTES, Memory, Workload, count
 from misa_kernels.tools.planner.trial import held
 
@@ -33,7 +43,11 @@ SLICES = "MISA, slices"
 METHODS = {
     "AdamW": "all weights, float32 moments and, for bfloat16 weights, float32 masters",
     "AdamW 8-bit": "bitsandbytes: all weights, moments of a byte with a scale for 256 of them, no masters",
+    "AdamW paged": "bitsandbytes: AdamW 8-bit with moments in host memory where the GPU is full",
+    "AdamW 4-bit": "torchao: all weights, moments of 4 bits with a scale for 128, no masters",
     "FlashOptim": "flashoptim: all weights, in 24 bits if bfloat16; moments of a byte with a scale for 32 of them",
+    "APOLLO": "apollo-torch: all weights, layers' moments projected to rank 256, no masters",
+    "APOLLO-Mini": "APOLLO of rank 1, one scale for a matrix",
     "LoRA": "peft: float32 adapters on the matrices of the layers, AdamW",
     "QLoRA": "LoRA on these matrices in NF4 with double quantisation; embedding, head and norms stay as they are",
     "BAdam": "one layer's matrices at a time, float32 moments and masters",
@@ -43,10 +57,6 @@ METHODS = {
 }
 # LISA (arXiv 2403.17919), section 4: two layers at a time beside embedding and head.
 LISA_LAYERS = 2
-# bitsandbytes 0.50, optim/optimizer.py: a byte for each moment, and a float32 scale for 256 of them.
-BITSANDBYTES_BYTES = 2 * (1 + 4 / 256)
-# flashoptim 0.1.4, optimizers.py: a byte for each moment, a float16 scale for 32 of them.
-FLASHOPTIM_BYTES = 2 * (1 + 2 / 32)
 # `fit` looks for delta in steps of this.
 DELTA_STEP = 1e-4
 
@@ -65,9 +75,11 @@ class Setup:
         depth_window: MISA's, see `ImportanceSampler`.
         state_dtype: MISA's.
         param_precision: MISA's.
-        release_gradients: Whether MISA and flashoptim free each gradient within backward.
+        release_gradients: Whether MISA and the methods in `RELEASED` free each gradient within backward.
         rank: Of LoRA's and QLoRA's adapters.
         world_size: GPUs over which FSDP2 shards weights, gradients and states.
+        offload_activations: Whether what the forward pass keeps for backward lies in host memory, as with torch's
+            `save_on_cpu`, TRL's `activation_offloading` and torchtune's `OffloadActivations`; weights are not moved.
     """
 
     batch: int = 1
@@ -82,6 +94,7 @@ class Setup:
     release_gradients: bool = False
     rank: int = 16
     world_size: int = 1
+    offload_activations: bool = False
 
 
 def state_bytes(options: Setup, state_dtype: str = "fp32", param_precision: str = "master") -> float:
@@ -91,6 +104,12 @@ def state_bytes(options: Setup, state_dtype: str = "fp32", param_precision: str 
     """
     buffers = Storage(state_dtype, param_precision).buffers(getattr(torch, options.dtype))
     return sum(kind.entries / kind.elements * kind.dtype.itemsize for kind in buffers.values())
+
+
+def is_released(method: str, options: Setup) -> bool:
+    """Whether a method of others frees each gradient within backward: if its package can, APOLLO's on one GPU alone."""
+    can = method in RELEASED and (options.world_size == 1 or method not in APOLLO_RANKS)
+    return options.release_gradients and can
 
 
 def costliest_set(shape: LlamaShape, delta: float, depth_window: int | None) -> dict[int, set[str]]:
@@ -171,7 +190,7 @@ def memory(method: str, shape: LlamaShape | Model, options: Setup) -> Memory:
         method: A key of `METHODS`.
         shape: Of the model, or the model itself.
         options: How it is trained; transformers' own norms are assumed, and an update that needs nothing beyond its
-            state, as torch's fused AdamW and MISA's step do.
+            state, as torch's fused AdamW and MISA's step do, but for APOLLO and paged states.
 
     Raises:
         ValueError: If MISA's δ has no room for the largest matrix or for slices, or the model has no layers for a
@@ -181,21 +200,33 @@ def memory(method: str, shape: LlamaShape | Model, options: Setup) -> Memory:
         return _of_model(method, shape, options)
     everything: Mapping[int, Set[str]] = dict.fromkeys(range(shape.layers), frozenset(LINEARS))
     wide, tokens = state_bytes(options), options.batch * options.sequence
-    narrow = options.dtype == "bfloat16"
     matrices = sum(shape.matrix_numel.values())
     run = Workload(
         shape=shape,
         tokens=tokens,
-        element=2 if narrow else 4,
+        element=2 if options.dtype == "bfloat16" else 4,
         chunk=min(options.loss_chunk or tokens, tokens),
         checkpointing=options.checkpointing,
         ranks=options.world_size,
         state_bytes=wide,
+        offloaded=options.offload_activations,
     )
-    if method in ("AdamW", "AdamW 8-bit", "FlashOptim"):
-        of_state = {"AdamW": wide, "AdamW 8-bit": BITSANDBYTES_BYTES, "FlashOptim": FLASHOPTIM_BYTES + narrow}[method]
-        run = replace(run, active=everything, dense=True, outside=True, state_elements=shape.numel)
-        run = replace(run, state_bytes=of_state, released=options.release_gradients and method == "FlashOptim")
+    if method in WHOLE:
+        found = [
+            (n, inside, states_of(method, size, inside, run.element)) for (size, inside), n in shape.tensors.items()
+        ]
+        run = replace(
+            run,
+            active=everything,
+            dense=True,
+            outside=True,
+            state_elements=shape.numel,
+            state_bytes=sum(n * own[0] for n, _, own in found) / shape.numel,
+            paged=sum(n * own[1] for n, _, own in found),
+            update_outside=max(own[2] for _, inside, own in found if not inside),
+            update_within=max(own[2] for _, inside, own in found if inside),
+            released=is_released(method, options),
+        )
     elif method in ("LoRA", "QLoRA"):
         # peft makes adapters float32 unless autocast_adapter_dtype=False.
         run = replace(run, rank=options.rank, adapter_element=4, quantised=method == "QLoRA", state_bytes=8)
@@ -207,7 +238,7 @@ def memory(method: str, shape: LlamaShape | Model, options: Setup) -> Memory:
         trained = len(active) * matrices + shape.outside_numel - shape.hidden
         run = replace(run, active=active, outside=True, state_elements=trained)
     elif method == SLICES:
-        pieces, found = slices_of(shape, options.delta)
+        pieces, cut = slices_of(shape, options.delta)
         sliced: dict[int, dict[str, Slice]] = {}
         for name, piece in pieces.items():
             layer, _, linear = name.partition(".")
@@ -219,7 +250,7 @@ def memory(method: str, shape: LlamaShape | Model, options: Setup) -> Memory:
             # Shards have no slices.
             ranks=1,
             # Allocated once, for the budget.
-            state_elements=found.trained,
+            state_elements=cut.trained,
             state_bytes=state_bytes(options, options.state_dtype, options.param_precision),
             released=options.release_gradients,
             waiting=HELD_BYTES,
@@ -250,11 +281,16 @@ def _of_model(method: str, model: Model, options: Setup) -> Memory:
             f"dtype={options.dtype!r} must be the model's, {model.dtype!r}: build it in that of its training"
         )
     narrow, wide = options.dtype == "bfloat16", state_bytes(options)
-    rank, released, waiting, round_end, ranks = 0, False, 0.0, 0, options.world_size
+    rank, released, waiting, round_end, ranks, paged = 0, False, 0.0, 0.0, options.world_size, 0.0
     sliced: Mapping[str, Slice] = {}
-    if method in ("AdamW", "AdamW 8-bit", "FlashOptim"):
-        of_state = {"AdamW": wide, "AdamW 8-bit": BITSANDBYTES_BYTES, "FlashOptim": FLASHOPTIM_BYTES + narrow}[method]
-        trained, released = set(params), options.release_gradients and method == "FlashOptim"
+    updating: dict[str, float] = {}
+    if method in WHOLE:
+        projected = {id(owner.weight) for owner, *_ in model.linears() if isinstance(owner, nn.Linear)}
+        own = {name: states_of(method, (*p.shape,), id(p) in projected, p.itemsize) for name, p in params.items()}
+        of_state, paged = sum(each[0] for each in own.values()) / model.numel, sum(each[1] for each in own.values())
+        trained, released = set(params), is_released(method, options)
+        updating = {name: each[2] / ranks for name, each in own.items() if each[2]}
+        round_end, updating = (0.0, updating) if released else (max(updating.values(), default=0.0), {})
     elif not model.layers:
         raise ValueError(f"{method} needs layers with matrices, of which {type(model.module).__name__} has none")
     elif method in ("LoRA", "QLoRA"):
@@ -284,7 +320,8 @@ def _of_model(method: str, model: Model, options: Setup) -> Memory:
         # States of modules that stay move through a buffer.
         round_end = 4 * min(MOVE_ELEMENTS, largest)
     tokens = (options.batch, options.sequence, options.loss_chunk)
-    step = held(model, trained, rank, tokens, options.checkpointing, ranks, released, sliced)
+    away = options.offload_activations
+    step = held(model, trained, rank, tokens, options.checkpointing, ranks, released, sliced, away, updating)
     elements = sum(params[name].numel() for name in trained)
     if method in ("MISA", SLICES):
         # Allocated once, for any draw.
@@ -315,6 +352,8 @@ def _of_model(method: str, model: Model, options: Setup) -> Memory:
         activations=step.activations + working,
         peak_gradients=peak_gradients,
         peak_activations=peak_activations + working,
+        paged=paged / ranks,
+        offloaded=step.offloaded,
     )
 
 
@@ -335,12 +374,18 @@ def costliest_names(model: Model, delta: float, depth_window: int | None) -> set
 
 
 def weights_and_states(numel: float, options: Setup) -> dict[str, tuple[float, float, float]]:
-    """Return the bytes of weights, gradients and states of what needs no more than the number of parameters."""
+    """Return the bytes of weights, gradients and states of what needs no more than the number of parameters.
+
+    Of AdamW paged two bytes a parameter lie in host memory beside them.
+    """
     element, narrow = (2, True) if options.dtype == "bfloat16" else (4, False)
     own = state_bytes(options, options.state_dtype, options.param_precision)
     trained = {
         "AdamW": (numel, state_bytes(options), False),
-        "AdamW 8-bit": (numel, BITSANDBYTES_BYTES, False),
+        "AdamW 8-bit": (numel, BITSANDBYTES_BYTES, options.release_gradients),
+        # Its scales; the moments are paged.
+        "AdamW paged": (numel, BITSANDBYTES_BYTES - 2, options.release_gradients),
+        "AdamW 4-bit": (numel, TORCHAO_BYTES, options.release_gradients),
         "FlashOptim": (numel, FLASHOPTIM_BYTES + narrow, options.release_gradients),
         "MISA": (options.delta * numel, own, options.release_gradients),
     }
@@ -379,6 +424,9 @@ def fit(shape: LlamaShape | Model, options: Setup, cap_bytes: float) -> float | 
 def advice(shape: LlamaShape | Model, options: Setup, peaks: Mapping[str, float], cap_bytes: float) -> str:
     """Return in words what to take where so many bytes may be used, given the peak of each method."""
     first = "AdamW fits, and learns more a step than what trains less. " if peaks["AdamW"] <= cap_bytes else ""
+    fitting = [method for method in RELEASED if peaks[method] <= cap_bytes]
+    if fitting and not first:
+        first = f"{', '.join(fitting)} {'fits' if len(fitting) == 1 else 'fit'}, with all weights trained. "
     largest = fit(shape, options, cap_bytes)
     if largest is not None:
         return first + f"MISA fits, up to --delta {largest:g}."

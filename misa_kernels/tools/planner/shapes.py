@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -90,6 +91,20 @@ class LlamaShape:
     def largest(self) -> int:
         """Parameters of the largest matrix."""
         return max(self.matrix_numel.values())
+
+    @property
+    def tensors(self) -> Counter[tuple[tuple[int, ...], bool]]:
+        """How many tensors have each size, apart those that are a layer's matrices and those that are not."""
+        vectors = [self.hidden] * self.norms + [self.head_width] * 2 * self.qk_norm
+        vectors += [self.matrices[name][0] for name in self.biased]
+        found: Counter[tuple[tuple[int, ...], bool]] = Counter()
+        for size in self.matrices.values():
+            found[size, True] += self.layers
+        for width in vectors:
+            found[(width,), False] += self.layers
+        found[(self.vocab, self.hidden), False] += 1 if self.tied else 2
+        found[(self.hidden,), False] += 1
+        return found
 
     def lora_numel(self, rank: int) -> int:
         """Return the parameters of LoRA adapters on all matrices of all layers."""

@@ -53,6 +53,10 @@ class Workload:
         waiting: The most bytes of small gradients that wait for one another where they are released.
         alone: Active matrices or slices of which none waits; among twice as many, one waits for another, and so on.
         round_end: Bytes that the end of a round takes beside weights, gradients and states.
+        paged: Bytes of states that lie in host memory but while their tensor is updated.
+        update_outside: Bytes that the update of one tensor works with, the most of any outside the layers,
+        update_within: and of any matrix within.
+        offloaded: Whether what the forward pass keeps lies in host memory until its layer's backward.
         norms: Who computes them: "fused" keeps the input as it is (torch on GPUs), "torch" in float32 (torch on
             CPUs), as "transformers" does in its own code.
         ranks: GPUs over which FSDP2 shards weights, gradients and states.
@@ -76,6 +80,10 @@ class Workload:
     waiting: int = 0
     alone: int = 1
     round_end: int = 0
+    paged: float = 0.0
+    update_outside: float = 0.0
+    update_within: float = 0.0
+    offloaded: bool = False
     norms: Literal["fused", "torch", "transformers"] = "transformers"
     ranks: int = 1
 
@@ -92,6 +100,8 @@ class Memory:
         activations: The most that activations, loss and what backward works with take at once.
         peak_gradients: Gradients at the moment of the peak.
         peak_activations: Everything else at this moment, beyond weights and states.
+        paged: States in host memory, which are on the GPU one tensor's at a time, while that is updated.
+        offloaded: Activations in host memory, when backward begins.
     """
 
     weights: float
@@ -101,6 +111,8 @@ class Memory:
     activations: float
     peak_gradients: float
     peak_activations: float
+    paged: float = 0.0
+    offloaded: float = 0.0
 
     @property
     def peak(self) -> float:
@@ -184,11 +196,15 @@ def passing_bytes(run: Workload, kept: Mapping[str, int]) -> float:
     """
     e, a, h, f = run.element, run.adapter_element, run.shape.hidden, run.shape.intermediate
     # The gradient of what leaves the layer, of silu * up, of silu, and of up; the input of down_proj is gone by then.
-    gated = e * (h + 3 * f) - sum(size for name, size in kept.items() if name.startswith("silu * up"))
+    into_down = sum(size for name, size in kept.items() if name.startswith("silu * up"))
+    gated = e * (h + 3 * f) - into_down
     # Before that, down_proj's: the gradient of its input, and of an adapter's copy, which is cast and added.
     down = e * (h + f)
     if run.rank:
         down = e * (h + 2 * f) if a == e else (e + a) * h + (3 * e + a) * f
+    if run.offloaded and not run.checkpointing:
+        # Each operator's own come back for it alone.
+        gated, down = gated + into_down + kept.get("silu", 0) + kept.get("up", 0), down + into_down
     dequantised = e * max(run.shape.matrix_numel.values()) + run.tokens * e * (h + f) if run.quantised else 0
     return max(run.tokens * max(gated, down), dequantised)
 
@@ -244,17 +260,37 @@ def count(run: Workload) -> Memory:
     smallest = min((size for own in trained for size in own.values()), default=0)
     together = math.ceil(sum(map(len, trained)) / run.alone)
     waiting = min(run.waiting, max(together - 1, 0) * smallest)
+    # Of what is kept, what is on the GPU when its backward has not begun; checkpoints do not offload the rotation.
+    there, there_last = kept, kept_last
+    if run.offloaded:
+        there, there_last = [0 for _ in kept], n * 2 * shape.head_width * e * run.checkpointing
+        # Beside the logits' gradient, the head's input comes back to train it.
+        loss = max(loss, n * (e * shape.vocab + 2 * h * e) + head_gradient) if run.chunk == n else loss
     # (gradients, all else) of each moment.
-    moments: list[tuple[float, float]] = [(0, sum(kept) + kept_last + loss)]
+    moments: list[tuple[float, float]] = [(0, sum(there) + there_last + loss)]
+    outside, within = run.update_outside / run.ranks, run.update_within / run.ranks
+    if run.released and run.outside:
+        moments.append((head_gradient / run.ranks, sum(there) + there_last + n * h * e + outside))
+        # Tied weights have one gradient, the sum of both.
+        moments.append(((1 + shape.tied) * embedding / run.ranks, n * h * e))
+        moments.append((embedding / run.ranks, n * h * e + outside))
     for layer in layers:
         above: float = sum(gradients[layer + 1 :]) + head_gradient
-        above = min(above, waiting) if run.released else above
+        above = min(above, waiting) + head_gradient * shape.tied if run.released else above
         passing = passing_bytes(run, tensors[layer]) if layer >= lowest else 0
         last = trained[layer].get("down_proj", 0)
         again = inside[layer] if run.checkpointing else 0
-        moments.append((above / run.ranks + last, sum(kept[: layer + 1]) + again + passing))
+        back = kept[layer] if run.offloaded and run.checkpointing else 0
+        held_here = sum(there[: layer + 1]) + back + again
+        moments.append((above / run.ranks + last, held_here + passing))
+        if run.offloaded and not run.checkpointing:
+            # At its first norm, in float32, all of the layer's gradients are there.
+            moments.append(((above + gradients[layer]) / run.ranks, n * h * (2 * e + 4 * 4)))
+        if run.released:
+            moments.append((above / run.ranks + last, held_here + n * e * (h + shape.intermediate) + within))
     held = 0.0 if run.released else held
-    moments += [(held / run.ranks, n * h * e), (held / run.ranks, run.round_end)]
+    working = 0.0 if run.released else max(outside, within)
+    moments += [(held / run.ranks, n * h * e), (held / run.ranks, max(run.round_end, working))]
     layer_bytes = in_layer + e * shape.vector_numel
     whole = unsharded(embedding + head + h * e, layer_bytes, max(gradients)) if run.ranks > 1 else 0
     peak_gradients, peak_activations = max(moments, key=sum)
@@ -262,8 +298,11 @@ def count(run: Workload) -> Memory:
         weights=weights / run.ranks,
         states=run.state_elements * run.state_bytes / run.ranks,
         gradients=held / run.ranks,
-        kept=sum(kept) + kept_last,
+        kept=sum(there) + there_last,
         activations=max(activations for _, activations in moments) + whole,
         peak_gradients=peak_gradients,
         peak_activations=peak_activations + whole,
+        paged=run.paged / run.ranks,
+        # The log-probabilities, too, where no chunks make them again.
+        offloaded=(sum(kept) + kept_last - there_last + 4 * n * shape.vocab * (run.chunk == n)) * run.offloaded,
     )

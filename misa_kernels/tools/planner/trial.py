@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence, Set
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -30,6 +30,8 @@ def held(
     ranks: int = 1,
     released: bool = False,
     sliced: Mapping[str, Slice] | None = None,
+    offloaded: bool = False,
+    updating: Mapping[str, float] | None = None,
 ) -> Held:
     """Return what a training step holds beside weights and states; the model notes what that leaves out.
 
@@ -42,9 +44,12 @@ def held(
         ranks: GPUs over which gradients are sharded.
         released: Whether each gradient is freed when it is complete.
         sliced: Slices that are trained, by the name of the parameter.
+        offloaded: Whether what forward keeps lies in host memory.
+        updating: Bytes that the update of each parameter works with where gradients are released.
     """
-    sliced = sliced or {}
-    key = (frozenset(trained), rank, tokens, checkpointing, ranks, released, frozenset(sliced.items()))
+    sliced, updating = sliced or {}, updating or {}
+    parts = frozenset(sliced.items()), frozenset(updating.items())
+    key = (frozenset(trained), rank, tokens, checkpointing, ranks, released, offloaded, *parts)
     if key not in model.held:
         params = dict(model.module.named_parameters())
         for name, param in params.items():
@@ -60,14 +65,16 @@ def _tried(
     model: Model, trained: Mapping[str, nn.Parameter], sliced: Mapping[str, Slice], weights: Sequence[Tensor], key: Any
 ) -> Held:
     """Run the step, in short sequences if it has too many operators; if it cannot be run, return a lower bound."""
-    _, _, (batch, sequence, chunk), checkpointing, ranks, released, _ = key
+    _, _, (batch, sequence, chunk), checkpointing, ranks, released, offloaded, _, updating = key
     if sequence > model.longest:
         model.note(f"Its positions end at {model.longest:,}: sequences have no more tokens.")
         sequence = model.longest
 
     def run(batch: int, length: int) -> Held:
         there = [*weights, *model.module.buffers()]
-        return step(lambda: model.loss(batch, length, chunk), trained, there, ranks, released)
+        return step(
+            lambda: model.loss(batch, length, chunk), trained, there, ranks, released, offloaded, dict(updating)
+        )
 
     try:
         try:
@@ -81,7 +88,8 @@ def _tried(
             f"Its step cannot be run without values ({reason_of(error)}): activations and peaks are lower bounds, the "
             "inputs of trained matrices or the gradients alone."
         )
-        return _least(model, trained, sliced, batch * sequence, checkpointing)
+        least = _least(model, trained, sliced, batch * sequence, checkpointing)
+        return Held(0, least.gradients, 0, least.gradients, 0, offloaded=least.kept) if offloaded else least
     if found.unused & model.matrices.keys():
         model.note(
             f"Some matrices get no gradient from {model.module.main_input_name}, all that it is planned with: their "
@@ -127,6 +135,9 @@ def _checkpointed(model: Model, wanted: bool) -> Iterator[None]:
     finally:
         if wanted:
             getattr(module, f"{name}_checkpointing_disable")()
+            # It makes the embedding's output require a gradient, and leaves that behind.
+            with suppress(AttributeError):
+                module.disable_input_require_grads()
 
 
 @contextmanager
