@@ -30,7 +30,7 @@ RESULTS = Path("benchmarks/results")
 RUNS = "pretrained-runs.jsonl"
 # Of power 0: AdamW's guess.
 LR = 1e-4
-BATCH, CONTEXT, STEPS, WINDOW = 1, 128, 100, 10
+BATCH, CONTEXT, STEPS = 1, 128, 100
 # Sequences of the texts for tuning and for reporting.
 HELD_OUT = (24, 40)
 DELTAS = (0.01, 0.03, 0.25)
@@ -53,7 +53,7 @@ def texts_of(task: str) -> texts.Texts:
 def plan_of(job: Job) -> Plan:
     """Return how a run is trained; adapters by MISA's AdamW, which bitsandbytes' on CPUs is slow beside."""
     steps = steps_of(job.task)
-    return Plan(LR * LR_RATIO**job.power, steps, steps // 10, rank=nearest_rank, adamw=misa_adamw)
+    return Plan(LR * LR_RATIO**job.power, steps, steps, rank=nearest_rank, adamw=misa_adamw)
 
 
 def held_out_losses(job: Job, model: nn.Module) -> dict[str, float]:

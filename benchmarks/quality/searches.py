@@ -151,6 +151,6 @@ def run_all(
                     run[name] = run[name] if math.isfinite(run[name]) else 1e9
                 results[job] = run
                 with path.open("a") as file:
-                    file.write(json.dumps(run) + "\n")
+                    file.write(json.dumps(run, separators=(",", ":")) + "\n")
                 figures = f"{' '.join(f'{run[name]:.4f}' for name in names)} nats, {run['seconds']} s"
                 print(f"{time.strftime('%H:%M:%S')} {key}: {figures}", flush=True)
