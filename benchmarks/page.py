@@ -16,7 +16,7 @@ from typing import Any
 from benchmarks import charts, record
 from benchmarks.gate import counts
 from benchmarks.gpu.first import table as first_table
-from benchmarks.quality import regime_table
+from benchmarks.quality import pretrained_table, regime_table
 from benchmarks.step import cpu, growth, launcher, round_end
 from benchmarks.tables import cells
 from benchmarks.train import e2e_table, training_memory
@@ -130,6 +130,7 @@ SECTIONS: dict[str, tuple[str, Callable[[Record], list[str]]]] = {
     "round_end": ("The end of a round", round_end.lines),
     "launcher": ("The host's time of a step on a GPU", launcher.lines),
     "quality": ("Quality at equal training bytes", quality),
+    "pretrained": ("Real weights", pretrained_table.lines),
     "regime": ("Quality where δ is small and the model deep", regime_table.lines),
     "training_memory": ("Memory of a training step", training_memory.lines),
     "classify": ("A pretrained encoder", classified),
@@ -144,6 +145,7 @@ ON_A_CPU = {
     "growth": "python -m benchmarks.step growth --device cpu --out benchmarks/results",
     "round_end": "python -m benchmarks.step round_end --device cpu --out benchmarks/results",
     "regime": "python -m benchmarks.quality run && python -m benchmarks.quality table",
+    "pretrained": "python -m benchmarks.quality run --model smollm2",
 }
 # Of the charts that this module draws: the part of the record that they show, and what draws it.
 CHARTS: dict[str, tuple[str, Callable[[Any, Path], Path | None]]] = {
@@ -151,6 +153,7 @@ CHARTS: dict[str, tuple[str, Callable[[Any, Path], Path | None]]] = {
     "cpu": ("cases", cpu.draw),
     "growth": ("series", growth.draw),
     "regime": ("curves", regime_table.draw),
+    "pretrained": ("rows", pretrained_table.draw),
 }
 
 
