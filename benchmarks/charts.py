@@ -99,6 +99,8 @@ def lines(
             x, y = zip(*points, strict=True) if points else ((), ())
             style = "o-" if powers else ("-", "--", ":")[number // len(COLORS) % 3]
             draw = axis.loglog if powers else axis.plot
+            # A single point has no line.
+            style = "o" if len(x) == 1 else style
             draw(x, y, style, markersize=4, color=COLORS[number % len(COLORS)], label=name)
         axis.set_title(title, fontsize=10, loc="left")
         axis.set_xlabel(below)

@@ -176,6 +176,6 @@ def run(job: Job, model: nn.Module, batches: Iterator[Batch], plan: Plan) -> tup
         "seconds": round(seconds, 1),
         "training_s": round(training_s, 1),
         "machine": record.describe_device(torch.device(plan.device))["name"],
-        "rounds_of": getattr(optimizer, "inner_steps", job.inner_steps) if job.method != "AdamW" else 0,
+        "rounds_of": 0 if job.method in ("AdamW", *ADAPTERS) else getattr(optimizer, "inner_steps", job.inner_steps),
         "curve": curve,
     }
