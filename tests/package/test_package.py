@@ -148,7 +148,7 @@ def test_wheel_says_what_it_needs(wheel):
     assert re.fullmatch(r"triton;sys_platform==.linux.", needs[2])
     assert metadata["Requires-Python"] == ">=3.10"
     assert metadata["License-Expression"] == "Apache-2.0"
-    assert set(metadata.get_all("Provides-Extra")) == {"train", "examples", "docs", "dev", "bench"}
+    assert set(metadata.get_all("Provides-Extra")) == {"train", "finetune", "examples", "docs", "dev", "bench"}
 
 
 def test_wheel_works_without_the_checkout(wheel, tmp_path):
