@@ -91,17 +91,21 @@ def _slices(axes: Axes, rounds: Rounds) -> None:
     trained = [(rounds.parts[at], rounds.importance[-1][at]) for at in np.flatnonzero(rounds.active[-1])]
     # Each kind of matrix together, the first layer lowest.
     trained.sort(key=lambda entry: entry[0].matrix.rpartition(".")[2])
-    shades = LogNorm(*np.nanpercentile([importance for _, importance in trained], (0, 100)))
+    # In a run of one round nothing has been drawn by importance.
+    known = [importance for _, importance in trained if importance > 0]
+    shades = LogNorm(min(known), max(known)) if known else None
     for row, (part, importance) in enumerate(trained):
         axes.barh(row, 100, color="#eeeeee", height=0.8)
         begin, width = 100 * part.first / part.size, 100 * (part.last - part.first) / part.size
-        axes.barh(row, width, left=begin, color=plt.cm.cividis(shades(importance)), height=0.8)
+        color = plt.cm.cividis(shades(importance)) if shades and importance > 0 else "#888888"
+        axes.barh(row, width, left=begin, color=color, height=0.8)
     names = [f"{part.matrix.rpartition('.')[2]} {part.matrix.split('.')[1]}" for part, _ in trained]
     axes.set_yticks(range(len(names)), names, fontsize=8)
     axes.set_xlim(0, 100)
     axes.set_xlabel("columns of the matrix, %: coloured ones are trained, in every round")
     axes.set_title("slices: a part of every layer")
-    axes.figure.colorbar(ScalarMappable(shades, "cividis"), ax=axes, label="mean ‖g‖² over rounds")
+    if shades:
+        axes.figure.colorbar(ScalarMappable(shades, "cividis"), ax=axes, label="mean ‖g‖² over rounds")
 
 
 def _modules(axes: Axes, rounds: Rounds) -> None:
