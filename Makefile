@@ -1,7 +1,8 @@
 # Run by `make NAME`. Everything but gpu works inside .venv, made on first use.
 
 PYTHON ?= python3
-# Set by `make gpu STAGE=bench OUT=folder`; ARGS goes on to the benchmark, or to finetune, as it is. PARTS=step,train are some of first.
+# Set by `make gpu STAGE=bench OUT=folder`; PARTS=step,train are some of first. ARGS goes on to the benchmark, or to
+# finetune, as it is.
 STAGE ?= first
 OUT ?= out/gpu
 PARTS ?=

@@ -133,6 +133,18 @@ def searches_of(task: str, early: int, late: int) -> tuple[Search, ...]:
 SEARCHES = (
     *searches_of(TASKS[0], 1, 5),
     *searches_of(TASKS[1], 3, 5),
+    # Who leads when a run is long: the rates of short ones are in the middle of the search.
+    *(
+        Search(8, first(task, method, delta, power, state), at(1, delta))
+        for task in LONG
+        for method, delta, power, state in (
+            ("AdamW", 1.0, 1, "fp32"),
+            ("slices", 0.03, 5, "int8"),
+            ("slices, redrawn", 0.03, 5, "int8"),
+            ("LoRA", 0.03, 4, "int8"),
+            ("MISA", 0.03, 3, "int8"),
+        )
+    ),
 )
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import charts
+from benchmarks.quality.equal_bytes import LOW_RANK
 from benchmarks.quality.regime_table import (
     WHOLE,
     Runs,
@@ -89,7 +90,7 @@ def cells_of(row: Mapping[str, Any]) -> tuple[str, ...]:
     return (
         row["method"],
         "" if row["method"] in WHOLE else f"{row['delta']:g}",
-        f"{row['size']:.0f}" if row["size"] > 1 else "",
+        f"{row['size']:.0f}" if row["size"] > 1 or row["method"] in LOW_RANK else "",
         str(row["rounds_of"] or ""),
         f"{row['training_bytes'] / 1e6:,.1f}",
         f"{row['lr']:g}",

