@@ -9,6 +9,7 @@ import platform
 import shlex
 import subprocess
 import sys
+from collections.abc import Mapping
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -85,6 +86,17 @@ def output_of(*command: str) -> str | None:
     return done.stdout.strip() if done.returncode == 0 else None
 
 
+def text_of(content: Mapping[str, Any]) -> str:
+    """Return JSON with a line for each key, and for each entry of a list there: a run or a row is a line of a diff."""
+
+    def value_of(value: Any) -> str:
+        entries = ",\n".join(map(json.dumps, value)) if isinstance(value, list) else ""
+        return f"[\n{entries}\n]" if entries else json.dumps(value)
+
+    lines = ",\n".join(f"{json.dumps(key)}: {value_of(value)}" for key, value in content.items())
+    return f"{{\n{lines}\n}}\n"
+
+
 def write(folder: Path, name: str, content: dict[str, Any]) -> Path:
     """Write `content` to folder/name.json and return the path; the folder is made where it is missing.
 
@@ -92,6 +104,6 @@ def write(folder: Path, name: str, content: dict[str, Any]) -> Path:
     """
     folder.mkdir(parents=True, exist_ok=True)
     path, new = folder / f"{name}.json", folder / f"{name}.json.new"
-    new.write_text(json.dumps(content, indent=2) + "\n")
+    new.write_text(text_of(content))
     new.replace(path)
     return path

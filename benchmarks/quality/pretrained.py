@@ -8,6 +8,7 @@ benchmarks/results/pretrained.{json,md,png}. It needs the `bench` extra.
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,7 @@ DELTAS = (0.01, 0.03, 0.25)
 TASKS = ("German manuals", "C++ headers")
 LAYERS = 30
 # Runs of another length than STEPS.
-LONG = {"C++ headers, 1,000 steps": 1000}
+LONG = {"German manuals, 1,000 steps": 1000}
 
 
 def steps_of(task: str) -> int:
@@ -106,36 +107,31 @@ def first(task: str, method: str, delta: float, power: int, state: str = "int8",
     return Job(task, method, state, delta, inner_steps, power, TUNING_SEED)
 
 
-def searches_of(task: str, early: int, late: int) -> tuple[Search, ...]:
-    """Return the searches of a task: what answers most at stage `early`, the rest at `late`."""
-    adamw = first(task, "AdamW", 1.0, 1, "fp32")
+def searched(stage: int, job: Job, seeds: int = 3) -> Search:
+    """Return the search for a method's learning rate, which begins at the job's."""
+    return Search(stage, job, at(seeds, job.delta))
+
+
+def searches_of(task: str, early: int) -> Iterator[Search]:
+    """Yield the searches of a task: those that decide, at stage `early`, and the rest."""
+    yield searched(early, first(task, "AdamW", 1.0, 1, "fp32"))
+    for method, powers in (("slices", (6, 5, 2)), ("LoRA", (5, 5, 2)), ("LoRA, down", (5, 5, 3)), ("MISA", (3, 3, 2))):
+        for delta, power in zip(DELTAS, powers, strict=True):
+            decides = 3 if method == "MISA" else early
+            yield searched(4 if delta > 0.1 else decides, first(task, method, delta, power))
+    yield searched(6, first(task, "DoRA", 0.03, 5))
+    yield searched(6, first(task, "GaLore", 0.03, 4))
     # One round a layer, for what trains whole ones.
-    rounds = steps_of(task) // LAYERS
-    return (
-        Search(early, adamw, at(3, 1.0)),
-        *(
-            Search(stage + (delta > 0.1), first(task, method, delta, power), at(3, delta))
-            for stage, method, powers in (
-                (early, "slices", (6, 5, 2)),
-                (early, "LoRA", (5, 5, 2)),
-                (early, "LoRA, down", (5, 5, 3)),
-                (early, "MISA", (3, 3, 2)),
-                (late + 1, "DoRA", (5, 5, 2)),
-                (late + 1, "GaLore", (5, 4, 3)),
-            )
-            for delta, power in zip(DELTAS, powers, strict=True)
-        ),
-        Search(late, first(task, "BAdam", 0.03, 1, "fp32", rounds), at(3, 0.03)),
-        Search(late, first(task, "LISA", 0.03, 1, "fp32", rounds), at(3, 0.03)),
-    )
+    for method in ("BAdam", "LISA"):
+        yield searched(6, first(task, method, 0.03, 1, "fp32", STEPS // LAYERS))
 
 
 SEARCHES = (
-    *searches_of(TASKS[0], 1, 5),
-    *searches_of(TASKS[1], 3, 5),
+    *searches_of(TASKS[0], 1),
+    *searches_of(TASKS[1], 2),
     # Who leads when a run is long: the rates of short ones are in the middle of the search.
     *(
-        Search(8, first(task, method, delta, power, state), at(1, delta))
+        searched(5, first(task, method, delta, power, state), 1)
         for task in LONG
         for method, delta, power, state in (
             ("AdamW", 1.0, 1, "fp32"),

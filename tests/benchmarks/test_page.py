@@ -7,7 +7,7 @@ import re
 
 import pytest
 
-from benchmarks import charts, page
+from benchmarks import charts, page, record
 
 pytest.importorskip("matplotlib")
 
@@ -109,3 +109,10 @@ def test_a_chart_knows_what_it_shows(tmp_path):
     panels["one"]["b"]["forward_ms"] = 1.1
     assert not charts.shows(path, panels)
     assert not charts.shows(tmp_path / "none.png", panels)
+
+
+def test_a_record_has_a_line_for_each_entry(tmp_path) -> None:
+    content = {"device": {"type": "cpu"}, "rows": [{"a": 1.5}, {"a": [2, 3]}], "goals": [], "missing": 0}
+    path = record.write(tmp_path, "some", content)
+    assert json.loads(path.read_text()) == content and not list(tmp_path.glob("*.new"))
+    assert path.read_text().splitlines()[2:5] == ['"rows": [', '{"a": 1.5},', '{"a": [2, 3]}']
