@@ -38,11 +38,19 @@ from examples.demo.data import Batch
 from examples.demo.train import train
 from misa_kernels import MISA, ImportanceSampler, UniformSampler, lisa, param_groups, slices
 
+# Of the norms beside slices, whatever the rate of these.
+NORM_LR = 1e-3
+
 
 def always_trained(model: nn.Module) -> dict[str, nn.Parameter]:
     """Return by name what pre-training trains at every step: embedding and norms."""
     sampled = {id(matrix.weight) for matrix in matrices(model).values()}
     return {name: parameter for name, parameter in model.named_parameters() if id(parameter) not in sampled}
+
+
+def vectors(model: nn.Module) -> int:
+    """Return the elements of the tensors of one dimension, which in a LLaMA are the norms."""
+    return sum(parameter.numel() for parameter in model.parameters() if parameter.ndim == 1)
 
 
 def layer_share(model: nn.Module) -> float:
@@ -65,7 +73,10 @@ def training_bytes(job: Job, model: nn.Module, size: float) -> int:
     if job.method == "BAdam":
         # Its float32 copies of the layer, their gradients and two moments.
         return math.ceil(size * parameters(model) * 4 * FP32_BYTES)
-    return LOW_RANK[job.method][0](model, int(size)) if job.method in LOW_RANK else misa_bytes(model, job.state, size)
+    if job.method in LOW_RANK:
+        return LOW_RANK[job.method][0](model, int(size))
+    norms = vectors(model) if job.method == "slices and norms" else 0
+    return misa_bytes(model, job.state, size + norms / parameters(model))
 
 
 def build(job: Job, model: nn.Module, lr: float, steps: int, size: float, adamw: AdamW = bitsandbytes_adamw) -> Built:
@@ -99,6 +110,7 @@ def build(job: Job, model: nn.Module, lr: float, steps: int, size: float, adamw:
         "uniform": {"sampler": UniformSampler()},
         "LISA": lisa(),
         "slices": slices(),
+        "slices and norms": slices(),
         # Four draws in a run.
         "slices, redrawn": slices(sampler=UniformSampler(granularity="slice", hold_rounds=1), inner_steps=steps // 4),
         "MISA": {},
@@ -107,7 +119,8 @@ def build(job: Job, model: nn.Module, lr: float, steps: int, size: float, adamw:
     rounds = {"inner_steps": job.inner_steps} if job.inner_steps else {"total_steps": steps}
     # Room for a whole layer must not be lost to rounding.
     delta = size * (1 + 1e-9)
-    groups = param_groups(model, "pretrain" if always else "finetune")
+    norm_lr = NORM_LR if job.method == "slices and norms" else None
+    groups = param_groups(model, "pretrain" if always else "finetune", norm_lr=norm_lr)
     return model, MISA(groups, lr=lr, delta=delta, state_dtype=job.state, seed=job.seed, **rounds | presets[job.method])
 
 

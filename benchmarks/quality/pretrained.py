@@ -119,6 +119,9 @@ def searches_of(task: str, early: int) -> Iterator[Search]:
         for delta, power in zip(DELTAS, powers, strict=True):
             decides = 3 if method == "MISA" else early
             yield searched(4 if delta > 0.1 else decides, first(task, method, delta, power))
+    yield from (
+        searched(early, first(task, "slices and norms", delta, power)) for delta, power in ((0.01, 6), (0.03, 5))
+    )
     yield searched(6, first(task, "DoRA", 0.03, 5))
     yield searched(6, first(task, "GaLore", 0.03, 4))
     # One round a layer, for what trains whole ones.

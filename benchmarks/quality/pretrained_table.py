@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -42,7 +43,7 @@ def summary(tuning: Runs, reporting: Runs, tasks: Sequence[str]) -> dict[str, An
         "rows": rows,
         "leads": ahead,
         "goals": [line for task in tasks for line in goals(task, rows, ahead[task])],
-        "tuning": searches(tuning),
+        "tuning": [search | {"least": least(search["losses"])} for search in searches(tuning)],
         "machines": machines(tuning, reporting),
     }
 
@@ -111,6 +112,56 @@ def by_task(content: Mapping[str, Any]) -> dict[str, list[dict[str, Any]]]:
     return found
 
 
+def in_short(content: Mapping[str, Any], deltas: Sequence[float] = (0.01, 0.03)) -> list[str]:
+    """Return the table that the README begins with: a line for each method and δ, the short tasks side by side."""
+    steps = content["plan"]["steps"]
+    tasks = [task for task in by_task(content) if steps[task] == min(steps.values())]
+    arms: dict[tuple[float, str], dict[str, Any]] = {}
+    for row in content["rows"]:
+        known = row["method"] in ("AdamW", "slices", "MISA", *LORA) and row["delta"] in (1.0, *deltas)
+        if row["task"] in tasks and known:
+            delta = row["delta"] if row["method"] not in WHOLE else 0.0
+            arms.setdefault((delta, row["method"]), {})[row["task"]] = row
+    order = ["AdamW", "slices", *LORA, "MISA"]
+    table = []
+    for (delta, method), found in sorted(arms.items(), key=lambda entry: (entry[0][0], order.index(entry[0][1]))):
+        own = [found.get(task) for task in tasks]
+        row = next(filter(None, own))
+        times = [row["time"] for row in own if row and row["time"] is not None]
+        size = f", rank {row['size']:.0f}" if method in LOW_RANK else ""
+        table.append(
+            (
+                method + size,
+                f"{delta:g}" if delta else "",
+                *("" if row is None else spread(row, "share", 100, 1) for row in own),
+                f"{sum(times) / len(times):.2f}" if times else "",
+                f"{row['training_bytes'] / 1e6:,.0f}",
+                f"{row['peak_bytes'] / 1e6:,.0f}" if row["peak_bytes"] else "",
+                *("" if row is None else spread(row, "forgetting", 1, 2) for row in own),
+            )
+        )
+    shares = " | ".join(f"{task}: % of AdamW's gain" for task in tasks)
+    forgetting = " | ".join(f"{task}: forgotten, nats" for task in tasks)
+    return cells(f" | δ | {shares} | time / AdamW's | training MB | peak MB | {forgetting}", table)
+
+
+def least(losses: Mapping[str, float]) -> float | None:
+    """Return the learning rate of the least loss, by a parabola over its logarithm through the best and its neighbours.
+
+    Args:
+        losses: Nats a token, by learning rate; None where the best lies at an end.
+    """
+    tried = sorted((math.log(float(lr)), loss) for lr, loss in losses.items())
+    best = min(range(len(tried)), key=lambda number: tried[number][1])
+    if not 0 < best < len(tried) - 1:
+        return None
+    (left, low), (middle, lowest), (right, high) = tried[best - 1 : best + 2]
+    fall, rise = (low - lowest) / (middle - left), (high - lowest) / (right - middle)
+    curvature = (rise + fall) / (right - left)
+    slope = (rise * (middle - left) - fall * (right - middle)) / (right - left)
+    return math.exp(middle - slope / (2 * curvature))
+
+
 def notes(content: Mapping[str, Any]) -> list[str]:
     """Return what was trained and what the columns mean."""
     plan = content["plan"]
@@ -161,11 +212,17 @@ def tables(content: Mapping[str, Any]) -> list[str]:
 def markdown(content: Mapping[str, Any]) -> str:
     """Return the summary as Markdown tables, with notes and the losses by learning rate."""
     tried = (
-        (search["task"], name_of(search), ", ".join(f"{lr}: {loss:.4f}" for lr, loss in search["losses"].items()))
+        (
+            search["task"],
+            name_of(search),
+            ", ".join(f"{lr}: {loss:.4f}" for lr, loss in search["losses"].items()),
+            "" if search["least"] is None else f"{search['least']:.2g}",
+        )
         for search in content["tuning"]
     )
-    lines = [*notes(content), *tables(content), "### Losses by learning rate, on the tuning text", ""]
-    return "\n".join([*lines, *cells("task | of | lr: nats", tried)])
+    lines = [*notes(content), "### In short", "", *in_short(content), *tables(content)]
+    lines += ["### Losses by learning rate, on the tuning text", ""]
+    return "\n".join([*lines, *cells("task | of | lr: nats | lr of the least, by a parabola", tried)])
 
 
 def lines(content: Mapping[str, Any]) -> list[str]:
