@@ -21,6 +21,7 @@ from benchmarks.quality.equal_bytes import (
     ADAPTERS,
     FP32_BYTES,
     LOW_RANK,
+    NORM_LR,
     AdamW,
     Built,
     adamw_bytes,
@@ -31,6 +32,7 @@ from benchmarks.quality.equal_bytes import (
     misa_bytes,
     parameters,
     update_in_backward,
+    vector_bytes,
 )
 from benchmarks.quality.regime_runs import VARIANTS, Job
 from benchmarks.train.trainers import block_optimizer
@@ -38,19 +40,11 @@ from examples.demo.data import Batch
 from examples.demo.train import train
 from misa_kernels import MISA, ImportanceSampler, UniformSampler, lisa, param_groups, slices
 
-# Of the norms beside slices, whatever the rate of these.
-NORM_LR = 1e-3
-
 
 def always_trained(model: nn.Module) -> dict[str, nn.Parameter]:
     """Return by name what pre-training trains at every step: embedding and norms."""
     sampled = {id(matrix.weight) for matrix in matrices(model).values()}
     return {name: parameter for name, parameter in model.named_parameters() if id(parameter) not in sampled}
-
-
-def vectors(model: nn.Module) -> int:
-    """Return the elements of the tensors of one dimension, which in a LLaMA are the norms."""
-    return sum(parameter.numel() for parameter in model.parameters() if parameter.ndim == 1)
 
 
 def layer_share(model: nn.Module) -> float:
@@ -75,8 +69,8 @@ def training_bytes(job: Job, model: nn.Module, size: float) -> int:
         return math.ceil(size * parameters(model) * 4 * FP32_BYTES)
     if job.method in LOW_RANK:
         return LOW_RANK[job.method][0](model, int(size))
-    norms = vectors(model) if job.method == "slices and norms" else 0
-    return misa_bytes(model, job.state, size + norms / parameters(model))
+    norms = vector_bytes(model) if job.method == "slices and norms" else 0
+    return misa_bytes(model, job.state, size) + math.ceil(norms)
 
 
 def build(job: Job, model: nn.Module, lr: float, steps: int, size: float, adamw: AdamW = bitsandbytes_adamw) -> Built:

@@ -115,15 +115,18 @@ def searched(stage: int, job: Job, seeds: int = 3) -> Search:
 def searches_of(task: str, early: int) -> Iterator[Search]:
     """Yield the searches of a task: those that decide, at stage `early`, and the rest."""
     yield searched(early, first(task, "AdamW", 1.0, 1, "fp32"))
-    for method, powers in (("slices", (6, 5, 2)), ("LoRA", (5, 5, 2)), ("LoRA, down", (5, 5, 3)), ("MISA", (3, 3, 2))):
-        for delta, power in zip(DELTAS, powers, strict=True):
-            decides = 3 if method == "MISA" else early
-            yield searched(4 if delta > 0.1 else decides, first(task, method, delta, power))
-    yield from (
-        searched(early, first(task, "slices and norms", delta, power)) for delta, power in ((0.01, 6), (0.03, 5))
-    )
-    yield searched(6, first(task, "DoRA", 0.03, 5))
-    yield searched(6, first(task, "GaLore", 0.03, 4))
+    for method, powers, stages in (
+        ("slices", (6, 5, 2), (early, early, 4)),
+        ("slices and norms", (6, 5, 2), (early, early, 4)),
+        ("LoRA", (5, 5, 2), (early, early, 4)),
+        ("LoRA, down", (5, 5, 3), (early, early, 4)),
+        ("LoRA and norms", (5, 5, 2), (3, 3, 8)),
+        ("MISA", (3, 3, 2), (3, 3, 8)),
+        ("DoRA", (5, 5, 2), (8, 6, 8)),
+        ("GaLore", (5, 4, 3), (8, 6, 8)),
+    ):
+        for delta, power, stage in zip(DELTAS, powers, stages, strict=True):
+            yield searched(stage, first(task, method, delta, power))
     # One round a layer, for what trains whole ones.
     for method in ("BAdam", "LISA"):
         yield searched(6, first(task, method, 0.03, 1, "fp32", STEPS // LAYERS))

@@ -65,7 +65,19 @@ def test_galore_projects_no_matrix_to_more_than_it_has(model) -> None:
     assert grows < equal_bytes.galore_bytes(model, 10) - equal_bytes.galore_bytes(model, 9)
 
 
-@pytest.mark.parametrize("method", ["AdamW", "LoRA", "LoRA, down", "slices", "slices, redrawn", "MISA"])
+@pytest.mark.parametrize(
+    "method",
+    [
+        "AdamW",
+        "LoRA",
+        "LoRA, down",
+        "LoRA and norms",
+        "slices",
+        "slices and norms",
+        "slices, redrawn",
+        "MISA",
+    ],
+)
 def test_what_is_trained_is_what_the_method_says(method: str, model) -> None:
     if method.startswith("LoRA"):
         pytest.importorskip("peft")
@@ -82,14 +94,17 @@ def test_what_is_trained_is_what_the_method_says(method: str, model) -> None:
         name.replace("base_model.model.", "").replace("base_layer.", ""): p for name, p in trained.named_parameters()
     }
     moved = {name for name, weight in model.named_parameters() if not torch.equal(now[name], weight)}
+    norms = {name for name, weight in model.named_parameters() if weight.ndim == 1}
     adapters = [name for name, weight in now.items() if "lora_B" in name and weight.any()]
     if method == "AdamW":
         assert len(moved) == len(dict(model.named_parameters()))
     elif method.startswith("LoRA"):
-        assert not moved and len(adapters) == (3 if "down" in method else 21)
+        assert moved == (norms if "norms" in method else set())
+        assert len(adapters) == (3 if "down" in method else 21)
         assert isinstance(optimizer, MISA) and optimizer.param_groups[0]["weight_decay"] == 0.01
     else:
-        assert moved and all(".layers." in name and "norm" not in name for name in moved)
+        assert moved - norms and all(".layers." in name for name in moved - norms)
+        assert moved & norms == (norms if "norms" in method else set())
     if isinstance(optimizer, MISA) and method == "slices, redrawn":
         assert optimizer.inner_steps == 25
 
