@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 from unittest import mock
 
 import torch
@@ -30,10 +29,8 @@ MISA_STATE_BYTES = {"fp32": 2 * 4.0, "int8": 2 * (1 + 4 / BLOCK)}
 Built = tuple[nn.Module, torch.optim.Optimizer]
 # Chooses matrices of a model, by name.
 Choice = Callable[[nn.Module], dict[str, nn.Linear]]
-# Makes an optimizer of these groups with this learning rate.
-AdamW = Callable[[list[dict[str, Any]], float], torch.optim.Optimizer]
-# Of the norms beside slices or adapters, whatever the rate of these.
-NORM_LR = 1e-3
+# Makes an optimizer of these parameters with this learning rate.
+AdamW = Callable[[list[nn.Parameter], float], torch.optim.Optimizer]
 
 
 def layers_of(model: nn.Module) -> nn.ModuleList:
@@ -51,16 +48,6 @@ def matrices(model: nn.Module) -> dict[str, nn.Linear]:
 def parameters(model: nn.Module) -> int:
     """Return the number of parameters of a model."""
     return sum(parameter.numel() for parameter in model.parameters())
-
-
-def vectors(model: nn.Module) -> list[nn.Parameter]:
-    """Return the tensors of one dimension, which in a LLaMA are the norms."""
-    return [parameter for parameter in model.parameters() if parameter.ndim == 1]
-
-
-def vector_bytes(model: nn.Module) -> float:
-    """Return the training bytes of the norms with int8 states."""
-    return sum(vector.numel() for vector in vectors(model)) * (MISA_STATE_BYTES["int8"] + FP32_BYTES)
 
 
 def misa_bytes(model: nn.Module, state: str, delta: float) -> int:
@@ -83,13 +70,12 @@ def down(model: nn.Module) -> dict[str, nn.Linear]:
     return {name: matrix for name, matrix in matrices(model).items() if name.endswith("down_proj")}
 
 
-def lora_bytes(model: nn.Module, rank: int, of: Choice = matrices, dora: bool = False, norms: bool = False) -> int:
+def lora_bytes(model: nn.Module, rank: int, of: Choice = matrices, dora: bool = False) -> int:
     """Return the training bytes of LoRA: adapters, all their gradients, and states; of DoRA, magnitudes besides."""
     sizes = [rank * features for matrix in of(model).values() for features in matrix.weight.shape]
     if dora:
         sizes += [matrix.out_features for matrix in of(model).values()]
-    more = math.ceil(vector_bytes(model)) if norms else 0
-    return 2 * FP32_BYTES * sum(sizes) + bnb_states_bytes(sizes) + more
+    return 2 * FP32_BYTES * sum(sizes) + bnb_states_bytes(sizes)
 
 
 def galore_bytes(model: nn.Module, rank: int) -> int:
@@ -125,14 +111,14 @@ def ranks(method: str, model: nn.Module) -> range:
     return range(1, (max if method == "GaLore" else min)(sides) + 1)
 
 
-def bitsandbytes_adamw(trained: list[dict[str, Any]], lr: float) -> torch.optim.Optimizer:
+def bitsandbytes_adamw(trained: list[nn.Parameter], lr: float) -> torch.optim.Optimizer:
     """Return AdamW with the 8-bit states that most who train adapters take; slow on CPUs."""
     from bitsandbytes.optim import AdamW8bit
 
     return AdamW8bit(trained, lr=lr, weight_decay=1e-2, min_8bit_size=1)
 
 
-def misa_adamw(trained: list[dict[str, Any]], lr: float) -> torch.optim.Optimizer:
+def misa_adamw(trained: list[nn.Parameter], lr: float) -> torch.optim.Optimizer:
     """Return AdamW with the 8-bit states of MISA, which on CPUs takes a fiftieth of the time of bitsandbytes'."""
     return MISA(trained, lr=lr, delta=1.0, weight_decay=1e-2, state_dtype="int8")
 
@@ -144,21 +130,15 @@ def lora(
     seed: int,
     of: Choice = matrices,
     dora: bool = False,
-    norms: bool = False,
     adamw: AdamW = bitsandbytes_adamw,
 ) -> Built:
-    """Return the model with adapters of these matrices, and what trains them, and the norms if they shall be."""
+    """Return the model with adapters of these matrices, and what trains them."""
     from peft import LoraConfig, get_peft_model
 
     config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=list(of(model)), use_dora=dora)
     torch.manual_seed(seed)
     wrapped = get_peft_model(model, config)
-    groups: list[dict[str, Any]] = [{"params": [weight for weight in wrapped.parameters() if weight.requires_grad]}]
-    if norms:
-        groups.append({"params": vectors(wrapped), "lr": NORM_LR, "weight_decay": 0.0})
-        for vector in groups[-1]["params"]:
-            vector.requires_grad_(True)
-    return wrapped, adamw(groups, lr)
+    return wrapped, adamw([parameter for parameter in wrapped.parameters() if parameter.requires_grad], lr)
 
 
 def update_in_backward(
@@ -206,9 +186,8 @@ def galore(model: nn.Module, rank: int, lr: float, seed: int) -> Built:
 LOW_RANK: dict[str, tuple[Callable[[nn.Module, int], int], Callable[..., Built]]] = {
     "LoRA": (lora_bytes, lora),
     "LoRA, down": (partial(lora_bytes, of=down), partial(lora, of=down)),
-    "LoRA and norms": (partial(lora_bytes, norms=True), partial(lora, norms=True)),
     "DoRA": (partial(lora_bytes, dora=True), partial(lora, dora=True)),
     "GaLore": (galore_bytes, galore),
 }
 # Those with an optimizer of their choice.
-ADAPTERS = ("LoRA", "LoRA, down", "LoRA and norms", "DoRA")
+ADAPTERS = ("LoRA", "LoRA, down", "DoRA")

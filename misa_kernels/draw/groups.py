@@ -14,7 +14,6 @@ from torch import nn
 from misa_kernels.draw import linears
 from misa_kernels.draw.adapters import trains_for_peft
 from misa_kernels.draw.found import Found, Groups
-from misa_kernels.draw.matrices import is_norm
 from misa_kernels.draw.order import Trace, remember
 from misa_kernels.draw.roles import EXPERTS, MATRICES, places_of
 from misa_kernels.draw.slices import axis_of
@@ -38,7 +37,6 @@ def param_groups(
     frozen: Iterable[nn.Module | nn.Parameter] = (),
     layers: Iterable[nn.Module] | None = None,
     example: Any = None,
-    norm_lr: float | None = None,
 ) -> Groups:
     """Sort the parameters of a model into groups for `MISA`, by how they are trained.
 
@@ -82,12 +80,10 @@ def param_groups(
         layers: The layers, in the order in which they run, if what is found is not what is meant.
         example: Arguments of one forward pass, a dict, a tuple or a tensor, which is run without gradients to see in
             which order the layers run and what they read. `rehearse()` is exact to a few per cent with it.
-        norm_lr: Learning rate at which the norms in the layers and behind them are trained at every step, without
-            weight decay; None leaves them to `mode`.
 
     Returns:
-        At most four groups, without empty ones, one of them of norms with a rate of their own; printed, a table of
-        what was found, which `found` holds. Each group has the keys
+        At most three groups, without empty ones; printed, a table of what was found, which `found` holds. Each group
+        has the keys
 
         - "params": (name, parameter) pairs;
         - "role": "sampled", "dense" or "frozen";
@@ -97,13 +93,12 @@ def param_groups(
           it: the one that it lies in, else the next one, None behind the last;
         - "slices": for each parameter how it is cut with `granularity="slice"`: its part, such as "down", and the
           axis, 0 for rows and 1 for columns of the tensor; None where it is not;
-        - "thawed", where the user has frozen some: the role of each frozen one if it is thawed in mid-run;
-        - "lr" and "weight_decay", of norms with `norm_lr` alone.
+        - "thawed", where the user has frozen some: the role of each frozen one if it is thawed in mid-run.
 
     Raises:
         TypeError: If `model` is not a module, or a list of modules and parameters holds anything else.
-        ValueError: For an unknown `mode` or `experts`, a `norm_lr` without norms to train, or if a list names something
-            that is not in the model, that cannot be trained, or that another list names, too.
+        ValueError: For an unknown `mode` or `experts`, or if a list names something that is not in the model, that
+            cannot be trained, or that another list names, too.
 
     Example, a BERT classifier, whose head is new::
 
@@ -121,8 +116,7 @@ def param_groups(
     if experts not in ("each", "whole"):
         raise ValueError(f"experts={experts!r} must be 'each' (an expert is a module) or 'whole' (a stack of them is)")
     with kept():
-        lists = {"sampled": sampled, "dense": dense, "frozen": frozen}
-        return _grouped(model, mode, experts, lists, layers, example, norm_lr)
+        return _grouped(model, mode, experts, {"sampled": sampled, "dense": dense, "frozen": frozen}, layers, example)
 
 
 def _grouped(
@@ -132,7 +126,6 @@ def _grouped(
     lists: Mapping[str, Iterable[nn.Module | nn.Parameter]],
     layers: Iterable[nn.Module] | None,
     example: Any,
-    norm_lr: float | None,
 ) -> Groups:
     """Return the groups; see `param_groups`."""
     nodes = nodes_of(model)
@@ -146,33 +139,26 @@ def _grouped(
     rest = "dense" if mode == "pretrain" or trains_for_peft(node.module for node in nodes) else "frozen"
 
     groups: dict[str, dict[str, Any]] = {
-        name: {"params": [], "role": role, "modules": [], "layers": [], "slices": []}
-        for name, role in (("sampled", "sampled"), ("dense", "dense"), ("norms", "dense"), ("frozen", "frozen"))
+        role: {"params": [], "role": role, "modules": [], "layers": [], "slices": []}
+        for role in ("sampled", "dense", "frozen")
     }
-    groups["norms"] |= {"lr": norm_lr, "weight_decay": 0.0}
     thawed: list[str] = []
     found: list[Found] = []
     axes = linears.find(node.module for node in nodes)
-    for (name, param, _, node), (what, module, _), spot in zip(places, kinds, spots, strict=True):
+    for (name, param, _, _), (what, module, _), spot in zip(places, kinds, spots, strict=True):
         role, why = "sampled" if what in MATRICES and spot.layer is not None else rest, spot.why
-        # One in front of the first layer would have all of backward run.
-        is_late = spot.layer is not None or spot.lowest is None
-        is_own_norm = is_norm(node.module) and not node.module._modules
-        has_own_rate = norm_lr is not None and is_late and is_own_norm and what not in MATRICES
-        if has_own_rate:
-            role, why = "dense", "norm with norm_lr"
         if id(param) in meant:
             role = meant[id(param)]
-            why, has_own_rate = f"named in {role}=[...]", False
+            why = f"named in {role}=[...]"
         if not param.is_floating_point():
-            role, why, has_own_rate = "frozen", str(param.dtype).removeprefix("torch."), False
+            role, why = "frozen", str(param.dtype).removeprefix("torch.")
         modules: tuple[str, ...] = (name,)
         if role == "sampled" and what != EXPERTS:
             modules = (module,)
         elif role == "sampled" and experts == "each":
             modules = tuple(f"{module}.{expert}" for expert in range(len(param)))
         if id(param) in trained:
-            group = groups["norms" if has_own_rate else role]
+            group = groups[role]
         else:
             group, why = groups["frozen"], f"you froze it ({why})"
         if group is groups["frozen"]:
@@ -186,8 +172,6 @@ def _grouped(
         found.append(Found(name, param, spot.layer, modules, group["role"], why, *spot.flow))
     if not {"sampled", "dense"}.isdisjoint(thawed):
         groups["frozen"]["thawed"] = thawed
-    if norm_lr is not None and not groups["norms"]["params"]:
-        raise ValueError(f"norm_lr={norm_lr} needs a norm with requires_grad=True: set that, or leave norm_lr out")
     _say(found, nodes, trained, set(meant))
     if places:
         remember(order, places[0].param)

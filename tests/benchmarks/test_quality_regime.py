@@ -18,9 +18,7 @@ from misa_kernels import MISA, ImportanceSampler
 
 SCALE = SCALES["5m"]
 MISA_JOB = Job("fine-tuning", "MISA", "int8", 0.03, 0, 1, 1)
-# Norms beside adapters are of the comparison on real weights.
-LOW_RANK = [method for method in equal_bytes.LOW_RANK if "norms" not in method]
-METHODS = ("AdamW", *LOW_RANK, "BAdam", "LISA", "uniform", "MISA", "slices", *VARIANTS)
+METHODS = ("AdamW", *equal_bytes.LOW_RANK, "BAdam", "LISA", "uniform", "MISA", "slices", *VARIANTS)
 
 
 def built(job: Job, model: nn.Module) -> tuple[nn.Module, torch.optim.Optimizer]:

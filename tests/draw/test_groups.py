@@ -11,7 +11,6 @@ import torch
 from architectures import LLAMA_REST, MODELS, Block, Expected, Staged, lora
 from torch import nn
 
-from misa_kernels import MISA, slices
 from misa_kernels.draw.groups import param_groups
 
 
@@ -190,71 +189,6 @@ def test_dense_takes_matrices_out_of_the_sampling():
     assert len(groups[1]["params"]) == 9
 
 
-@pytest.mark.parametrize("expected", MODELS.values(), ids=MODELS.keys())
-def test_norms_with_a_rate_of_their_own(expected: Expected):
-    model = expected.build()
-    plain = param_groups(model)
-    norms = {
-        f"{name}.{own}" if name else own
-        for name, module in model.named_modules()
-        for own, param in module.named_parameters(recurse=False)
-        if "norm" in type(module).__name__.lower() and param.ndim == 1
-    }
-    late = {found.name for found, layer in zip(plain.found, places(plain), strict=True) if found.layer or layer is None}
-    if not norms & late:
-        with pytest.raises(ValueError, match="norm_lr=0.001 needs a norm with requires_grad=True"):
-            param_groups(model, norm_lr=1e-3)
-        return
-    for mode in ("finetune", "pretrain"):
-        groups = param_groups(model, mode, norm_lr=1e-3)
-        (own,) = [group for group in groups if "lr" in group]
-        assert {name for name, _ in own["params"]} == norms & late
-        assert (own["role"], own["lr"], own["weight_decay"]) == ("dense", 1e-3, 0.0)
-        assert flat(groups, "layers") == flat(plain, "layers") and groups.layers == plain.layers
-
-
-def places(groups: list[dict[str, Any]]) -> list[str | None]:
-    """The lowest layer that backward must reach for each parameter, in the model's order."""
-    lowest = flat(groups, "layers")
-    return [lowest[found.name] for found in groups.found]
-
-
-def test_a_norm_in_front_of_the_layers_does_not_prolong_backward():
-    groups = param_groups(MODELS["BERT"].build(), norm_lr=1e-3)
-    roles = flat(groups, "role")
-    assert roles["bert.embeddings.LayerNorm.weight"] == "frozen"
-    assert roles["bert.encoder.layer.0.output.LayerNorm.weight"] == "dense"
-    assert "norm with norm_lr" in str(groups)
-
-
-def test_norms_that_are_named_or_frozen_have_no_rate_of_their_own():
-    model = MODELS["LLaMA"].build()
-    layers = model.model.layers
-    layers[0].input_layernorm.weight.requires_grad_(False)
-    chosen = {"frozen": [layers[1].input_layernorm], "dense": [model.model.norm]}
-    groups = param_groups(model, norm_lr=1e-3, **chosen)
-    rates = {name: group.get("lr") for group in groups for name, _ in group["params"] if "norm" in name}
-    own = {"model.layers.0.post_attention_layernorm.weight", "model.layers.1.post_attention_layernorm.weight"}
-    assert {name for name, rate in rates.items() if rate is not None} == own
-    assert flat(groups, "role")["model.norm.weight"] == "dense"
-
-
-def test_norms_learn_at_their_own_rate_beside_slices():
-    torch.manual_seed(0)
-    model = MODELS["LLaMA"].build()
-    optimizer = MISA(param_groups(model, norm_lr=1e-3), lr=1e-2, delta=0.1, weight_decay=0.5, **slices())
-    before = {name: param.detach().clone() for name, param in model.named_parameters()}
-    model(torch.randint(8, (2, 4))).logits.square().mean().backward()
-    optimizer.step()
-    moved = {name: (param - before[name]).abs().max().item() for name, param in model.named_parameters()}
-    norms = {name: step for name, step in moved.items() if "norm" in name}
-    # Adam's first step is the rate, whatever the gradient.
-    assert len(norms) == 5 and all(step == pytest.approx(1e-3, rel=0.02) for step in norms.values())
-    assert all(step == pytest.approx(1e-2, rel=0.2) for name, step in moved.items() if "down_proj" in name)
-    optimizer.release()
-    assert all(param.requires_grad for param in model.parameters())
-
-
 def test_dense_head_that_is_tied():
     model = MODELS["LLaMA, tied"].build()
     (pair,) = param_groups(model, dense=[model.lm_head])[1]["params"]
@@ -318,11 +252,6 @@ ERRORS = {
         half_foreign,
         ValueError,
         "dense[0], Sequential of 25 elements, must lie in the model: take it from the one given to param_groups",
-    ),
-    "no norm": (
-        lambda: {"model": nn.Sequential(nn.Linear(2, 2)), "norm_lr": 1e-3},
-        ValueError,
-        "norm_lr=0.001 needs a norm with requires_grad=True: set that, or leave norm_lr out",
     ),
     "frozen": (
         frozen_head,
