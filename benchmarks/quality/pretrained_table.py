@@ -27,6 +27,8 @@ from benchmarks.tables import cells, goal, goal_lines
 # as fast, and of its peak; forgetting, in nats, no more than its.
 AHEAD, FASTER, PEAK = 2.0, 1.2, 1.0
 LORA = ("LoRA", "LoRA, down")
+# The stated rule: the rate of slices is this over δ times AdamW's; and how far off it may be.
+RULE, OFF = 0.75, 1.5
 HEADER = (
     "method | δ, or δ of equal bytes | rank | T | training MB | lr | share of AdamW's gain, % | time / AdamW's | "
     "peak MB | forgetting, nats | loss, nats a token | seeds"
@@ -39,11 +41,14 @@ def summary(tuning: Runs, reporting: Runs, tasks: Sequence[str]) -> dict[str, An
     rows = [row_of(key, runs) | {"peak_bytes": peak_of(runs)} for key, runs in arms.items()]
     rows.sort(key=lambda row: (tasks.index(row["task"]), row["method"] != "AdamW", row["delta"], -row["share"]))
     ahead = {task: leads(arms, task) for task in tasks}
+    tried = [search | {"least": least(search["losses"])} for search in searches(tuning)]
+    ruled = rates(tried)
     return {
         "rows": rows,
         "leads": ahead,
-        "goals": [line for task in tasks for line in goals(task, rows, ahead[task])],
-        "tuning": [search | {"least": least(search["losses"])} for search in searches(tuning)],
+        "goals": [line for task in tasks for line in goals(task, rows, ahead[task])] + [off(line) for line in ruled],
+        "rates": ruled,
+        "tuning": tried,
         "machines": machines(tuning, reporting),
     }
 
@@ -76,6 +81,12 @@ def goals(task: str, rows: Runs, ahead: Runs) -> list[dict[str, Any]]:
     return found
 
 
+def off(line: Mapping[str, Any]) -> dict[str, Any]:
+    """Return how far the rule is from the best rate of slices, above it or below, as a goal."""
+    ratio = line["rule"] / line["slices"]
+    return goal("rule for the rate: factor off", f"{line['task']}, δ = {line['delta']:g}", OFF, max(ratio, 1 / ratio))
+
+
 def over(value: float | None, of: float | None) -> float | None:
     """Return a ratio; None of nothing."""
     return None if value is None or of is None else value / of
@@ -84,6 +95,44 @@ def over(value: float | None, of: float | None) -> float | None:
 def beyond(value: float | None, of: float | None) -> float | None:
     """Return a difference; None of nothing."""
     return None if value is None or of is None else value - of
+
+
+def rates(tuning: Runs) -> list[dict[str, Any]]:
+    """Return what the rule for the learning rate of slices is worth at each δ: AdamW's best, their own, and the rule's.
+
+    Args:
+        tuning: Searches with "least", see `least`.
+    """
+    best = {(search["task"], search["method"], search["delta"]): search["least"] for search in tuning}
+    found = []
+    for (task, method, delta), own in best.items():
+        adamw, lora = best.get((task, "AdamW", 1.0)), best.get((task, "LoRA", delta))
+        if method == "slices" and own and adamw:
+            over_lora = own / lora if lora else None
+            found.append(
+                {"task": task, "delta": delta, "adamw": adamw, "slices": own, "rule": RULE / delta * adamw}
+                | {"over_lora": over_lora}
+            )
+    return sorted(found, key=lambda line: (line["task"], line["delta"]))
+
+
+def rate_lines(found: Runs) -> list[str]:
+    """Return the rates as a Markdown table under its heading."""
+    header = "task | δ | best of AdamW | best of slices | over AdamW's | over LoRA's | the rule's | over the best"
+    rows = (
+        (
+            line["task"],
+            f"{line['delta']:g}",
+            f"{line['adamw']:.2g}",
+            f"{line['slices']:.2g}",
+            f"{line['slices'] / line['adamw']:.0f}",
+            "" if line["over_lora"] is None else f"{line['over_lora']:.1f}",
+            f"{line['rule']:.2g}",
+            f"{line['rule'] / line['slices']:.2f}",
+        )
+        for line in found
+    )
+    return ["### The learning rate of slices", "", *cells(header, rows)]
 
 
 def cells_of(row: Mapping[str, Any]) -> tuple[str, ...]:
@@ -221,7 +270,7 @@ def markdown(content: Mapping[str, Any]) -> str:
         for search in content["tuning"]
     )
     lines = [*notes(content), "### In short", "", *in_short(content), *tables(content)]
-    lines += ["### Losses by learning rate, on the tuning text", ""]
+    lines += [*rate_lines(content["rates"]), "### Losses by learning rate, on the tuning text", ""]
     return "\n".join([*lines, *cells("task | of | lr: nats | lr of the least, by a parabola", tried)])
 
 

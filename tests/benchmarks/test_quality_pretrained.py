@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gzip
 import importlib.util
+import json
 import math
 import os
 from dataclasses import asdict, replace
@@ -222,6 +223,44 @@ def test_the_table_has_quality_speed_memory_and_forgetting() -> None:
     assert row in text and "| AdamW |  | 3 |  |" in text
     assert f"### Slices beside the others, {TASK}, seeds paired" in text
     assert f"| {TASK} | slices int8, δ = 0.03 | 0.001: 1.4000 |" in text
+
+
+def test_the_rate_of_the_least_loss_is_that_of_a_parabola() -> None:
+    # Of (log lr - log .003)², whatever the distances.
+    losses = {f"{lr:g}": 2 + math.log(lr / 0.003) ** 2 for lr in (0.0005, 0.002, 0.0035, 0.016)}
+    assert pretrained_table.least(losses) == pytest.approx(0.003)
+    assert pretrained_table.least({"0.001": 1.0, "0.002": 2.0, "0.004": 3.0}) is None
+
+
+def test_the_rule_for_rates_is_judged_on_both_sides() -> None:
+    def search(method: str, delta: float, least: float | None) -> dict:
+        return {"task": TASK, "method": method, "delta": delta, "least": least}
+
+    tried = [search("AdamW", 1.0, 1e-4), search("slices", 0.01, 0.012), search("slices", 0.03, 0.0015)]
+    tried += [search("slices", 0.25, None), search("LoRA", 0.01, 0.004), search("MISA", 0.03, 0.001)]
+    found = pretrained_table.rates(tried)
+    assert [(line["delta"], round(line["rule"], 6)) for line in found] == [(0.01, 0.0075), (0.03, 0.0025)]
+    goals = [pretrained_table.off(line) for line in found]
+    assert [(round(line["value"], 3), line["met"]) for line in goals] == [(1.6, False), (1.667, False)]
+    assert "| 0.01 | 0.0001 | 0.012 | 120 | 3.0 | 0.0075 | 0.62 |" in "\n".join(pretrained_table.rate_lines(found))
+
+
+def test_the_short_table_has_tasks_side_by_side() -> None:
+    content = content_of((1.0, 1.1))
+    text = "\n".join(pretrained_table.in_short(content))
+    assert f"|  | δ | {TASK}: % of AdamW's gain | time / AdamW's |" in text
+    assert "| slices | 0.03 | 97.5 ± 3.5 | 0.60 | 8 | 700 | 0.20 ± 0.00 |" in text
+    assert "| LoRA, down, rank 3 | 0.03 |" in text and text.index("| AdamW |") < text.index("| slices |")
+    assert "redrawn" not in text
+
+
+def test_the_stated_rule_for_rates_holds_on_the_record() -> None:
+    record = json.loads((pretrained.RESULTS / "pretrained.json").read_text())
+    assert {(line["task"], line["delta"]) for line in record["rates"]} >= {
+        (task, delta) for task in pretrained.TASKS for delta in (0.01, 0.03)
+    }
+    for line in record["rates"]:
+        assert pretrained_table.off(line)["met"], line
 
 
 def test_the_chart_joins_the_budgets_of_a_method(tmp_path) -> None:
