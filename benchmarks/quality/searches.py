@@ -26,7 +26,8 @@ class Search:
     Attributes:
         stage: Searches of a lower stage come first, with all their seeds.
         first: The run in the middle of the first three.
-        arms: Of the runs that use the learning rate found: what differs from `first`, and how many seeds are reported.
+        arms: Of the runs that use the learning rate found: what differs from `first`, and how many seeds are reported;
+            0 of them report the run of the search itself.
     """
 
     stage: int
@@ -75,7 +76,7 @@ def reported(search: Search, power: int) -> list[Job]:
     return [
         replace(search.first, **changes, power=power, seed=seed)
         for changes, seeds in search.arms
-        for seed in range(1, seeds + 1)
+        for seed in (range(1, seeds + 1) if seeds else [search.first.seed])
     ]
 
 
@@ -94,8 +95,8 @@ def outcome(
     losses = {job: run["tuning_loss"] for job, run in results.items()}
     found = [(search, come_to(search.first, losses)[1]) for search in searches]
     reporting = dict.fromkeys(job for search, best in found if best is not None for job in reported(search, best))
-    seeds = {search.first.seed for search in searches}
-    tuning = [run for job, run in results.items() if job.seed in seeds]
+    own = {replace(search.first, power=0) for search in searches}
+    tuning = [run for job, run in results.items() if replace(job, power=0) in own]
     return tuning, [results[job] for job in reporting if job in results], len(wanted(searches, losses))
 
 

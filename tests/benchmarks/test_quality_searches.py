@@ -14,7 +14,7 @@ from torch import nn
 
 from benchmarks.quality.equal_bytes import LOW_RANK, largest_rank, misa_bytes
 from benchmarks.quality.regime_runs import PACKAGES, Job, at, first
-from benchmarks.quality.searches import Search, run_all, wanted
+from benchmarks.quality.searches import Search, outcome, run_all, wanted
 from examples.demo.data import finetuning_corpus, halves, header_files, split
 from examples.demo.model import Llama, LlamaConfig
 from examples.demo.train import batch_loss
@@ -107,6 +107,18 @@ def powers_asked(optimum: int) -> list[int]:
 @pytest.mark.parametrize(("optimum", "powers"), [(1, [1, 0, 2]), (2, [1, 0, 2, 3]), (-1, [1, 0, 2, -1, -2])])
 def test_search_goes_on_until_the_best_has_worse_neighbours(optimum: int, powers: list[int]) -> None:
     assert powers_asked(optimum) == powers
+
+
+def test_a_search_can_report_its_own_best_run() -> None:
+    search = Search(1, FIRST, at(0, 0.03))
+    results = {
+        replace(FIRST, power=power): {"tuning_loss": float(abs(power - 1)), "power": power} for power in range(3)
+    }
+    # Of another search, with the same seed.
+    results[replace(FIRST, method="uniform")] = {"tuning_loss": 0.5, "power": 1}
+    tuning, reporting, missing = outcome([search], results)
+    assert [run["power"] for run in tuning] == [0, 1, 2] and [run["power"] for run in reporting] == [1]
+    assert missing == 0
 
 
 def test_runs_go_by_stage_and_in_a_stage_by_seed() -> None:

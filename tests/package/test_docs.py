@@ -21,7 +21,7 @@ import pytest
 import torch
 
 import misa_kernels
-from benchmarks.quality import regime_table
+from benchmarks.quality import pretrained_table, regime_table
 from benchmarks.quality.regime_runs import TASKS
 from misa_kernels.__main__ import COMMANDS, main
 from misa_kernels.tools.planner.methods import SLICES, Setup, memory
@@ -285,7 +285,13 @@ def test_the_tables_of_small_deltas_are_those_of_the_record() -> None:
             assert time == f"{row['time']:.2f}"
 
 
-def test_the_readme_compares_methods_as_the_record_does() -> None:
+def test_the_table_that_the_readme_begins_with_is_that_of_the_record() -> None:
+    record = json.loads((ROOT / "benchmarks" / "results" / "pretrained.json").read_text())
+    text = (ROOT / "README.md").read_text()
+    assert "\n".join(pretrained_table.in_short(record, "benchmarks/results/pretrained.md")).strip() in text
+
+
+def test_methods_are_compared_on_a_small_model_as_the_record_does() -> None:
     record = json.loads((ROOT / "benchmarks" / "results" / "regime.json").read_text())
     rows = {
         (row["method"], row["delta"]): row
@@ -293,7 +299,9 @@ def test_the_readme_compares_methods_as_the_record_does() -> None:
         if (row["task"], row["state"], row["inner_steps"]) == ("fine-tuning", "int8", 0)
     }
     lines = re.findall(
-        r"^\| (slices|LoRA|LoRA, down|MISA) \| (.+) \| ([\d.]+) \|$", (ROOT / "README.md").read_text(), re.MULTILINE
+        r"^\| (slices|LoRA|LoRA, down|MISA) \| (.+) \| ([\d.]+) \|$",
+        (ROOT / "docs" / "choosing.md").read_text(),
+        re.MULTILINE,
     )
     assert len(lines) == 4
     for method, cells, time in lines:
