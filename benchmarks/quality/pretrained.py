@@ -123,9 +123,9 @@ def searches_of(task: str, early: int) -> Iterator[Search]:
     """Yield the searches of a task: those that decide, at stage `early`, and the rest."""
     yield searched(early, first(task, "AdamW", 1.0, 1, "fp32"))
     for method, powers, stages in (
-        ("slices", (6, 5, 2), (early, early, 4)),
-        ("LoRA", (5, 5, 2), (early, early, 4)),
-        ("LoRA, down", (5, 5, 3), (early, early, 4)),
+        ("slices", (6, 5, 2), (early, early, 5)),
+        ("LoRA", (5, 5, 2), (early, early, 5)),
+        ("LoRA, down", (5, 5, 3), (early, early, 5)),
         ("MISA", (3, 3, 2), (3, 3, 8)),
         ("DoRA", (5, 5, 2), (8, 6, 8)),
         ("GaLore", (5, 4, 3), (8, 6, 8)),
@@ -144,7 +144,7 @@ SEARCHES = (
     *(searched(1, first(TASKS[0], "slices and norms", delta, power)) for delta, power in ((0.01, 6), (0.03, 5))),
     # Who leads when a run is long: the rates of short ones are in the middle of the search.
     *(
-        Search(5, replace(first(LONG, method, delta, power, state), seed=LONG_SEED), at(0, delta))
+        Search(4, replace(first(LONG, method, delta, power, state), seed=LONG_SEED), at(0, delta))
         for method, delta, power, state in (
             ("AdamW", 1.0, 1, "fp32"),
             ("slices", 0.03, 5, "int8"),

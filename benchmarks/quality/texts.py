@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from examples.demo.data import header_files, split
 
 OUT = Path("out/pretrained")
-ANSWERS = Path("benchmarks/results/pretrained-answers.json")
+ANSWERS = Path("benchmarks/results/pretrained-answers.jsonl")
 MANUALS = Path("/usr/share/man/de")
 # Shorter pages say no more than which other page to read.
 LEAST_BYTES = 500
@@ -158,8 +158,10 @@ def answers() -> list[tuple[Tensor, int]]:
     They are kept there since another processor rounds otherwise, and soon says something else.
     """
     if not ANSWERS.exists():
-        ANSWERS.write_text(json.dumps(sample_answers(), separators=(",", ":")) + "\n")
-    return [(torch.tensor([said]), begin) for said, begin in json.loads(ANSWERS.read_text())]
+        lines = (json.dumps(answer, separators=(",", ":")) + "\n" for answer in sample_answers())
+        ANSWERS.write_text("".join(lines))
+    answers = map(json.loads, ANSWERS.read_text().splitlines())
+    return [(torch.tensor([said]), begin) for said, begin in answers]
 
 
 @torch.no_grad()

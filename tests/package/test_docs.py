@@ -264,6 +264,7 @@ def test_shares_of_improvement_are_those_of_the_record() -> None:
         row = rf"\| {method} \| {re.escape(state)} \| 0{delta} \|.*\| {share} \|.*\| {seeds} \|"
         assert re.search(row, record), row
     record += (ROOT / "benchmarks" / "results" / "regime.md").read_text()
+    record += (ROOT / "benchmarks" / "results" / "pretrained.md").read_text()
     assert set(re.findall(r"\d+\.\d ± \d\.\d", text)) <= set(re.findall(r"\d+\.\d ± \d\.\d", record))
 
 
@@ -289,6 +290,9 @@ def test_the_table_that_the_readme_begins_with_is_that_of_the_record() -> None:
     record = json.loads((ROOT / "benchmarks" / "results" / "pretrained.json").read_text())
     text = (ROOT / "README.md").read_text()
     assert "\n".join(pretrained_table.in_short(record, "benchmarks/results/pretrained.md")).strip() in text
+    said = re.findall(r"\d+\.\d ± \d+\.\d", text.split("## What it buys")[1].split("\n## ")[0].split("\n\n")[-1])
+    written = (ROOT / "benchmarks" / "results" / "pretrained.md").read_text()
+    assert len(said) == 2 and set(said) <= set(re.findall(r"\+(\d+\.\d ± \d+\.\d)", written))
 
 
 def test_methods_are_compared_on_a_small_model_as_the_record_does() -> None:
