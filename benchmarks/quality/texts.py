@@ -160,8 +160,7 @@ def answers() -> list[tuple[Tensor, int]]:
     if not ANSWERS.exists():
         lines = (json.dumps(answer, separators=(",", ":")) + "\n" for answer in sample_answers())
         ANSWERS.write_text("".join(lines))
-    answers = map(json.loads, ANSWERS.read_text().splitlines())
-    return [(torch.tensor([said]), begin) for said, begin in answers]
+    return [(torch.tensor([said]), begin) for said, begin in map(json.loads, ANSWERS.read_text().splitlines())]
 
 
 @torch.no_grad()
