@@ -299,12 +299,13 @@ def lines(content: Mapping[str, Any]) -> list[str]:
 def draw(rows: Runs, path: Path) -> Path | None:
     """Draw the share of AdamW's improvement against training memory and time; a line joins the δ of a method."""
     panels = {}
+    # In every panel, so that a method has one colour.
+    names = sorted({row["method"] for row in rows} - {"AdamW"})
     for task, own in by_task({"rows": rows}).items():
         for by, label, key, factor in (
             ("memory", "states, gradients and extra weights, MB", "training_bytes", 1e-6),
             ("time", "time, of AdamW's training", "time", 1),
         ):
-            names = dict.fromkeys(row["method"] for row in own if row["method"] != "AdamW" and row[key] is not None)
             panels[f"{task}, by {by}"] = (
                 label,
                 {
