@@ -111,11 +111,8 @@ def rates(tuning: Runs) -> list[dict[str, Any]]:
     for (task, method, delta), own in best.items():
         adamw, lora = best.get((task, "AdamW", 1.0)), best.get((task, "LoRA", delta))
         if method == "slices" and own and adamw:
-            over_lora = own / lora if lora else None
-            found.append(
-                {"task": task, "delta": delta, "adamw": adamw, "slices": own, "rule": RULE / delta * adamw}
-                | {"over_lora": over_lora}
-            )
+            line = {"task": task, "delta": delta, "adamw": adamw, "slices": own, "rule": RULE / delta * adamw}
+            found.append(line | {"over_lora": over(own, lora)})
     return sorted(found, key=lambda line: (line["task"], line["delta"]))
 
 
