@@ -115,10 +115,15 @@ def run(
                 time.sleep(delay(step_s))
                 process.kill()
     process.join()
+    return life_of(printed, process.exitcode)
+
+
+def life_of(printed: list[str], exitcode: int | None) -> Life:
+    """Read what a process printed; where its output is unbuffered, a kill can leave half of the last line."""
+    finished = [line.split() for line in printed if line.endswith("\n")]
     # A process that failed before its first line has begun nothing.
-    begun_after = int(printed[0].split()[-1]) if printed else -1
-    losses = [(int(step), loss) for step, loss in (line.split() for line in printed[1:])]
-    return Life(begun_after, losses, process.exitcode)
+    begun_after = int(finished[0][-1]) if finished else -1
+    return Life(begun_after, [(int(step), loss) for step, loss in finished[1:]], exitcode)
 
 
 def random_kills(

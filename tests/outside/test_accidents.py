@@ -58,6 +58,13 @@ def assert_same_end(whole: Path, killed: Path) -> None:
         assert torch.equal(weight, found[name]), name
 
 
+@pytest.mark.parametrize("torn", ["4", "4 ", "4 0.2"])
+def test_half_a_line_of_a_killed_life_is_no_step(torn: str) -> None:
+    begun, step = "after step 2\n", "3 0.5\n"
+    assert lives.life_of([begun, step, torn], KILLED) == Life(2, [(3, "0.5")], KILLED)
+    assert lives.life_of([begun[:6]], KILLED) == Life(-1, [], KILLED)
+
+
 def test_random_kills(whole: tuple[dict[int, str], Path], tmp_path: Path) -> None:
     hit, _ = lives.random_kills(tmp_path, STEPS, 2, 3, 0, checker(whole[0], tmp_path, 2))
     assert hit == 3
