@@ -1,4 +1,5 @@
-// A step on a GPU: one launch for 60 rows of the same dtypes, and as many before it to clip by the norm.
+// A step on a GPU: one launch for 60 rows of the same dtypes, 54 where one is a slice of columns, and as many
+// before it to clip by the norm.
 //
 // A block works on one chunk, whose age and sum of squares it alone writes: no races, no atomics on floats,
 // and two runs give the same bits. The tables travel in the arguments of the launch: nothing is allocated,
@@ -22,7 +23,6 @@ constexpr int RESIDENT = 4;
 constexpr int STRIDE = 4 * THREADS;
 constexpr int AHEAD = 2;
 
-constexpr int ROWS = 60;
 constexpr int GROUPS = 8;
 constexpr int COLLECTED = 1000;
 
@@ -35,10 +35,18 @@ struct Row {
   int group, first_chunk, first_block;
 };
 
+// And of one whose weight is in lines, with a gap from each to the next.
+struct PitchedRow : Row {
+  std::uint32_t width, gap;
+};
+
+template <bool PITCHED>
 struct Tables {
+  static constexpr int ROWS = PITCHED ? 54 : 60;
+
   MisaStep step;
   MisaHyper hyper[GROUPS];
-  Row rows[ROWS];
+  std::conditional_t<PITCHED, PitchedRow, Row> rows[ROWS];
   int row_count;
   int action;     // of all rows, when a round ends
   double* moved;  // see misa_cuda_close
@@ -52,7 +60,54 @@ struct Chunks {
   int first_chunk[COLLECTED + 1];
 };
 
-static_assert(sizeof(Tables) <= 4096 && sizeof(Chunks) <= 4096, "what a launch takes on every architecture");
+static_assert(sizeof(Tables<false>) <= 4096 && sizeof(Tables<true>) <= 4096 && sizeof(Chunks) <= 4096,
+              "what a launch takes on every architecture");
+
+// Where the elements of a chunk are in a weight whose elements are neighbours: the first, and the others from
+// it on.
+template <bool PITCHED>
+struct Place {
+  std::int64_t first;
+
+  __device__ std::int64_t operator()(int i) const { return i; }
+  __device__ bool wide() const { return true; }
+};
+
+// And in one that is pitched. Of a row that is not, the gap is 0, and it is no matter what its lines are.
+template <>
+struct Place<true> {
+  std::int64_t first;
+  std::uint32_t width, gap, column, factor;
+  int shift;
+
+  __device__ void set(const PitchedRow& row, std::int64_t begin) {
+    width = row.width == 0 ? 1 : row.width;
+    gap = row.gap;
+    const std::int64_t line = begin / width;
+    first = begin + line * gap;
+    column = static_cast<std::uint32_t>(begin - line * width);
+    // n / width = n * 2^(31 + shift) / width / 2^(31 + shift), rounded up once: exact for n and widths below
+    // 2^30, T. Granlund and P. L. Montgomery, https://dl.acm.org/doi/10.1145/178243.178249.
+    for (shift = 0; width >> shift > 1;) ++shift;
+    factor = static_cast<std::uint32_t>(((std::uint64_t{1} << (31 + shift)) + width - 1) / width);
+  }
+  __device__ std::int64_t operator()(int i) const {
+    const std::uint32_t line = __umulhi(2 * (column + i), factor) >> shift;
+    return static_cast<std::int64_t>(line) * gap + i;
+  }
+  // Whether each vector is within a line, on as many bytes as the first.
+  __device__ bool wide() const { return gap == 0 || (width | gap) % 4 == 0; }
+};
+
+// What one thread has computed of a weight that is pitched; of others there is nothing to compute.
+template <bool PITCHED>
+__device__ Place<PITCHED> place_of(const Place<PITCHED>& shared, std::int64_t begin) {
+  if constexpr (PITCHED) {
+    return shared;
+  } else {
+    return {begin};
+  }
+}
 
 template <int DTYPE>
 using Stored = std::conditional_t<DTYPE == MISA_FLOAT32, float, std::uint16_t>;
@@ -104,10 +159,11 @@ bool float32_moments(const MisaStep& step) {
   return step.format == MISA_STATE_FP32 && step.state[MISA_BFLOAT16].residual == nullptr;
 }
 
-// What it has no kernel for.
-bool any_pitched(const MisaStep& step) {
-  return std::any_of(step.rows, step.rows + step.row_count,
-                     [](const MisaRow& row) { return row.width != 0; });
+// What `Place` can divide by, and PitchedRow holds.
+bool lines_fit(const MisaStep& step) {
+  return std::all_of(step.rows, step.rows + step.row_count, [](const MisaRow& row) {
+    return row.width < 1 << 29 && row.pitch - row.width <= UINT32_MAX;
+  });
 }
 
 __host__ __device__ bool controlled(const MisaStep& step) {
@@ -119,7 +175,8 @@ __device__ float unscale_of(const MisaStep& step) {
 }
 
 // The row of this block.
-__device__ const Row& find_row(const Tables& tables) {
+template <class Tables>
+__device__ const auto& find_row(const Tables& tables) {
   int row = 0, end = tables.row_count;
   while (end - row > 1) {
     const int middle = (row + end) / 2;
@@ -175,20 +232,23 @@ struct Update {
   }
 };
 
-template <int WEIGHT, int GRAD, bool MASTER>
-__global__ void __launch_bounds__(THREADS, RESIDENT) update_kernel(const __grid_constant__ Tables tables) {
+template <int WEIGHT, int GRAD, bool MASTER, bool PITCHED>
+__global__ void __launch_bounds__(THREADS, RESIDENT)
+    update_kernel(const __grid_constant__ Tables<PITCHED> tables) {
   const MisaStep& step = tables.step;
   const float* const skip = controlled(step) ? step.control + 2 : step.found_inf;
   if (skip != nullptr && *skip != 0.0f) return;
-  const Row& row = find_row(tables);
+  const auto& row = find_row(tables);
   const int number = static_cast<int>(blockIdx.x) - row.first_block;
   const int chunk = row.first_chunk + number;
   const std::int64_t begin = number * CHUNK;
 
   // By one thread: some GPUs have 1/64 of their speed in float64.
   __shared__ Update<WEIGHT, MASTER> shared;
+  __shared__ Place<PITCHED> shared_place;
   __shared__ int age;
   if (threadIdx.x == 0) {
+    if constexpr (PITCHED) shared_place.set(row, begin);
     age = step.age[chunk];
     shared.s = scalars(tables.hyper[row.group], age);
     shared.noise = noise_from(static_cast<std::uint64_t>(row.start + begin), row.key);
@@ -201,13 +261,15 @@ __global__ void __launch_bounds__(THREADS, RESIDENT) update_kernel(const __grid_
   const bool fresh = age == 0;
 
   const MisaState& state = step.state[WEIGHT];
-  auto* const weight = static_cast<Stored<WEIGHT>*>(row.weight) + begin;
+  const Place<PITCHED> place = place_of(shared_place, begin);
+  auto* const weight = static_cast<Stored<WEIGHT>*>(row.weight) + place.first;
   const auto* const grad = static_cast<const Stored<GRAD>*>(row.grad) + begin;
   float* const exp_avg = static_cast<float*>(state.exp_avg) + row.offset + begin;
   float* const exp_avg_sq = static_cast<float*>(state.exp_avg_sq) + row.offset + begin;
   float* const master = MASTER ? state.master + row.offset + begin : nullptr;
   const int n = static_cast<int>(row.numel - begin < CHUNK ? row.numel - begin : CHUNK);
-  const bool all_wide = wide(weight) && wide(grad) && wide(exp_avg) && wide(exp_avg_sq) && wide(master);
+  const bool all_wide =
+      place.wide() && wide(weight) && wide(grad) && wide(exp_avg) && wide(exp_avg_sq) && wide(master);
   const int vectors_end = all_wide ? n / 4 * 4 : 0;
 
   float squares = 0.0f;
@@ -221,7 +283,7 @@ __global__ void __launch_bounds__(THREADS, RESIDENT) update_kernel(const __grid_
       const int i = first + j * STRIDE;
       if (i >= vectors_end) continue;
       g[j] = four(grad + i);
-      if (!MASTER || fresh) w[j] = four(weight + i);
+      if (!MASTER || fresh) w[j] = four(weight + place(i));
       if (fresh) {
         for (int k = 0; k < 4; ++k) theta[j].x[k] = w[j].get(k);
       } else {
@@ -245,19 +307,19 @@ __global__ void __launch_bounds__(THREADS, RESIDENT) update_kernel(const __grid_
       four(exp_avg + i) = m[j];
       four(exp_avg_sq + i) = v[j];
       if (MASTER) four(master + i) = theta[j];
-      four(weight + i) = w[j];
+      four(weight + place(i)) = w[j];
     }
   }
 #pragma unroll 1
   for (int i = vectors_end + threadIdx.x; i < n; i += THREADS) {
     float m = fresh ? 0.0f : exp_avg[i], v = fresh ? 0.0f : exp_avg_sq[i];
-    float theta = MASTER && !fresh ? master[i] : to_float(weight[i]);
+    float theta = MASTER && !fresh ? master[i] : to_float(weight[place(i)]);
     const float unclipped = update(theta, to_float(grad[i]), m, v);
     squares = fma_nearest(unclipped, unclipped, squares);
     exp_avg[i] = m;
     exp_avg_sq[i] = v;
     if (MASTER) master[i] = theta;
-    weight[i] = update.round(theta, i);
+    weight[place(i)] = update.round(theta, i);
   }
 
   const double sq_norm = block_sum(squares);
@@ -269,7 +331,8 @@ __global__ void __launch_bounds__(THREADS, RESIDENT) update_kernel(const __grid_
 
 // Sums the squares of a chunk; the last block of all launches goes on to sum those of all chunks.
 template <int GRAD>
-__global__ void __launch_bounds__(THREADS, RESIDENT) norm_kernel(const __grid_constant__ Tables tables) {
+__global__ void __launch_bounds__(THREADS, RESIDENT)
+    norm_kernel(const __grid_constant__ Tables<false> tables) {
   const MisaStep& step = tables.step;
   const Row& row = find_row(tables);
   const int number = static_cast<int>(blockIdx.x) - row.first_block;
@@ -312,10 +375,11 @@ __global__ void __launch_bounds__(THREADS, RESIDENT) norm_kernel(const __grid_co
 }
 
 // Does for a chunk what its row's action says.
-template <int WEIGHT, bool MASTER>
-__global__ void __launch_bounds__(THREADS, RESIDENT) close_kernel(const __grid_constant__ Tables tables) {
+template <int WEIGHT, bool MASTER, bool PITCHED>
+__global__ void __launch_bounds__(THREADS, RESIDENT)
+    close_kernel(const __grid_constant__ Tables<PITCHED> tables) {
   const MisaStep& step = tables.step;
-  const Row& row = find_row(tables);
+  const auto& row = find_row(tables);
   const int number = static_cast<int>(blockIdx.x) - row.first_block;
   const int chunk = row.first_chunk + number;
   const std::int64_t begin = number * CHUNK;
@@ -324,8 +388,10 @@ __global__ void __launch_bounds__(THREADS, RESIDENT) close_kernel(const __grid_c
 
   // By one thread: some GPUs have 1/64 of their speed in float64.
   __shared__ Closing shared;
+  __shared__ Place<PITCHED> shared_place;
   __shared__ bool written;
   if (threadIdx.x == 0) {
+    if constexpr (PITCHED) shared_place.set(row, begin);
     const int age = step.age[chunk];
     written = age > 0;
     shared = closing(tables.hyper[row.group], age);
@@ -334,7 +400,8 @@ __global__ void __launch_bounds__(THREADS, RESIDENT) close_kernel(const __grid_c
   const Closing s = shared;
 
   const MisaState& state = step.state[WEIGHT];
-  auto* const weight = static_cast<Stored<WEIGHT>*>(row.weight) + begin;
+  const Place<PITCHED> place = place_of(shared_place, begin);
+  auto* const weight = static_cast<Stored<WEIGHT>*>(row.weight) + place.first;
   const float* const exp_avg = static_cast<const float*>(state.exp_avg) + row.offset + begin;
   const float* const exp_avg_sq = static_cast<const float*>(state.exp_avg_sq) + row.offset + begin;
   float* const master = MASTER ? state.master + row.offset + begin : nullptr;
@@ -343,7 +410,8 @@ __global__ void __launch_bounds__(THREADS, RESIDENT) close_kernel(const __grid_c
   float updates = 0.0f, weights = 0.0f;
 #pragma unroll 4
   for (int i = threadIdx.x; i < n; i += THREADS) {
-    float theta = to_float(weight[i]);
+    Stored<WEIGHT>& stored = weight[place(i)];
+    float theta = to_float(stored);
     if (measures) weights = fma_nearest(theta, theta, weights);
     if (!written) continue;
     float ratio = 0.0f;
@@ -360,9 +428,9 @@ __global__ void __launch_bounds__(THREADS, RESIDENT) close_kernel(const __grid_c
     if (!writes) continue;
     if (flushes) theta = momentum_flush(theta, ratio, s.flush_size);
     if constexpr (WEIGHT == MISA_FLOAT32) {
-      weight[i] = theta;
+      stored = theta;
     } else {
-      weight[i] = bf16_stochastic(theta, noise16(noise, static_cast<std::uint32_t>(i)));
+      stored = bf16_stochastic(theta, noise16(noise, static_cast<std::uint32_t>(i)));
     }
   }
   if (!measures) return;
@@ -390,23 +458,27 @@ cudaError_t launch(void (*kernel)(Arguments), int blocks, Arguments& arguments, 
   return cudaLaunchKernel(kernel, dim3(blocks), dim3(THREADS), pointers, 0, stream);
 }
 
-using Kernel = void (*)(Tables);
+template <bool PITCHED>
+using Kernel = void (*)(Tables<PITCHED>);
 
-const Kernel NORM[MISA_DTYPES] = {norm_kernel<0>, norm_kernel<1>};
+const Kernel<false> NORM[MISA_DTYPES] = {norm_kernel<0>, norm_kernel<1>};
 // By weight dtype, gradient dtype, and whether there is a master: a float32 weight is its own.
-const Kernel UPDATE[MISA_DTYPES][MISA_DTYPES][2] = {
-    {{update_kernel<0, 0, false>, nullptr}, {update_kernel<0, 1, false>, nullptr}},
-    {{update_kernel<1, 0, false>, update_kernel<1, 0, true>},
-     {update_kernel<1, 1, false>, update_kernel<1, 1, true>}},
+template <bool PITCHED>
+const Kernel<PITCHED> UPDATE[MISA_DTYPES][MISA_DTYPES][2] = {
+    {{update_kernel<0, 0, false, PITCHED>, nullptr}, {update_kernel<0, 1, false, PITCHED>, nullptr}},
+    {{update_kernel<1, 0, false, PITCHED>, update_kernel<1, 0, true, PITCHED>},
+     {update_kernel<1, 1, false, PITCHED>, update_kernel<1, 1, true, PITCHED>}},
 };
-const Kernel CLOSE[MISA_DTYPES][2] = {{close_kernel<0, false>, nullptr},
-                                      {close_kernel<1, false>, close_kernel<1, true>}};
+template <bool PITCHED>
+const Kernel<PITCHED> CLOSE[MISA_DTYPES][2] = {
+    {close_kernel<0, false, PITCHED>, nullptr},
+    {close_kernel<1, false, PITCHED>, close_kernel<1, true, PITCHED>}};
 
 // Launches a kernel over the rows that it is for, as many at a time as its tables hold.
-template <class Wanted>
-cudaError_t launch_rows(Kernel kernel, const MisaStep& step, cudaStream_t stream, Wanted wanted,
+template <bool PITCHED, class Wanted>
+cudaError_t launch_rows(Kernel<PITCHED> kernel, const MisaStep& step, cudaStream_t stream, Wanted wanted,
                         int action = 0, double* moved = nullptr) {
-  Tables tables;
+  Tables<PITCHED> tables;
   tables.step = step;
   tables.action = action;
   tables.moved = moved;
@@ -416,7 +488,7 @@ cudaError_t launch_rows(Kernel kernel, const MisaStep& step, cudaStream_t stream
     const MisaRow& row = step.rows[i];
     if (!wanted(row)) continue;
     int group = static_cast<int>(std::find(groups, groups + group_count, row.group) - groups);
-    if (rows == ROWS || group == GROUPS) {
+    if (rows == tables.ROWS || group == GROUPS) {
       tables.row_count = rows;
       const cudaError_t error = launch(kernel, blocks, tables, stream);
       if (error != cudaSuccess) return error;
@@ -428,12 +500,27 @@ cudaError_t launch_rows(Kernel kernel, const MisaStep& step, cudaStream_t stream
     }
     const int first_chunk = static_cast<int>(row.first_chunk);
     const std::uint32_t key = static_cast<std::uint32_t>(row.key);
-    tables.rows[rows++] = {row.weight, row.grad, row.numel,   row.offset, row.start,
-                           key,        group,    first_chunk, blocks};
+    auto& own = tables.rows[rows++];
+    static_cast<Row&>(own) = {row.weight, row.grad, row.numel,   row.offset, row.start,
+                              key,        group,    first_chunk, blocks};
+    if constexpr (PITCHED) {
+      own.width = static_cast<std::uint32_t>(row.width);
+      own.gap = static_cast<std::uint32_t>(row.pitch - row.width);
+    }
     blocks += static_cast<int>(chunks_of(row, CHUNK));
   }
   tables.row_count = rows;
   return rows == 0 ? cudaSuccess : launch(kernel, blocks, tables, stream);
+}
+
+// Launches one of two kernels over the rows that they are for: that of lines where any of these is in lines.
+template <class Wanted>
+cudaError_t launch_either(Kernel<false> plain, Kernel<true> lined, const MisaStep& step, cudaStream_t stream,
+                          Wanted wanted, int action = 0, double* moved = nullptr) {
+  const bool any = std::any_of(step.rows, step.rows + step.row_count,
+                               [=](const MisaRow& row) { return row.width != 0 && wanted(row); });
+  return any ? launch_rows<true>(lined, step, stream, wanted, action, moved)
+             : launch_rows<false>(plain, step, stream, wanted, action, moved);
 }
 
 cudaError_t run(const MisaStep& step, cudaStream_t stream) {
@@ -441,14 +528,17 @@ cudaError_t run(const MisaStep& step, cudaStream_t stream) {
   const bool takes_norms = controlled(step) && (step.flags & MISA_UPDATE) == 0;
   const bool updates = (step.flags & MISA_NORMS) == 0;
   for (int grad = 0; grad < MISA_DTYPES && error == cudaSuccess && takes_norms; ++grad) {
-    error = launch_rows(NORM[grad], step, stream, [=](const MisaRow& row) { return row.grad_dtype == grad; });
+    const auto is_one = [=](const MisaRow& row) { return row.grad_dtype == grad; };
+    error = launch_rows<false>(NORM[grad], step, stream, is_one);
   }
   for (int variant = 0; variant < MISA_DTYPES * MISA_DTYPES && error == cudaSuccess && updates; ++variant) {
     const int weight = variant / MISA_DTYPES, grad = variant % MISA_DTYPES;
-    const Kernel kernel = UPDATE[weight][grad][step.state[weight].master != nullptr];
-    error = launch_rows(kernel, step, stream, [=](const MisaRow& row) {
+    const bool master = step.state[weight].master != nullptr;
+    const auto is_one = [=](const MisaRow& row) {
       return row.weight_dtype == weight && row.grad_dtype == grad && row.grad != nullptr;
-    });
+    };
+    error = launch_either(UPDATE<false>[weight][grad][master], UPDATE<true>[weight][grad][master], step,
+                          stream, is_one);
   }
   return error;
 }
@@ -461,13 +551,14 @@ cudaError_t close(const MisaStep& step, double* moved, cudaStream_t stream) {
     if (step.rows[i].action != 0) wanted[step.rows[i].weight_dtype][step.rows[i].action] = true;
   }
   for (int weight = 0; weight < MISA_DTYPES; ++weight) {
-    const Kernel kernel = CLOSE[weight][step.state[weight].master != nullptr];
+    const bool master = step.state[weight].master != nullptr;
     for (int action = 1; action < ACTIONS && error == cudaSuccess; ++action) {
       if (!wanted[weight][action]) continue;
       const auto is_one = [=](const MisaRow& row) {
         return row.weight_dtype == weight && row.action == action;
       };
-      error = launch_rows(kernel, step, stream, is_one, action, moved);
+      error = launch_either(CLOSE<false>[weight][master], CLOSE<true>[weight][master], step, stream, is_one,
+                            action, moved);
     }
   }
   return error;
@@ -523,7 +614,7 @@ int misa_cuda_step(const MisaStep* step, int device, void* stream) {
   const int status = misa::check_step(step, misa::CHUNK);
   if (status != MISA_OK || step->row_count == 0) return status;
   if (!misa::float32_moments(*step)) return MISA_BAD_DTYPE;
-  if (misa::any_pitched(*step)) return MISA_BAD_WIDTH;
+  if (!misa::lines_fit(*step)) return MISA_BAD_WIDTH;
   if (step->chunk_count > INT32_MAX) return MISA_BAD_SIZE;
   if (step->arrived == nullptr && misa::controlled(*step)) return MISA_BAD_POINTER;
   return misa::on_device(device, [=] { return misa::run(*step, static_cast<cudaStream_t>(stream)); });
@@ -541,7 +632,7 @@ int misa_cuda_close(const MisaStep* step, double* moved, int device, void* strea
   const int status = misa::check_close(step, moved, misa::CHUNK);
   if (status != MISA_OK || step->row_count == 0) return status;
   if (!misa::float32_moments(*step)) return MISA_BAD_DTYPE;
-  if (misa::any_pitched(*step)) return MISA_BAD_WIDTH;
+  if (!misa::lines_fit(*step)) return MISA_BAD_WIDTH;
   if (step->chunk_count > INT32_MAX) return MISA_BAD_SIZE;
   return misa::on_device(device,
                          [=] { return misa::close(*step, moved, static_cast<cudaStream_t>(stream)); });

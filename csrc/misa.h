@@ -56,7 +56,8 @@ enum MisaStatus {
 // One tensor, row block or slice of a matrix, a line of int64 in the caller's table.
 //
 // With a width, element k of the weight is `weight[k / width * pitch + k % width]`: a slice of the columns of
-// a matrix. Gradient and state of a row lie without gaps. The CUDA library knows no width.
+// a matrix. Gradient and state of a row lie without gaps. To the CUDA library a width is less than 2^29, and
+// what is between lines at most 2^32 - 1.
 typedef struct MisaRow {
   void* weight;          // its first element; NULL only with numel 0
   const void* grad;      // NULL: no gradient in this step; weight, state, age and sum stay

@@ -281,7 +281,7 @@ static inline const char* message(int status) {
     case MISA_BAD_NORM:
       return "max_grad_norm is not a finite number above 0";
     case MISA_BAD_WIDTH:
-      return "a row is no whole number of lines, they overlap, or this library has no slices of columns";
+      return "a row is no whole number of lines, they overlap, or are longer than this library can tell";
     default:
       return "unknown status";
   }

@@ -118,11 +118,6 @@ class Layout:
         found = {block.index for number in numbers for block in self.partition.modules[number].blocks}
         return found | {block.index for block in self.partition.dense}
 
-    @property
-    def is_pitched(self) -> bool:
-        """Whether lines of a matrix are trained, which not all kernels can step through."""
-        return self.partition.slicing is not None and any(block.width for block in self.blocks)
-
     def slices_of(self, numbers: Sequence[int]) -> list[Block]:
         """Return the slices among some modules."""
         if self.partition.slicing is None:

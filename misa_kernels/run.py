@@ -186,7 +186,7 @@ class Run:
         self.trained.allocate(self.layout.slots_of(self.active.tolist()))
         if self.given.backend == "auto" and self.trained.backend == "reference":
             params = [block.param for block in self.layout.blocks]
-            if (reason := kernels.why_plain(params, self.storage, pitched=self.layout.is_pitched)) is not None:
+            if (reason := kernels.why_plain(params, self.storage)) is not None:
                 self.flags.warn_once("backend", reason)
         if self._is_rehearsed and not self.clock.steps:
             partition = self.layout.partition

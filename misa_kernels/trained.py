@@ -346,9 +346,7 @@ class Trained:
         device = devices.pop()
         dtypes = [block.param.dtype for block in blocks]
         grad_dtypes = {getattr(block.param, "grad_dtype", None) or block.param.dtype for block in blocks}
-        self._backend = select(
-            self._options.backend, device, {*dtypes, *grad_dtypes}, self._storage, pitched=layout.is_pitched
-        )
+        self._backend = select(self._options.backend, device, {*dtypes, *grad_dtypes}, self._storage)
         whole = [block.numel for block in blocks]
         # Of shards, the parts here.
         rows = None if ranks is None else list(map(layout.row, range(len(blocks))))

@@ -102,7 +102,10 @@ def rounds_fma_twice(kernel: Kernel) -> bool:
 
 @dataclass
 class Row:
-    """One tensor of a test; `shift` and `grad_shift` move it off its alignment, by elements."""
+    """One tensor of a test; `shift` and `grad_shift` move it off its alignment, by elements.
+
+    What makes a weight pitched is for the table alone: whoever gives it brings the weight.
+    """
 
     numel: int
     dtype: torch.dtype = torch.float32
@@ -111,6 +114,8 @@ class Row:
     start: int = 0
     shift: int = 0
     grad_shift: int = 0
+    width: int = 0
+    pitch: int = 0
 
 
 def poisoned(numel: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
@@ -165,6 +170,8 @@ class Step:
             self.state,
             storage,
             device,
+            np.array([row.width for row in rows], dtype=np.int64),
+            np.array([row.pitch for row in rows], dtype=np.int64),
         )
         self.theta = [weight.double().cpu().numpy() for weight in self.weights]
         self.m = [np.zeros(row.numel) for row in rows]

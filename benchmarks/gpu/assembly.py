@@ -33,6 +33,7 @@ class Variant:
         scaler: Whether gradients are unscaled and steps skipped for `GradScaler`; the CUDA library decides at run time.
         state_dtype: How m and v are stored.
         split: Whether the lower halves of bfloat16 weights are kept.
+        pitched: Whether the weights are in lines with gaps between them.
         compiler: "triton" or "nvcc".
     """
 
@@ -44,6 +45,7 @@ class Variant:
     scaler: bool = False
     state_dtype: str = "fp32"
     split: bool = False
+    pitched: bool = False
     compiler: str = "triton"
 
     @property
@@ -56,13 +58,10 @@ class Variant:
         short = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
         kind = self.storage.param_precision if self.weight.itemsize == 2 else ""
         state = "" if self.state_dtype == "fp32" else self.state_dtype
-        flags = (kind, state, "" if self.aligned else "unaligned", "scaler" if self.scaler else "")
-        return " ".join(
-            filter(
-                None,
-                ("cuda" if self.compiler == "nvcc" else "", self.launch, short[self.weight], short[self.grad], *flags),
-            )
-        )
+        named = {"pitched": self.pitched, "unaligned": not self.aligned, "scaler": self.scaler}
+        flags = (kind, state, *(name for name, given in named.items() if given))
+        compiler = "cuda" if self.compiler == "nvcc" else ""
+        return " ".join(filter(None, (compiler, self.launch, short[self.weight], short[self.grad], *flags)))
 
     @property
     def bytes_per_element(self) -> float:

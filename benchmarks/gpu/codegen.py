@@ -38,6 +38,8 @@ USUAL = [
     Variant(torch.bfloat16, torch.bfloat16, master=True, launch="norm"),
     Variant(torch.bfloat16, torch.bfloat16, master=True, launch="clipped"),
 ]
+# And of slices of columns.
+USUAL += [replace(variant, pitched=True) for variant in USUAL if variant.launch == "update"]
 # What `step_kernel` is given; the pointers that a variant has no use for are None there.
 ARGUMENTS = {
     "program_ptr": "*i32",
@@ -74,21 +76,31 @@ def variants() -> list[Variant]:
         (torch.float16, torch.float16, True),
         (torch.float16, torch.float32, True),
     ]
-    return [
-        Variant(*dtype, aligned, kind, scaler)
-        for scaler in (False, True)
-        for aligned in (True, False)
-        for kind in ("update", "norm", "clipped")
-        for dtype in dtypes
-        # A norm launch reads gradients alone.
-        if kind != "norm" or dtype in dtypes[0::2]
-    ] + [
-        replace(variant, aligned=aligned)
-        for aligned in (True, False)
-        for state_dtype in FORMATS
-        for variant in stored(state_dtype)
-        if variant.state_dtype != "fp32" or variant.split
-    ]
+    return (
+        [
+            Variant(*dtype, aligned, kind, scaler)
+            for scaler in (False, True)
+            for aligned in (True, False)
+            for kind in ("update", "norm", "clipped")
+            for dtype in dtypes
+            # A norm launch reads gradients alone.
+            if kind != "norm" or dtype in dtypes[0::2]
+        ]
+        + [
+            replace(variant, aligned=aligned)
+            for aligned in (True, False)
+            for state_dtype in FORMATS
+            for variant in stored(state_dtype)
+            if variant.state_dtype != "fp32" or variant.split
+        ]
+        + [
+            replace(variant, aligned=aligned, pitched=True)
+            for aligned in (True, False)
+            for state_dtype in FORMATS
+            for variant in stored(state_dtype)
+            if aligned or state_dtype in ("fp32", "int8")
+        ]
+    )
 
 
 def stored(state_dtype: str) -> list[Variant]:
@@ -117,6 +129,7 @@ def compile_variant(variant: Variant, capability: int) -> Code:
         "WEIGHT_DTYPE": launch.TRITON_DTYPES[variant.weight],
         "GRAD_DTYPE": launch.TRITON_DTYPES[variant.grad],
         "ALIGNED": variant.aligned,
+        "PITCHED": variant.pitched,
         "UPDATE": variant.launch != "norm",
         "CONTROLLED": variant.launch == "clipped",
         "BLOCK": launch.BLOCK,
@@ -178,12 +191,13 @@ def compile_library(capability: int) -> list[Code]:
 
 def variant_of(name: str) -> Variant | None:
     """Return which variant a kernel is, from its mangled name; None if it is none."""
-    update = re.search(r"update_kernelILi(\d)ELi(\d)ELb(\d)E", name)
+    update = re.search(r"update_kernelILi(\d)ELi(\d)ELb(\d)ELb(\d)E", name)
     if update:
         return Variant(
             native.NativeTable.dtypes[int(update[1])],
             native.NativeTable.dtypes[int(update[2])],
             update[3] == "1",
+            pitched=update[4] == "1",
             compiler="nvcc",
         )
     norm = re.search(r"norm_kernelILi(\d)E", name)

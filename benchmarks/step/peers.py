@@ -10,7 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.step.sliced import timed
 from misa_kernels import MISA
+from misa_kernels.memory.storage import Storage
 
 FP32, BF16 = torch.float32, torch.bfloat16
 LR = 1e-4
@@ -226,6 +228,13 @@ PEERS = {
     "bf16 round end": Peer(BF16, 0, ENDING),
     "fp32 foreach": Peer(FP32, 80, foreach),
     "bf16 foreach": Peer(BF16, 40, foreach),
+}
+
+# The same steps of slices of columns, in the bytes of those of whole tensors.
+SLICES = {
+    "bf16 misa slices": Peer(BF16, 28, timed("triton", Storage())),
+    "fp32 misa slices": Peer(FP32, 28, timed("triton", Storage())),
+    "bf16 misa slices cuda": Peer(BF16, 28, timed("cuda", Storage())),
 }
 
 

@@ -52,9 +52,7 @@ def check(backend: str) -> None:
         raise ValueError(f"backend={backend!r} {reason}; 'auto' takes what there is")
 
 
-def select(
-    backend: str, device: torch.device, dtypes: Collection[torch.dtype], storage: Storage, pitched: bool = False
-) -> Backend:
+def select(backend: str, device: torch.device, dtypes: Collection[torch.dtype], storage: Storage) -> Backend:
     """Return what runs the steps, for `prepare`.
 
     Args:
@@ -62,7 +60,6 @@ def select(
         device: Where the weights are.
         dtypes: Their dtypes, and those of their gradients.
         storage: How moments and weights are stored.
-        pitched: Whether there may be slices of columns.
 
     Raises:
         RuntimeError: If the backend asked for cannot run there.
@@ -70,7 +67,7 @@ def select(
     if backend == "reference":
         return PlainStep
     if backend == "auto":
-        usable = [name for name in PREFERRED.get(device.type, ()) if _unfit(name, dtypes, storage, pitched) is None]
+        usable = [name for name in PREFERRED.get(device.type, ()) if _unfit(name, dtypes, storage) is None]
         return _table(usable[0]) if usable else PlainStep
     device_type = "cpu" if backend == "cpu" or _interpreted() else "cuda"
     if device.type != device_type or not all(dtype in _dtypes(backend) for dtype in dtypes):
@@ -83,8 +80,6 @@ def select(
             f"backend={backend!r} has no state_dtype={storage.state_dtype!r} with "
             f"param_precision={storage.param_precision!r}: use backend='auto'"
         )
-    if pitched and not _pitched(backend):
-        raise RuntimeError(f"backend={backend!r} {table.NOT_PITCHED}: use backend='auto'")
     return _table(backend)
 
 
@@ -95,16 +90,15 @@ def prepare(backend: Backend, rows: Sequence[Row], arena: Arena, settings: Setti
     return FusedStep(backend, rows, arena, settings)
 
 
-def why_plain(params: Sequence[Tensor], storage: Storage, pitched: bool = False) -> str | None:
+def why_plain(params: Sequence[Tensor], storage: Storage) -> str | None:
     """Return why "auto" takes plain PyTorch although there are kernels for the device, as a sentence; None otherwise.
 
     Args:
         params: What may be trained, all on one device.
         storage: How moments and weights are stored.
-        pitched: Whether there may be slices of columns.
     """
     dtypes = {dtype for p in params for dtype in (p.dtype, getattr(p, "grad_dtype", None) or p.dtype)}
-    reasons = {name: _unfit(name, dtypes, storage, pitched) for name in PREFERRED.get(params[0].device.type, ())}
+    reasons = {name: _unfit(name, dtypes, storage) for name in PREFERRED.get(params[0].device.type, ())}
     if not reasons or None in reasons.values():
         return None
     said = "; ".join(f"{name!r} {reason}" for name, reason in reasons.items())
@@ -118,7 +112,7 @@ def unusable(backend: str) -> str | None:
     return native.unusable(backend) if backend in ("cpu", "cuda") else None
 
 
-def _unfit(backend: str, dtypes: Collection[torch.dtype], storage: Storage, pitched: bool) -> str | None:
+def _unfit(backend: str, dtypes: Collection[torch.dtype], storage: Storage) -> str | None:
     """Return why a backend cannot run such steps here, as the rest of a sentence, or None if it can."""
     has, lacking = _storages(backend), sorted(map(str, set(dtypes).difference(_dtypes(backend))))
     if lacking:
@@ -128,12 +122,7 @@ def _unfit(backend: str, dtypes: Collection[torch.dtype], storage: Storage, pitc
         if not formats:
             return f"has no param_precision={storage.param_precision!r}"
         return f"has state_dtype {', '.join(map(repr, formats))}, not {storage.state_dtype!r}"
-    return table.NOT_PITCHED if pitched and not _pitched(backend) else unusable(backend)
-
-
-def _pitched(backend: str) -> bool:
-    # As the attribute of its table says, which for Triton's would have to be imported.
-    return backend == "cpu"
+    return unusable(backend)
 
 
 def _dtypes(backend: str) -> tuple[torch.dtype, ...]:

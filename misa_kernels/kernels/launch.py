@@ -23,10 +23,12 @@ from misa_kernels.kernels.table import (
     GRAD_DTYPE,
     NORMS,
     NUMEL,
+    PITCH,
     ROW_COLUMNS,
     UPDATE,
     WEIGHT,
     WEIGHT_DTYPE,
+    WIDTH,
     RowTable,
 )
 from misa_kernels.kernels.triton_codec import CODECS, INTERPRETED
@@ -45,6 +47,8 @@ OPTIONS = {"num_warps": 4, "num_stages": 1, "enable_fp_fusion": False}
 MAX_REGISTERS = {True: 80, False: 128}
 # The logarithms and powers of E4M3 spill with 80.
 MAX_REGISTERS_E4M3 = {True: 88, False: 128}
+# Columns of a matrix and of a slice, by which the kernel divides in 32 bits.
+MOST_OF_A_LINE = 2**29
 # One buffer would be overwritten while the device still reads it; the host is rarely three steps ahead.
 UPLOAD_BUFFERS = 4
 
@@ -52,10 +56,19 @@ TRITON_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.f
 
 
 class Bucket(NamedTuple):
-    """Rows of one compiled variant: (weight, gradient) dtypes, alignment, and their stretch of the programs."""
+    """Rows of one compiled variant: what it is compiled for, and their stretch of the programs.
+
+    Attributes:
+        dtypes: Those of weights and gradients.
+        aligned: Whether all weights and gradients can be read in vectors.
+        pitched: Whether the weight of one of them is: no row pays more for it than a few instructions.
+        first_program: Where the programs begin.
+        programs: How many there are.
+    """
 
     dtypes: tuple[torch.dtype, torch.dtype]
     aligned: bool
+    pitched: bool
     first_program: int
     programs: int
 
@@ -122,7 +135,8 @@ class TritonTable(RowTable):
 
     Raises:
         RuntimeError: For CPU tensors without the interpreter, or CUDA tensors within it.
-        ValueError: For dtypes that the kernel does not know, or float16 weights without master.
+        ValueError: For dtypes that the kernel does not know, float16 weights without master, or lines of a weight that
+            are too long.
     """
 
     name = "triton"
@@ -137,12 +151,14 @@ class TritonTable(RowTable):
 
     def _bind(self) -> None:
         device, rows = self._device, self._rows
+        if (rows[:, [WIDTH, PITCH]] >= MOST_OF_A_LINE).any():
+            raise ValueError("backend='triton' has lines of fewer than 2^29 elements: use backend='reference'")
         self._on_device: AbstractContextManager[Any] = (
             torch.cuda.device(device) if device.type == "cuda" else nullcontext()
         )
         self._compiled: dict[Any, Any] = {}
         self._codecs = tuple(codecs(self._storage).values())
-        self._divisible = rows[:, NUMEL] % 4 == 0
+        self._divisible = (rows[:, [NUMEL, WIDTH, PITCH]] % 4 == 0).all(1)
         self._row_of_chunk = np.repeat(np.arange(len(rows)), self._chunks)
         self._number = np.arange(len(self._row_of_chunk)) - rows[self._row_of_chunk, FIRST_CHUNK]
         self._sent = self._tables.copy()
@@ -223,6 +239,7 @@ class TritonTable(RowTable):
                     TRITON_DTYPES[weight_dtype],
                     *self._codecs,
                     bucket.aligned,
+                    bucket.pitched,
                     BLOCK,
                     BLOCKS,
                     # Once a round: spilling would cost more than programs that wait.
@@ -237,6 +254,7 @@ class TritonTable(RowTable):
         order = np.argsort(self._kind[self._row_of_chunk], kind="stable")
         self._programs[:, 0] = self._row_of_chunk[order]
         self._programs[:, 1] = self._number[order]
+        self._pitched = set(self._kind[self._rows[:, WIDTH] > 0].tolist())
         # A row's first program, beside which all others of it lie.
         self._first_program = np.argsort(order)[self._rows[:, FIRST_CHUNK]]
         self._buckets = self._buckets_of(ALL)
@@ -248,6 +266,7 @@ class TritonTable(RowTable):
             Bucket(
                 (DTYPES[kind // 6], DTYPES[kind // 2 % 3]),
                 kind % 2 == 0,
+                kind in self._pitched,
                 int(first_program[kinds == kind].min()),
                 int(chunks[kinds == kind].sum()),
             )
@@ -281,6 +300,7 @@ class TritonTable(RowTable):
             TRITON_DTYPES[grad_dtype],
             *self._codecs,
             bucket.aligned,
+            bucket.pitched,
             update,
             controlled,
             BLOCK,
@@ -289,7 +309,7 @@ class TritonTable(RowTable):
         # All that decides a variant and may change within a round. Triton asks for it and for the module's constants at
         # each launch through `step_kernel`, and that would be a third of the step's time on the host.
         scaler = specialization(grad_scale), specialization(found_inf)
-        variant = bucket.dtypes, bucket.aligned, update, controlled, scaler
+        variant = bucket.dtypes, bucket.aligned, bucket.pitched, update, controlled, scaler
         compiled = self._compiled.get(variant)
         if compiled is not None:
             compiled[bucket.programs, 1, 1](*arguments)

@@ -233,7 +233,6 @@ class CpuTable(NativeTable):
 
     name = "cpu"
     eager = True
-    pitched = True
 
     def _where(self, function: str) -> tuple[int | None, ...]:
         return () if function == "collect" else (torch.get_num_threads(),)

@@ -21,8 +21,6 @@ WEIGHT, GRAD, NUMEL, OFFSET, GROUP, START, KEY, FIRST_CHUNK, WEIGHT_DTYPE, GRAD_
 WIDTH, PITCH, ROW_COLUMNS = range(11, 14)
 # What `close` does with a row: MisaAction.
 MEASURE, ADOPT, FLUSH, WRITE_BACK = 1, 2, 4, 8
-# Of a kernel that lacks pitched weights.
-NOT_PITCHED = "has no slices of columns yet"
 # Stretches of rows.
 ALL, NONE = slice(None), slice(0, 0)
 # Columns of the table of hyperparameters, float64, one line a param group: MisaHyper.
@@ -61,7 +59,6 @@ class RowTable:
         name: What `backend=` calls the kernel.
         chunk: Elements of a chunk.
         dtypes: What the kernel can read and write.
-        pitched: Whether the kernel updates weights that are pitched.
         eager: Whether everybody who looks at `optimizer.state` finds it as it is after the last step, since nothing has
             to be waited for: counters are collected in every step, and moments of age 0 are there, though the kernels
             do not read them.
@@ -72,14 +69,12 @@ class RowTable:
             step with `max_grad_norm` or `skip_nonfinite`.
 
     Raises:
-        ValueError: For dtypes that the kernel does not know, float16 weights without master, or pitched weights where
-            the kernel has none.
+        ValueError: For dtypes that the kernel does not know, or float16 weights without master.
     """
 
     name: str
     chunk: int
     eager = False
-    pitched = False
     dtypes: tuple[torch.dtype, ...] = DTYPES
 
     def __init__(
@@ -103,8 +98,6 @@ class RowTable:
                 raise ValueError(f"{dtype} must be one of {', '.join(map(str, self.dtypes))}: use backend='reference'")
         if torch.float16 in weight_dtypes and "master" not in state[torch.float16]:
             raise ValueError("float16 weights must have a master: stochastic rounding is for bfloat16")
-        if width is not None and width.any() and not self.pitched:
-            raise ValueError(f"backend={self.name!r} {NOT_PITCHED}: use backend='reference'")
         # An empty row has a chunk too, which holds its age.
         self._chunks = np.maximum(-(-numel // self.chunk), 1)
         self.chunks = torch.from_numpy(self._chunks)

@@ -27,7 +27,7 @@ LAUNCHES_COMPILED = VERSION <= (3, 9)
 WEIGHT, GRAD, NUMEL = tl.constexpr(table.WEIGHT), tl.constexpr(table.GRAD), tl.constexpr(table.NUMEL)
 OFFSET, GROUP, START = tl.constexpr(table.OFFSET), tl.constexpr(table.GROUP), tl.constexpr(table.START)
 KEY, FIRST_CHUNK, ACTION = tl.constexpr(table.KEY), tl.constexpr(table.FIRST_CHUNK), tl.constexpr(table.ACTION)
-ROW_COLUMNS = tl.constexpr(table.ROW_COLUMNS)
+WIDTH, PITCH, ROW_COLUMNS = tl.constexpr(table.WIDTH), tl.constexpr(table.PITCH), tl.constexpr(table.ROW_COLUMNS)
 LR, BETA1, BETA2 = tl.constexpr(table.LR), tl.constexpr(table.BETA1), tl.constexpr(table.BETA2)
 EPS, WEIGHT_DECAY = tl.constexpr(table.EPS), tl.constexpr(table.WEIGHT_DECAY)
 HYPER_COLUMNS = tl.constexpr(table.HYPER_COLUMNS)
@@ -138,6 +138,39 @@ def noise32(first, index, key):
 
 
 @triton.jit
+def lines_from(row_ptr, start):
+    """Return what `place` asks of the lines of a weight from its element `start` on, and where that element is.
+
+    A row whose elements are neighbours has a gap of 0, and it is no matter what its lines are.
+
+    Returns:
+        Elements from one line to the next, position of the element in its line, two numbers that divide by a line's
+        elements, and position of the element in the weight.
+    """
+    width = tl.load(row_ptr + WIDTH)
+    gap = tl.load(row_ptr + PITCH) - width
+    width = tl.maximum(width, 1)
+    line = start // width
+    # n // width = n * 2^(31 + shift) / width / 2^(31 + shift), rounded up once: exact for n and widths below 2^30, T.
+    # Granlund and P. L. Montgomery, https://dl.acm.org/doi/10.1145/178243.178249. The exponent of a float32 is log2.
+    shift = (width.to(tl.float32).to(tl.int32, bitcast=True) >> 23) - 127
+    factor = ((tl.cast(1, tl.int64) << (31 + shift)) + width - 1) // width
+    return gap.to(tl.int32), (start - line * width).to(tl.int32), factor.to(tl.uint32), shift, start + line * gap
+
+
+@triton.jit
+def place(index, gap, column, factor, shift, ALIGNED: tl.constexpr):
+    """Return where elements of a weight are, from the first of its chunk on, with what `lines_from` returned.
+
+    Where lines are multiples of 4, so are the neighbours that a thread holds, and all is computed once for these.
+    """
+    twice = (2 * (index + column)).to(tl.uint32)
+    line = (tl.umulhi(twice, factor) >> shift).to(tl.int64)
+    found = line * gap.to(tl.int64) + index
+    return tl.max_contiguous(tl.multiple_of(found, 4), 4) if ALIGNED else found
+
+
+@triton.jit
 def sum_in_order(x_ptr, count):
     """Return the sum of float64 numbers, whose order of addition depends on `count` alone."""
     lanes = tl.arange(0, SUM_BLOCK)
@@ -193,6 +226,7 @@ def step_kernel(
     M_CODEC: tl.constexpr,
     V_CODEC: tl.constexpr,
     ALIGNED: tl.constexpr,
+    PITCHED: tl.constexpr,
     UPDATE: tl.constexpr,
     CONTROLLED: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -202,7 +236,7 @@ def step_kernel(
 
     Args:
         program_ptr: int32[programs, 2], row and number of the chunk within the row.
-        row_ptr: int64[rows, 10], see `RowTable`.
+        row_ptr: int64[rows, 13], see `RowTable`.
         hyper_ptr: float64[groups, 5].
         exp_avg_ptr: Codes of m of all rows of one weight dtype; no state is read at age 0.
         exp_avg_scale_ptr: float32, the scales of m, or None.
@@ -226,7 +260,8 @@ def step_kernel(
         GRAD_DTYPE: Dtype of the gradients.
         M_CODEC: How m is stored, a number of `triton_codec.CODECS`.
         V_CODEC: How v is.
-        ALIGNED: Whether all weight and gradient pointers are multiples of 16 and all sizes of 4.
+        ALIGNED: Whether all weight and gradient pointers are multiples of 16 and all sizes, lines and pitches of 4.
+        PITCHED: Whether weights may be in lines with gaps between them.
         UPDATE: Off in the norm launch.
         CONTROLLED: Whether a norm launch came before this update.
         BLOCK: Elements at a time.
@@ -255,12 +290,18 @@ def step_kernel(
     start = number.to(tl.int64) * (BLOCK * BLOCKS)
     chunk = tl.load(row_ptr + FIRST_CHUNK) + number
     state = tl.load(row_ptr + OFFSET) + start
-    weight_ptr = tl.load(row_ptr + WEIGHT).to(tl.pointer_type(WEIGHT_DTYPE)) + start
+    weight_ptr = tl.load(row_ptr + WEIGHT).to(tl.pointer_type(WEIGHT_DTYPE))
+    if PITCHED and UPDATE:
+        gap, column, factor, shift, begun = lines_from(row_ptr, start)
+        weight_ptr += begun
+    else:
+        weight_ptr += start
     grad_ptr = grad.to(tl.pointer_type(GRAD_DTYPE)) + start
     remaining = tl.minimum(tl.maximum(numel - start, 0), BLOCK * BLOCKS).to(tl.int32)
     if ALIGNED:
         # What the host has checked; with it the masked accesses of the last block are vectors too.
-        weight_ptr = tl.multiple_of(weight_ptr, 16)
+        # A line is somewhere among multiples of 4 elements.
+        weight_ptr = tl.multiple_of(weight_ptr, 8 if PITCHED and WEIGHT_DTYPE != tl.float32 else 16)
         grad_ptr = tl.multiple_of(grad_ptr, 16)
         remaining = tl.multiple_of(remaining, 4)
     if ALIGNED or exp_avg_scale_ptr is not None:
@@ -317,13 +358,14 @@ def step_kernel(
                 g = g * coefficient
             m = triton_codec.load(exp_avg_ptr, exp_avg_scale_ptr, state, begin, written, BLOCK, M_CODEC, ALIGNED)
             v = triton_codec.load(exp_avg_sq_ptr, exp_avg_sq_scale_ptr, state, begin, written, BLOCK, V_CODEC, ALIGNED)
+            weights = weight_ptr + (place(index, gap, column, factor, shift, ALIGNED) if PITCHED else index)
             if master_ptr is None:
-                theta = tl.load(weight_ptr + index, mask=inside, other=0.0)
+                theta = tl.load(weights, mask=inside, other=0.0)
                 if residual_ptr is not None:
                     theta = join(theta, tl.load(residual_ptr + state + index, mask=index < written, other=0))
                 theta = theta.to(tl.float32)
             else:
-                weight = tl.load(weight_ptr + index, mask=index < remaining - written, other=0.0).to(tl.float32)
+                weight = tl.load(weights, mask=index < remaining - written, other=0.0).to(tl.float32)
                 theta = tl.load(master_ptr + state + index, mask=index < written, other=weight)
             theta, m, v = adamw(
                 theta,
@@ -357,7 +399,7 @@ def step_kernel(
                     theta = bf16_rounded(theta, noise & 0xFFFF)
                 else:
                     theta = bf16_nearest(theta)
-            tl.store(weight_ptr + index, theta.to(WEIGHT_DTYPE), mask=inside)
+            tl.store(weights, theta.to(WEIGHT_DTYPE), mask=inside)
 
     if CONTROLLED:
         sq_norm = tl.load(partial_ptr + chunk)
@@ -430,6 +472,7 @@ def close_kernel(
     M_CODEC: tl.constexpr,
     V_CODEC: tl.constexpr,
     ALIGNED: tl.constexpr,
+    PITCHED: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCKS: tl.constexpr,
 ):
@@ -447,7 +490,12 @@ def close_kernel(
     start = number.to(tl.int64) * (BLOCK * BLOCKS)
     chunk = tl.load(row_ptr + FIRST_CHUNK) + number
     state = tl.load(row_ptr + OFFSET) + start
-    weight_ptr = tl.load(row_ptr + WEIGHT).to(tl.pointer_type(WEIGHT_DTYPE)) + start
+    weight_ptr = tl.load(row_ptr + WEIGHT).to(tl.pointer_type(WEIGHT_DTYPE))
+    if PITCHED:
+        gap, column, factor, shift, begun = lines_from(row_ptr, start)
+        weight_ptr += begun
+    else:
+        weight_ptr += start
     remaining = tl.minimum(tl.maximum(tl.load(row_ptr + NUMEL) - start, 0), BLOCK * BLOCKS).to(tl.int32)
     age = tl.load(age_ptr + chunk)
     # Limits instead of branches: what is not wanted is neither read nor written.
@@ -457,7 +505,7 @@ def close_kernel(
     adopted = tl.where((action & ADOPT) != 0, written, 0)
     left = tl.where((action & WRITE_BACK) != 0, written, 0)
     if ALIGNED:
-        weight_ptr = tl.multiple_of(weight_ptr, 16)
+        weight_ptr = tl.multiple_of(weight_ptr, 8 if PITCHED and WEIGHT_DTYPE != tl.float32 else 16)
         remaining, written = tl.multiple_of(remaining, 4), tl.multiple_of(written, 4)
         with_moments = tl.multiple_of(with_moments, 4)
         adopted, left = tl.multiple_of(adopted, 4), tl.multiple_of(left, 4)
@@ -479,7 +527,8 @@ def close_kernel(
     for i in range(BLOCKS):
         begin = i * BLOCK
         index = triton_codec.neighbours(begin, BLOCK, 4)
-        stored = tl.load(weight_ptr + index, mask=index < remaining, other=0.0)
+        held_at = weight_ptr + (place(index, gap, column, factor, shift, ALIGNED) if PITCHED else index)
+        stored = tl.load(held_at, mask=index < remaining, other=0.0)
         weight = stored.to(tl.float32)
         weights = tl.fma(weight, weight, weights)
         m = triton_codec.load(exp_avg_ptr, exp_avg_scale_ptr, state, begin, with_moments, BLOCK, M_CODEC, ALIGNED)
@@ -498,7 +547,7 @@ def close_kernel(
             theta = bf16_rounded(theta, noise32(first, index, key) & 0xFFFF)
         elif WEIGHT_DTYPE == tl.float16:
             theta = fp16_rounded(theta, noise32(first, index, key) & 0xFFFF)
-        tl.store(weight_ptr + index, theta, mask=index < left)
+        tl.store(held_at, theta, mask=index < left)
     if moved_ptr is not None:
         tl.store(moved_ptr + chunk, step_size * step_size * tl.sum(updates.to(tl.float64)))
         tl.store(moved_ptr + chunks + chunk, tl.sum(weights.to(tl.float64)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -28,6 +29,8 @@ CROSSING_BYTES, CROSSING_ACCESSES = 4096, 12
 # An element, with bfloat16 weights rounded stochastically, whose hash takes 16. The IEEE division and root of fp32
 # take 20 to 30.
 INSTRUCTIONS = {"fp32": 75, "bf16": 75, "int8": 75, "fp8": 110, "int8+int4": 80}
+# More where the weight is pitched: the division of its lines, once a vector.
+PITCHED = 6
 # Spilling instructions and bytes of stack, of the variants that have any: Triton 3.6 has one.
 SPILLS = {"3.6": {("update bf16 bf16 master bf16 unaligned", 80): (4, 8)}}.get(triton.__version__[:3], {})
 
@@ -66,7 +69,7 @@ def check(code: Code) -> None:
         assert not variant.aligned or 16 not in code.loads, code
     elif variant.aligned:
         assert (code.loads, code.stores) == expected_widths(variant), code
-        assert code.instructions < INSTRUCTIONS[variant.state_dtype], code
+        assert code.instructions < INSTRUCTIONS[variant.state_dtype] + PITCHED * variant.pitched, code
     else:
         # Element by element, never wider than the dtype allows.
         assert max(*code.loads, *code.stores) <= 32, code
@@ -74,9 +77,13 @@ def check(code: Code) -> None:
 
 def test_usual_variants_on_every_gpu():
     codes = compile_all([(variant, capability) for capability in CAPABILITIES for variant in USUAL], processes=2)
-    assert len(codes) == 15
+    assert len(codes) == 24
     for code in codes:
         check(code)
+    instructions = {(code.capability, code.variant): code.instructions for code in codes}
+    for (capability, variant), found in instructions.items():
+        if variant.pitched:
+            assert found <= instructions[capability, replace(variant, pitched=False)] + PITCHED, variant
 
 
 def scaled(variant: Variant) -> bool:
@@ -106,7 +113,7 @@ needs_nvcc = pytest.mark.skipif(nvcc.missing() is not None, reason=str(nvcc.miss
 @pytest.mark.parametrize("capability", CAPABILITIES)
 def test_cuda_library(capability):
     codes = compile_library(capability)
-    assert len({code.variant for code in codes}) == 8
+    assert len({code.variant for code in codes}) == 14
     for code in codes:
         variant = code.variant
         assert code.spills == 0 and code.stack == 0, code
@@ -120,7 +127,7 @@ def test_cuda_library(capability):
         # And more, since at age 0 weight and gradient are loaded by instructions of their own.
         assert code.loads.keys() == loads.keys() and all(code.loads[bits] >= n for bits, n in loads.items()), code
         assert code.stores == stores, code
-        assert code.instructions < 85, code
+        assert code.instructions < 85 + PITCHED * variant.pitched, code
 
 
 @needs_nvcc
@@ -155,7 +162,7 @@ def test_bytes_of_compressed_states(state_dtype, most):
 def test_table_has_a_line_a_variant(capsys):
     assert main(["--capability", "90"]) == 0
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("sm_90")]
-    assert len(lines) == len(variants()) + (0 if nvcc.missing() else 8)
+    assert len(lines) == len(variants()) + (0 if nvcc.missing() else 14)
 
 
 CLOSED = [(torch.float32, Storage()), (torch.bfloat16, Storage()), (torch.float16, Storage())]
@@ -165,12 +172,13 @@ CLOSED += [(torch.float32, Storage("bf16")), (torch.bfloat16, Storage("int8+int4
 
 @pytest.mark.parametrize("capability", [80, 90, pytest.param(100, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("weight, storage", CLOSED, ids=str)
-@pytest.mark.parametrize("measured", [True, False])
-def test_the_end_of_a_round_needs_no_stack(tmp_path, capability, weight, storage, measured):
+@pytest.mark.parametrize("measured, pitched", [(True, True), (False, False), (False, True)])
+def test_the_end_of_a_round_needs_no_stack(tmp_path, capability, weight, storage, measured, pitched):
     kernel, buffers = launch.kernels.close_kernel, storage.buffers(weight)
     pointers = codegen.ARGUMENTS | {"moved_ptr": "*fp64", "chunks": "i32"}
     pointers |= {f"{key}_ptr": codegen.POINTERS[kind.dtype] for key, kind in buffers.items()}
     constants = {"WEIGHT_DTYPE": launch.TRITON_DTYPES[weight], "ALIGNED": True, **launch.codecs(storage)}
+    constants["PITCHED"] = pitched
     constants |= {"BLOCK": launch.BLOCK, "BLOCKS": launch.BLOCKS}
     constants |= {f"{key}_ptr": None for key in KEYS if key not in buffers} | ({} if measured else {"moved_ptr": None})
     names = list(kernel.arg_names)

@@ -114,6 +114,7 @@ inline int device = 0;
 
 inline void __syncthreads() { emulation::wait(&emulation::block_barrier); }
 inline void __threadfence() {}
+inline unsigned __umulhi(unsigned a, unsigned b) { return static_cast<unsigned long long>(a) * b >> 32; }
 inline int atomicAdd(int* to, int x) { return __atomic_fetch_add(to, x, __ATOMIC_SEQ_CST); }
 template <class T>
 T __ldcg(const T* from) {

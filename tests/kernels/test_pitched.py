@@ -4,12 +4,24 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-import numpy as np
 import pytest
 import torch
 from emulated import EmulatedTable
 from pairs import pairwise
-from tables import HYPER, OTHER, PLAIN, STORAGES, Kernel, Row, Step, native_kernel, same_bits
+from tables import (
+    HYPER,
+    OTHER,
+    PLAIN,
+    SOME_STORAGES,
+    STOCHASTIC,
+    STORAGES,
+    Kernel,
+    Row,
+    Step,
+    native_kernel,
+    same_bits,
+    triton_kernel,
+)
 from torch import nn
 
 from misa_kernels import kernels
@@ -24,7 +36,8 @@ FP32, BF16 = torch.float32, torch.bfloat16
 CPU = torch.device("cpu")
 VARIANTS = [(a, b) for a in (FP32, BF16) for b in (FP32, BF16)]
 NATIVE = [storage for storage in STORAGES if storage in kernels._storages("cpu")]
-# Width, pitch and lines: a column, chunks that end within a line, one that has more than a chunk, no gaps at all.
+# Width, pitch and lines: a column, chunks that end within a line, one that has more than a chunk, no gaps at all,
+# vectors, and a row whose elements are neighbours among the others.
 LINES = [
     (1, 5, 300),
     (3, 4, 11_000),
@@ -34,7 +47,32 @@ LINES = [
     (33_000, 33_001, 2),
     (64, 64, 600),
     (700, 900, 1),
+    (16, 48, 700),
+    (12, 20, 1000),
+    (0, 0, 9000),
 ]
+# Of kernels that take seconds a step where there is no GPU.
+FEW = [(1, 5, 300), (100, 101, 90), (9000, 9001, 2), (16, 48, 700), (0, 0, 4097)]
+OTHERS = [(name, storage) for name in ("emulated", "cuda") for storage in (PLAIN, STOCHASTIC)]
+OTHERS += [(name, storage) for name in ("interpreter", "triton") for storage in STORAGES]
+OTHERS = [
+    pytest.param(
+        name,
+        storage,
+        id=f"{name} {storage}",
+        marks=[pytest.mark.gpu] * (name in ("triton", "cuda"))
+        + [pytest.mark.slow] * (name == "interpreter" and storage not in SOME_STORAGES),
+    )
+    for name, storage in OTHERS
+]
+
+
+def kernel_of(name, monkeypatch):
+    if name == "emulated":
+        return Kernel(EmulatedTable, CPU)
+    if name in ("cpu", "cuda"):
+        return native_kernel(name)
+    return triton_kernel("cpu" if name == "interpreter" else "cuda", monkeypatch)
 
 
 @dataclass
@@ -44,29 +82,35 @@ class Both:
     step: Step
     copy: Step
 
-    def __init__(self, storage, variants, lines, library=None):
-        kernel = native_kernel("cpu")
+    def __init__(self, storage, variants, lines, kernel=None):
+        kernel = kernel or native_kernel("cpu")
+        # A row that has no lines is one line, to be looked at.
+        plain = [not width for width, _, _ in lines for _ in variants]
+        lines = [(width or count, pitch or count, count if width else 1) for width, pitch, count in lines]
         shapes = [(width, pitch, count) for width, pitch, count in lines for _ in variants]
         dtypes = [variant for _ in lines for variant in variants]
         rows = [
             Row(width * count, *dtype, group=i % 2, start=i**9)
             for i, ((width, _, count), dtype) in enumerate(zip(shapes, dtypes, strict=True))
         ]
-        self.step, self.copy = (Step(kernel, rows, groups=(HYPER, OTHER), storage=storage) for _ in range(2))
+        lined = [
+            row if alone else replace(row, width=width, pitch=pitch)
+            for row, alone, (width, pitch, _) in zip(rows, plain, shapes, strict=True)
+        ]
+        self.step, self.copy = (Step(kernel, each, groups=(HYPER, OTHER), storage=storage) for each in (lined, rows))
         self.shapes = shapes
-        sizes = [count * pitch + 3 for _, pitch, count in shapes]
-        self.wide = [torch.randn(size).to(dtype) for size, (dtype, _) in zip(sizes, dtypes, strict=True)]
+        # Within the matrix, not at its begin; where lines are vectors, on as many bytes as one.
+        self.first = [8 if (width | pitch) % 4 == 0 else 2 for width, pitch, _ in shapes]
+        sizes = [count * pitch + 8 for _, pitch, count in shapes]
+        self.wide = [torch.randn(size).to(kernel.device, dtype) for size, (dtype, _) in zip(sizes, dtypes, strict=True)]
         self.begun = [wide.clone() for wide in self.wide]
-        # Within the matrix, not at its begin.
-        self.step.weights = [wide[2:] for wide in self.wide]
+        self.step.weights = [wide[first:] for wide, first in zip(self.wide, self.first, strict=True)]
         for i, weight in enumerate(self.copy.weights):
-            weight.copy_(self.slice(self.wide, i))
-        rows = self.step.table._rows
-        rows[:, table.WIDTH], rows[:, table.PITCH] = np.array([shape[:2] for shape in shapes]).T
+            weight.copy_(self.lines(self.wide[i], i).reshape(-1))
 
-    def slice(self, wide, i):
+    def lines(self, wide, i):
         width, pitch, count = self.shapes[i]
-        return wide[i].as_strided((count, width), (pitch, 1), 2).reshape(-1)
+        return wide.as_strided((count, width), (pitch, 1), self.first[i])
 
     def run(self, grads, **options):
         for step in (self.step, self.copy):
@@ -86,10 +130,10 @@ class Both:
 
     def check(self):
         for i, weight in enumerate(self.copy.weights):
-            width, pitch, count = self.shapes[i]
             # Beside the slice it is as it was.
             expected = self.begun[i].clone()
-            expected.as_strided((count, width), (pitch, 1), 2).copy_(weight.view(count, width))
+            lines = self.lines(expected, i)
+            lines.copy_(weight.view(lines.shape))
             assert same_bits([self.wide[i].view(torch.uint8)], [expected.view(torch.uint8)]), self.shapes[i]
             for name, view in self.step.views(i).items():
                 assert same_bits([view.view(torch.uint8)], [self.copy.views(i)[name].view(torch.uint8)]), name
@@ -137,6 +181,37 @@ def test_steps_have_the_bits_of_a_contiguous_copy(storage, threads):
         assert library.misa_cpu_use_instructions(instructions) == 0
 
 
+@pytest.mark.parametrize("name, storage", OTHERS)
+def test_steps_and_ends_of_other_kernels_have_the_bits_of_a_contiguous_copy(name, storage, monkeypatch):
+    both = Both(storage, [(FP32, BF16), (BF16, BF16)], FEW, kernel_of(name, monkeypatch))
+    keys = range(5, 5 + len(both.shapes))
+    for t, options in enumerate(({}, {"max_grad_norm": 1.0})):
+        # Multiples of 1/8, whose squares add up without rounding: the CUDA library adds vectors in another order.
+        grads = [None if grad is None else (grad * 8).round().clamp(-16, 16) / 8 for grad in both.copy.draw({t})]
+        both.run(grads, keys=keys, **options)
+        both.check()
+    a, b = both.measure()
+    torch.testing.assert_close(a, b, rtol=1e-6, atol=0.0)
+    assert (a[1] > 0).all()
+    both.close([(ADOPT, WRITE_BACK, FLUSH | WRITE_BACK)[i % 3] for i in range(len(both.shapes))], keys)
+    both.check()
+
+
+def test_slices_and_whole_tensors_share_a_launch(monkeypatch):
+    kernel = triton_kernel("cpu", monkeypatch)
+    step = Step(kernel, [Row(640), Row(640, width=16, pitch=32), Row(64, width=16, pitch=33), Row(64)])
+    step.weights[1:3] = [torch.zeros(2000), torch.zeros(200)]
+    step.run(step.draw())
+    # By alignment, as ever.
+    assert [(b.aligned, b.pitched, b.programs) for b in step.table._buckets] == [(True, True, 3), (False, True, 1)]
+    whole = Step(kernel, [Row(640), Row(63)])
+    whole.run(whole.draw())
+    assert [b.pitched for b in whole.table._buckets] == [False, False]
+    for width, pitch in ((2**29, 2**29), (16, 2**29)):
+        with pytest.raises(ValueError, match="fewer than 2.29 elements: use backend='reference'"):
+            Step(kernel, [Row(64, width=width, pitch=pitch)])
+
+
 @pytest.mark.parametrize("storage", NATIVE, ids=str)
 def test_rounds_end_with_the_bits_of_a_contiguous_copy(storage, threads):
     both = Both(storage, [(FP32, FP32), (BF16, FP32)], LINES)
@@ -145,9 +220,9 @@ def test_rounds_end_with_the_bits_of_a_contiguous_copy(storage, threads):
         both.run(both.copy.draw({4}), keys=[t] * len(both.shapes))
     for i in range(len(both.shapes)):
         # As somebody would set them.
-        width, pitch, count = both.shapes[i]
-        both.wide[i].as_strided((count, width), (pitch, 1), 2)[::7] = 0.375
-        both.copy.weights[i].view(count, width)[::7] = 0.375
+        lines = both.lines(both.wide[i], i)
+        lines[::7] = 0.375
+        both.copy.weights[i].view(lines.shape)[::7] = 0.375
     threads(3)
     before = [wide.clone() for wide in both.wide]
     a, b = both.measure()
@@ -377,36 +452,17 @@ def test_slices_of_rows_step_on_every_table():
         assert torch.equal(rows[0].param[:5], slices(FP32, spans=())[0].param[:5])
 
 
-def test_backends_without_slices_of_columns_say_so(monkeypatch):
-    names = [name for name in kernels.BACKENDS if name not in ("auto", "reference")]
-    assert {name: kernels._table(name).pitched for name in names} == {name: kernels._pitched(name) for name in names}
-    monkeypatch.setattr(kernels, "unusable", lambda backend: None)
-    cuda = torch.device("cuda")
-    assert kernels.select("auto", cuda, {FP32}, PLAIN).name == "triton"
-    assert kernels.select("auto", cuda, {FP32}, PLAIN, pitched=True) is PlainStep
-    assert kernels.select("auto", CPU, {FP32}, PLAIN, pitched=True) is native.CpuTable
-    assert kernels.select("reference", cuda, {FP32}, PLAIN, pitched=True) is PlainStep
-    monkeypatch.setattr(kernels, "_interpreted", lambda: False)
-    for backend in ("triton", "cuda"):
-        with pytest.raises(RuntimeError, match=f"'{backend}' has no slices of columns yet: use backend='auto'"):
-            kernels.select(backend, cuda, {FP32}, PLAIN, pitched=True)
-    assert kernels.why_plain([nn.Parameter(torch.ones(2))], PLAIN, pitched=True) is None
-    on_gpu = type("OnGpu", (), {"device": cuda, "dtype": FP32})()
-    assert kernels.why_plain([on_gpu], PLAIN) is None
-    assert kernels.why_plain([on_gpu], PLAIN, pitched=True) == (
-        "MISA steps in plain PyTorch, which is slow: backend 'triton' has no slices of columns yet; 'cuda' has no "
-        "slices of columns yet; say backend='reference' if that is meant"
-    )
-
-
-def test_a_table_without_slices_of_columns_refuses_them():
-    with pytest.raises(ValueError, match="backend='cuda' has no slices of columns yet: use backend='reference'"):
-        Round(EmulatedTable, slices(FP32), PLAIN)
+@pytest.mark.parametrize("width, pitch", [(2**29, 2**29), (50, 2**32 + 50)])
+def test_lines_that_are_too_long_for_the_cuda_library_are_refused(width, pitch):
     step = Step(Kernel(EmulatedTable, CPU), [Row(100)])
     before, rows = step.bits(), step.table._rows
-    rows[0, table.WIDTH], rows[0, table.PITCH] = 10, 20
-    with pytest.raises(RuntimeError, match="this library has no slices of columns"):
-        step.run(step.draw())
-    with pytest.raises(RuntimeError, match="this library has no slices of columns"):
-        step.table.close([step.weights[0].data_ptr()], None, [WRITE_BACK], [0])
+    rows[0, table.WIDTH], rows[0, table.PITCH] = width, pitch
+    if width > 100:
+        rows[0, table.NUMEL] = 0
+    for call in (
+        lambda: step.run(step.draw()),
+        lambda: step.table.close([step.weights[0].data_ptr()], None, [WRITE_BACK], [0]),
+    ):
+        with pytest.raises(RuntimeError, match="are longer than this library can tell"):
+            call()
     assert same_bits(before, step.bits())

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from benchmarks import record
 from benchmarks.step.peers import BF16, FP32, MAX_NORM, misa
+from benchmarks.step.sliced import SlicedStep, bits, differing_bits
 from benchmarks.step.update import failure
 from misa_kernels import MISA
 from misa_kernels.kernels import native
@@ -31,6 +32,16 @@ from misa_kernels.memory.storage import KEYS, Storage
 SIZES = (1, 3, 15, 127, 128, 1023, 4097, 8191, 8192, 8193, 32_769, 100_003)
 # Elements by which some rows lie off their alignment.
 SHIFT = 1
+# Matrices, and their columns that are trained where slices are: widths and heights around vectors, lines and chunks.
+SLICED = [
+    (300, 5, (2, 3)),
+    (2100, 64, (16, 32)),
+    (700, 50, (1, 49)),
+    (340, 101, (0, 100)),
+    (70, 1024, (512, 768)),
+    (2, 33_001, (1, 33_001)),
+    (129, 144, (0, 144)),
+]
 # Elements around every weight that must stay as they are.
 GUARD = 64
 STEPS = 3
@@ -47,11 +58,13 @@ class Variant:
         dtype: Of weights and gradients.
         options: Arguments of MISA.
         backend: Who runs it on a GPU.
+        sliced: Whether columns of matrices are trained, which must have the bits of matrices of their own.
     """
 
     dtype: torch.dtype
     options: Mapping[str, Any] = field(default_factory=dict)
     backend: str = "triton"
+    sliced: bool = False
 
     @property
     def exact(self) -> bool:
@@ -71,6 +84,9 @@ VARIANTS = {
     "bf16 misa cuda": Variant(BF16, backend="cuda"),
     "fp32 misa cuda": Variant(FP32, backend="cuda"),
     "bf16 misa cuda clip": Variant(BF16, CLIP, "cuda"),
+    "bf16 misa slices": Variant(BF16, sliced=True),
+    "fp32 misa slices": Variant(FP32, sliced=True),
+    "bf16 misa slices cuda": Variant(BF16, backend="cuda", sliced=True),
     "bf16 misa split": Variant(BF16, {"param_precision": "split"}),
     "bf16 misa int8 master": Variant(BF16, {"state_dtype": "int8"}),
     "bf16 misa int8 split": Variant(BF16, {"param_precision": "split", "state_dtype": "int8"}),
@@ -80,7 +96,7 @@ VARIANTS = {
     "fp16 misa": Variant(torch.float16),
 }
 # What the stage `first` looks at: what users get, and what is timed there.
-FIRST = tuple(VARIANTS)[:11]
+FIRST = tuple(VARIANTS)[:14]
 
 
 class Rows:
@@ -189,11 +205,13 @@ def check(name: str, device_type: str) -> dict[str, Any]:
         "ok"; "backend", what ran it; "times_plain", the error over plain PyTorch's, of θ, m, v and ‖g‖²; of the first
         three "wrong" elements, and "differing", the share that is not plain PyTorch's; "spoilt" elements around the
         rows; "other_bits" than the CPU library's, or None where those may be others, or why that is open. "ok" and
-        "error" for what failed.
+        "error" for what failed. Of slices "backend", "other_bits" and "spoilt" alone.
     """
     variant, device = VARIANTS[name], torch.device(device_type)
     backend = variant.backend if device.type == "cuda" else "auto"
     try:
+        if variant.sliced:
+            return check_slices(variant.dtype, device, backend)
         ours, plain = Rows(variant.dtype, device), Rows(variant.dtype, device)
         exact = exact_steps(ours.weights, ours.gradients, variant.options.get("max_grad_norm"))
         runs = [(ours, make(ours, variant, backend)), (plain, make(plain, variant, "reference"))]
@@ -209,6 +227,31 @@ def check(name: str, device_type: str) -> dict[str, Any]:
         and not (isinstance(found["other_bits"], int) and found["other_bits"])
     )
     return found
+
+
+def check_slices(dtype: torch.dtype, device: torch.device, backend: str) -> dict[str, Any]:
+    """Step columns of matrices, and as many matrices of their own in the CPU library; return as `check` does."""
+    generator, storage = torch.Generator().manual_seed(0), Storage()
+    wide = [torch.randn(height, pitch, generator=generator).to(dtype) for height, pitch, _ in SLICED]
+    spans = [span for *_, span in SLICED]
+    alone = [matrix[:, a:b].contiguous() for matrix, (a, b) in zip(wide, spans, strict=True)]
+    held = [matrix.to(device, copy=True) for matrix in wide]
+    ours = SlicedStep(held, spans, backend, storage)
+    theirs = SlicedStep(alone, [(0, matrix.shape[1]) for matrix in alone], "cpu", storage)
+    for step in range(STEPS):
+        drawn = [torch.randn(matrix.shape, generator=generator).to(dtype) for matrix in alone]
+        ours.gradients, theirs.gradients = [x.to(device) for x in drawn], drawn
+        if step == 1:
+            # An expert that got no token: weight, state and age stay.
+            ours.gradients[1] = theirs.gradients[1] = None
+        ours.step()
+        theirs.step()
+    spoilt = 0
+    for matrix, before, (a, b) in zip(held, wide, spans, strict=True):
+        changed = bits(matrix) != bits(before)
+        spoilt += int(changed.view(matrix.shape)[:, [*range(a), *range(b, matrix.shape[1])]].sum())
+    other = differing_bits(ours, theirs)
+    return {"ok": not other and not spoilt, "backend": ours.backend, "other_bits": other, "spoilt": spoilt}
 
 
 def compare(runs: Sequence[tuple[Rows, MISA]], exact: Iterator[Any], variant: Variant) -> dict[str, Any]:
@@ -265,11 +308,6 @@ def other_bits(rows: Rows, optimizer: MISA, variant: Variant) -> int | str:
         pairs += [(optimizer.state[a][key], theirs.state[b][key]) for key in KEYS if key in theirs.state[b]]
         count += sum(int((bits(x) != bits(y)).sum()) for x, y in pairs)
     return count
-
-
-def bits(x: Tensor) -> Tensor:
-    """Return what is stored, as integers on the CPU."""
-    return x.cpu().reshape(-1).view(torch.int16 if x.element_size() == 2 else torch.int32)
 
 
 def excused(peer: dict[str, Any]) -> bool:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from benchmarks.gpu.first.parity import VARIANTS, excused
-from benchmarks.step.peers import FORMATS, PEERS
+from benchmarks.step.peers import FORMATS, PEERS, SLICES
 from benchmarks.step.update import Case, M, Matrices, launches
 from benchmarks.step.update import measure as measure_cases
 
@@ -31,6 +31,7 @@ NAMES = (
     *("bf16 misa", "bf16 misa stochastic", "bf16 misa int8", "fp32 misa", "bf16 misa clip", "fp32 misa clip"),
     *("fp32 fused", "fp32 fused+norm", "fp32 fused+clip", "bf16 fused", "bf16 fused+norm", "bf16 fused+clip"),
     *("bf16 misa cuda", "fp32 misa cuda", "bf16 misa cuda clip"),
+    *SLICES,
     # Of out/peers; torchao compiles for half a minute.
     *("bf16 bnb 8bit", "bf16 flashoptim", "bf16 optimi"),
 )
@@ -38,7 +39,7 @@ NAMES = (
 
 def measure(device: torch.device, deadline: float, so_far: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """Yield "cases" as `update.measure` does, "refused" peers that parity found wrong, and "launches"."""
-    every = PEERS | FORMATS
+    every = PEERS | FORMATS | SLICES
     variants = so_far.get("parity", {}).get("variants", {})
     wrong = [name for name in NAMES if not variants.get(name, {"ok": True})["ok"]]
     # A library that is not there says so once more as a peer.

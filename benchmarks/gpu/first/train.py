@@ -11,7 +11,7 @@ import torch
 from benchmarks.train import e2e
 from benchmarks.train.trainers import OURS, PLANS
 
-NAMES = ("adamw", "lora", "badam", "misa", "misa_window")
+NAMES = ("adamw", "lora", "misa_slices", "misa", "badam", "lora_down", "misa_window")
 # Short rounds and turns, so that all peers see many draws in a minute.
 PLAN = {
     "cuda": replace(PLANS["1b"], inner_steps=3, rounds=6, steps=8),
