@@ -513,13 +513,13 @@ cudaError_t launch_rows(Kernel<PITCHED> kernel, const MisaStep& step, cudaStream
   return rows == 0 ? cudaSuccess : launch(kernel, blocks, tables, stream);
 }
 
-// Launches one of two kernels over the rows that they are for: that of lines where any of these is in lines.
+// Launches one of two kernels over the rows that they are for: that of lines where one of them is in lines.
 template <class Wanted>
-cudaError_t launch_either(Kernel<false> plain, Kernel<true> lined, const MisaStep& step, cudaStream_t stream,
-                          Wanted wanted, int action = 0, double* moved = nullptr) {
+cudaError_t launch_either(Kernel<false> plain, Kernel<true> pitched, const MisaStep& step,
+                          cudaStream_t stream, Wanted wanted, int action = 0, double* moved = nullptr) {
   const bool any = std::any_of(step.rows, step.rows + step.row_count,
                                [=](const MisaRow& row) { return row.width != 0 && wanted(row); });
-  return any ? launch_rows<true>(lined, step, stream, wanted, action, moved)
+  return any ? launch_rows<true>(pitched, step, stream, wanted, action, moved)
              : launch_rows<false>(plain, step, stream, wanted, action, moved);
 }
 

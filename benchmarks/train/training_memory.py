@@ -29,8 +29,10 @@ from benchmarks.tables import GIB, MIB, cells
 from benchmarks.train import llama, trainers
 from benchmarks.train.llama import SHAPES, Llama
 from benchmarks.train.trainers import Plan
-from misa_kernels import MISA
+from misa_kernels import MISA, slices
+from misa_kernels.gradients.hooks import Slice
 from misa_kernels.release import HELD_BYTES, LAUNCHES
+from misa_kernels.tools.planner.methods import slices_of
 from misa_kernels.tools.planner.step import Workload, count
 
 # Larger differences of the formula are named under the table.
@@ -65,10 +67,10 @@ class Peer:
     state_bytes: tuple[float, float] = (12.0, 8.0)
 
 
-def misa_lean(model: Llama, plan: Plan, seed: int) -> trainers.Peer:
+def misa_lean(model: Llama, plan: Plan, seed: int, **draw: Any) -> trainers.Peer:
     """MISA in the fewest bytes; with full precision there are no bits to split off."""
     precision = {"param_precision": "split"} if plan.dtype == "bfloat16" else {}
-    return trainers.sampled(model, plan, seed, state_dtype="int8", release_gradients=True, **precision)
+    return trainers.sampled(model, plan, seed, state_dtype="int8", release_gradients=True, **precision, **draw)
 
 
 PEERS: dict[str, Peer] = {
@@ -81,6 +83,8 @@ PEERS: dict[str, Peer] = {
     "misa_int8": Peer("MISA int8", partial(trainers.sampled, state_dtype="int8"), (INT8 + 4, INT8)),
     "misa_lean": Peer("MISA int8, split, released", misa_lean, (INT8 + 2, INT8)),
     "misa_window": Peer("MISA window", trainers.misa_window),
+    "misa_slices": Peer("slices", trainers.PEERS["misa_slices"]),
+    "misa_slices_lean": Peer("slices int8, split, released", partial(misa_lean, **slices()), (INT8 + 2, INT8)),
 }
 
 
@@ -101,8 +105,15 @@ def planned(name: str, plan: Plan, fused_norms: bool) -> dict[str, float]:
     """Return what the formula says of a peer in the costliest round it may draw, from a model without data."""
     peer, shape = PEERS[name], SHAPES[plan.shape]
     active: dict[int, set[str]] = {}
+    sliced: dict[int, dict[str, Slice]] = {}
     if name == "lora":
         elements = shape.lora_numel(plan.lora_rank)
+    elif "slices" in name:
+        pieces, found = slices_of(shape, plan.delta)
+        elements = found.trained
+        for path, piece in pieces.items():
+            layer, _, linear = path.partition(".")
+            sliced.setdefault(int(layer), {})[linear] = piece
     else:
         model = build(plan, torch.device("meta"))
         elements = total = sum(p.numel() for p in model.parameters())
@@ -117,7 +128,7 @@ def planned(name: str, plan: Plan, fused_norms: bool) -> dict[str, float]:
         del optimizer
     narrow = plan.dtype == "bfloat16"
     element = 2 if narrow else 4
-    found = count(
+    counted = count(
         Workload(
             shape=shape,
             tokens=plan.tokens,
@@ -125,25 +136,26 @@ def planned(name: str, plan: Plan, fused_norms: bool) -> dict[str, float]:
             chunk=plan.chunk,
             checkpointing=plan.checkpointing,
             active=active,
+            sliced=sliced,
             dense=name == "adamw",
             outside=name == "adamw",
             rank=plan.lora_rank if name == "lora" else 0,
             adapter_element=element,
             state_elements=elements,
             state_bytes=peer.state_bytes[0 if narrow else 1],
-            released=name == "misa_lean",
+            released=name.endswith("_lean"),
             waiting=HELD_BYTES,
             alone=LAUNCHES,
             norms="fused" if fused_norms else "torch",
         )
     )
     return {
-        "weights": found.weights,
-        "states": found.states,
-        "activations": found.kept,
-        "gradients": found.gradients,
-        "during the step": found.peak - found.weights - found.states,
-        "peak": found.peak,
+        "weights": counted.weights,
+        "states": counted.states,
+        "activations": counted.kept,
+        "gradients": counted.gradients,
+        "during the step": counted.peak - counted.weights - counted.states,
+        "peak": counted.peak,
     }
 
 

@@ -47,8 +47,8 @@ OPTIONS = {"num_warps": 4, "num_stages": 1, "enable_fp_fusion": False}
 MAX_REGISTERS = {True: 80, False: 128}
 # The logarithms and powers of E4M3 spill with 80.
 MAX_REGISTERS_E4M3 = {True: 88, False: 128}
-# Columns of a matrix and of a slice, by which the kernel divides in 32 bits.
-MOST_OF_A_LINE = 2**29
+# Of columns of a matrix, and of elements of a slice of them: the kernel divides in 32 bits.
+COLUMNS_BELOW, PITCHED_BELOW = 2**30, 2**32
 # One buffer would be overwritten while the device still reads it; the host is rarely three steps ahead.
 UPLOAD_BUFFERS = 4
 
@@ -135,8 +135,8 @@ class TritonTable(RowTable):
 
     Raises:
         RuntimeError: For CPU tensors without the interpreter, or CUDA tensors within it.
-        ValueError: For dtypes that the kernel does not know, float16 weights without master, or lines of a weight that
-            are too long.
+        ValueError: For dtypes that the kernel does not know, float16 weights without master, or slices that are too
+            large.
     """
 
     name = "triton"
@@ -151,8 +151,11 @@ class TritonTable(RowTable):
 
     def _bind(self) -> None:
         device, rows = self._device, self._rows
-        if (rows[:, [WIDTH, PITCH]] >= MOST_OF_A_LINE).any():
-            raise ValueError("backend='triton' has lines of fewer than 2^29 elements: use backend='reference'")
+        if (rows[rows[:, WIDTH] > 0][:, [PITCH, NUMEL]] >= (COLUMNS_BELOW, PITCHED_BELOW)).any():
+            raise ValueError(
+                "backend='triton' trains slices of fewer than 2^32 elements, of matrices of fewer than 2^30 columns: "
+                "use backend='reference'"
+            )
         self._on_device: AbstractContextManager[Any] = (
             torch.cuda.device(device) if device.type == "cuda" else nullcontext()
         )

@@ -35,6 +35,8 @@ HYPER_COLUMNS = tl.constexpr(table.HYPER_COLUMNS)
 COEFFICIENT, NORM, SKIP = tl.constexpr(table.COEFFICIENT), tl.constexpr(table.NORM), tl.constexpr(table.SKIP)
 MEASURE, ADOPT = tl.constexpr(table.MEASURE), tl.constexpr(table.ADOPT)
 FLUSH, WRITE_BACK = tl.constexpr(table.FLUSH), tl.constexpr(table.WRITE_BACK)
+# Elements of a line above which no chunk has two ends of one.
+LONG_LINE = tl.constexpr(2**15)
 # float64 numbers that `sum_in_order` holds at once: 8 a thread.
 SUM_BLOCK = tl.constexpr(1024)
 
@@ -141,32 +143,36 @@ def noise32(first, index, key):
 def lines_from(row_ptr, start):
     """Return what `place` asks of the lines of a weight from its element `start` on, and where that element is.
 
-    A row whose elements are neighbours has a gap of 0, and it is no matter what its lines are.
+    A row whose elements are neighbours has a gap of 0, and it is no matter what its lines are. Divisions of 64 bits
+    would spill on sm_100; no pitched row has 2^32 elements.
 
     Returns:
-        Elements from one line to the next, position of the element in its line, two numbers that divide by a line's
-        elements, and position of the element in the weight.
+        Elements between two lines, position of the element in its line, a number that divides by a line's elements,
+        where a line longer than a chunk ends, and position of the element in the weight.
     """
     width = tl.load(row_ptr + WIDTH)
     gap = tl.load(row_ptr + PITCH) - width
-    width = tl.maximum(width, 1)
-    line = start // width
-    # n // width = n * 2^(31 + shift) / width / 2^(31 + shift), rounded up once: exact for n and widths below 2^30, T.
-    # Granlund and P. L. Montgomery, https://dl.acm.org/doi/10.1145/178243.178249. The exponent of a float32 is log2.
-    shift = (width.to(tl.float32).to(tl.int32, bitcast=True) >> 23) - 127
-    factor = ((tl.cast(1, tl.int64) << (31 + shift)) + width - 1) // width
-    return gap.to(tl.int32), (start - line * width).to(tl.int32), factor.to(tl.uint32), shift, start + line * gap
+    width = tl.maximum(width, 1).to(tl.uint32)
+    line = start.to(tl.uint32) // width
+    column = start.to(tl.uint32) - line * width
+    # n // width = 2n * factor / 2^32, rounded up once: exact where n * width < 2^31, T. Granlund and P. L. Montgomery,
+    # https://dl.acm.org/doi/10.1145/178243.178249.
+    factor = (tl.cast(2**31, tl.uint32) + (width - 1)) // width
+    is_long = width > LONG_LINE
+    factor = tl.where(is_long, 0, factor)
+    end = tl.where(is_long, width, 2**31 - 1).to(tl.int32)
+    return gap.to(tl.int32), column.to(tl.int32), factor, end, start + line.to(tl.int64) * gap
 
 
 @triton.jit
-def place(index, gap, column, factor, shift, ALIGNED: tl.constexpr):
+def place(index, gap, column, factor, end, ALIGNED: tl.constexpr):
     """Return where elements of a weight are, from the first of its chunk on, with what `lines_from` returned.
 
     Where lines are multiples of 4, so are the neighbours that a thread holds, and all is computed once for these.
     """
-    twice = (2 * (index + column)).to(tl.uint32)
-    line = (tl.umulhi(twice, factor) >> shift).to(tl.int64)
-    found = line * gap.to(tl.int64) + index
+    column += index
+    line = tl.umulhi((2 * column).to(tl.uint32), factor).to(tl.int32) + (column >= end).to(tl.int32)
+    found = line.to(tl.int64) * gap.to(tl.int64) + index
     return tl.max_contiguous(tl.multiple_of(found, 4), 4) if ALIGNED else found
 
 
@@ -292,7 +298,7 @@ def step_kernel(
     state = tl.load(row_ptr + OFFSET) + start
     weight_ptr = tl.load(row_ptr + WEIGHT).to(tl.pointer_type(WEIGHT_DTYPE))
     if PITCHED and UPDATE:
-        gap, column, factor, shift, begun = lines_from(row_ptr, start)
+        gap, column, factor, end, begun = lines_from(row_ptr, start)
         weight_ptr += begun
     else:
         weight_ptr += start
@@ -358,7 +364,7 @@ def step_kernel(
                 g = g * coefficient
             m = triton_codec.load(exp_avg_ptr, exp_avg_scale_ptr, state, begin, written, BLOCK, M_CODEC, ALIGNED)
             v = triton_codec.load(exp_avg_sq_ptr, exp_avg_sq_scale_ptr, state, begin, written, BLOCK, V_CODEC, ALIGNED)
-            weights = weight_ptr + (place(index, gap, column, factor, shift, ALIGNED) if PITCHED else index)
+            weights = weight_ptr + (place(index, gap, column, factor, end, ALIGNED) if PITCHED else index)
             if master_ptr is None:
                 theta = tl.load(weights, mask=inside, other=0.0)
                 if residual_ptr is not None:
@@ -492,7 +498,7 @@ def close_kernel(
     state = tl.load(row_ptr + OFFSET) + start
     weight_ptr = tl.load(row_ptr + WEIGHT).to(tl.pointer_type(WEIGHT_DTYPE))
     if PITCHED:
-        gap, column, factor, shift, begun = lines_from(row_ptr, start)
+        gap, column, factor, end, begun = lines_from(row_ptr, start)
         weight_ptr += begun
     else:
         weight_ptr += start
@@ -527,7 +533,7 @@ def close_kernel(
     for i in range(BLOCKS):
         begin = i * BLOCK
         index = triton_codec.neighbours(begin, BLOCK, 4)
-        held_at = weight_ptr + (place(index, gap, column, factor, shift, ALIGNED) if PITCHED else index)
+        held_at = weight_ptr + (place(index, gap, column, factor, end, ALIGNED) if PITCHED else index)
         stored = tl.load(held_at, mask=index < remaining, other=0.0)
         weight = stored.to(tl.float32)
         weights = tl.fma(weight, weight, weights)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+import numpy as np
 import pytest
 import torch
 from emulated import EmulatedTable
@@ -45,6 +46,7 @@ LINES = [
     (48, 50, 700),
     (100, 101, 340),
     (33_000, 33_001, 2),
+    (32_768, 32_769, 2),
     (64, 64, 600),
     (700, 900, 1),
     (16, 48, 700),
@@ -53,6 +55,9 @@ LINES = [
 ]
 # Of kernels that take seconds a step where there is no GPU.
 FEW = [(1, 5, 300), (100, 101, 90), (9000, 9001, 2), (16, 48, 700), (0, 0, 4097)]
+# Around the lines that two chunks have an end of.
+LONG = [(32_768, 32_769, 2), (32_772, 32_776, 2), (40_001, 40_003, 2)]
+GPUS = [pytest.param(name, marks=pytest.mark.gpu) for name in ("triton", "cuda")]
 OTHERS = [(name, storage) for name in ("emulated", "cuda") for storage in (PLAIN, STOCHASTIC)]
 OTHERS += [(name, storage) for name in ("interpreter", "triton") for storage in STORAGES]
 OTHERS = [
@@ -197,6 +202,13 @@ def test_steps_and_ends_of_other_kernels_have_the_bits_of_a_contiguous_copy(name
     both.check()
 
 
+@pytest.mark.parametrize("name", ["interpreter", "emulated", *GPUS])
+def test_long_lines_have_the_bits_of_a_contiguous_copy(name, monkeypatch):
+    both = Both(PLAIN, [(FP32, FP32)], LONG, kernel_of(name, monkeypatch))
+    both.run([torch.ones_like(weight) for weight in both.copy.weights])
+    both.check()
+
+
 def test_slices_and_whole_tensors_share_a_launch(monkeypatch):
     kernel = triton_kernel("cpu", monkeypatch)
     step = Step(kernel, [Row(640), Row(640, width=16, pitch=32), Row(64, width=16, pitch=33), Row(64)])
@@ -207,9 +219,10 @@ def test_slices_and_whole_tensors_share_a_launch(monkeypatch):
     whole = Step(kernel, [Row(640), Row(63)])
     whole.run(whole.draw())
     assert [b.pitched for b in whole.table._buckets] == [False, False]
-    for width, pitch in ((2**29, 2**29), (16, 2**29)):
-        with pytest.raises(ValueError, match="fewer than 2.29 elements: use backend='reference'"):
-            Step(kernel, [Row(64, width=width, pitch=pitch)])
+    one, no_state = np.ones(1, dtype=np.int64), {FP32: {}}
+    for numel, pitch in ((64, 2**30), (2**32, 32)):
+        with pytest.raises(ValueError, match="of fewer than 2.32 elements.*use backend='reference'"):
+            kernel.table(numel * one, 0 * one, 0 * one, 0 * one, [FP32], [FP32], no_state, PLAIN, CPU, one, pitch * one)
 
 
 @pytest.mark.parametrize("storage", NATIVE, ids=str)

@@ -16,4 +16,4 @@ PLAN = {"cuda": ("8b x 2", 5), "cpu": ("tiny", 1)}
 def measure(device: torch.device, deadline: float, so_far: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """Yield the record of `benchmarks.train.training_memory.under_the_cap`."""
     plan, rounds = PLAN[device.type]
-    return under_the_cap(plan, device, deadline, ("misa", "lora"), rounds)
+    return under_the_cap(plan, device, deadline, ("misa_slices", "lora", "misa"), rounds)
