@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import warnings
 from collections.abc import Callable, Iterator
@@ -710,3 +711,21 @@ def test_compiled_models_train_slices_as_eager_ones_do(how, hold, reach):
     assert {len(own.monitor.rounds) for own in optimizers} == {9}
     # Hooks of slices are not traced, and break graphs; where a slice begins makes no new ones.
     assert 0 < graphs[1] == graphs[-1] < 8
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("reach", "most"), [("down", 6), ("all", 16)])
+def test_a_hundred_draws_make_no_graph_more_than_the_first(reach, most, caplog):
+    """Up to each hooked matrix, of it, and behind the last; once more for a layer whose input needs no gradient."""
+    torch._dynamo.reset()
+    model, counting = tiny.build(layers=4, hidden=48), Counting()
+    for block in model.blocks:
+        block.compile(backend=counting)
+    optimizer = misa(model, 1, reach, inner_steps=1)
+    with caplog.at_level(logging.WARNING):
+        tiny.train(model, optimizer, 2)
+        first = counting.graphs
+        tiny.train(model, optimizer, 100)
+    torch._dynamo.reset()
+    assert 0 < first == counting.graphs <= most
+    assert "recompile_limit" not in caplog.text and len(optimizer.monitor.rounds) > 100
