@@ -20,7 +20,7 @@ from benchmarks.gpu import stages as gpu
 from benchmarks.gpu.first import engagement, parity, stage, table
 from benchmarks.gpu.first import part as part_of_the_stage
 from benchmarks.gpu.first.part import MARK, kill_tree
-from benchmarks.step.peers import FORMATS, PEERS
+from benchmarks.step.peers import FORMATS, PEERS, SLICES
 from benchmarks.train import training_memory
 from misa_kernels.memory.storage import Storage
 
@@ -119,9 +119,9 @@ def test_the_other_parts_run_to_their_end(tmp_path, capsys, monkeypatch):
     goals = table.goals({"step": step})
     assert "host us" in {goal["goal"] for goal in goals}
     assert any("not looked at by parity" in line for line in table.step_lines(step, goals))
-    assert list(train["peers"]) == ["adamw", "lora", "badam", "misa", "misa_window"]
+    assert list(train["peers"]) == ["adamw", "lora", "misa_slices", "misa", "badam", "lora_down", "misa_window"]
     assert all(peer["tokens_per_second"] > 0 for peer in train["peers"].values())
-    assert list(eight["peers"]) == ["misa", "lora"]
+    assert list(eight["peers"]) == ["misa_slices", "lora", "misa"]
     for peer in eight["peers"].values():
         assert peer["tokens_per_second"] > 0 and peer["planned"]["peak"] > 0 and peer["reserved_bytes"] > 0
     assert sanitizer["absent"] == "no CUDA device"
@@ -272,6 +272,17 @@ def test_all_parts_end_within_the_limit():
 @pytest.mark.parametrize("name", parity.VARIANTS)
 def test_what_is_looked_at_is_what_is_timed(name):
     variant = parity.VARIANTS[name]
+    if variant.sliced:
+        weight = torch.ones(32, 16, dtype=variant.dtype)
+        weight.grad = torch.ones_like(weight)
+        made = SLICES[name].make([weight])
+        made.step()
+        (wide,) = (row.param for row in made.rows)
+        assert SLICES[name].dtype == wide.dtype == variant.dtype and wide.shape == (32, 64)
+        # At age 1 the step is lr, whatever the gradient.
+        torch.testing.assert_close(wide[:, 16:32].float(), torch.full((32, 16), -0.01), rtol=2**-8, atol=0)
+        assert not wide[:, :16].any() and not wide[:, 32:].any()
+        return
     peer = (PEERS | FORMATS).get(name)
     if peer is None:
         assert name in ("bf16 misa split", "fp16 misa")
