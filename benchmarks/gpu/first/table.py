@@ -1,4 +1,4 @@
-"""Every figure of the stage `first` beside its goal, in at most 50 lines."""
+"""Every figure of the stage `first` beside its goal, in at most 58 lines."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from benchmarks.train import e2e_table
 from benchmarks.train.trainers import OURS
 from benchmarks.train.training_memory import GIB
 
-LINES = 50
+LINES = 58
 # Of the planner's peak and the one measured, either way.
 PLANNED_WITHIN = 0.05
 # Lines of the step by how many millions of elements there are at least: in large cases the memory decides, in the
