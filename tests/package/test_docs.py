@@ -22,6 +22,7 @@ import torch
 
 import misa_kernels
 from benchmarks.quality import pretrained_table, regime_table
+from benchmarks.quality.pretrained import LONG
 from benchmarks.quality.pretrained import TASKS as TEXTS
 from benchmarks.quality.regime_runs import TASKS
 from misa_kernels.__main__ import COMMANDS, main
@@ -294,6 +295,26 @@ def test_the_table_that_the_readme_begins_with_is_that_of_the_record() -> None:
     said = re.findall(r"\d+\.\d ± \d+\.\d", text.split("## What it buys")[1].split("\n## ")[0].split("\n\n")[-1])
     written = (ROOT / "benchmarks" / "results" / "pretrained.md").read_text()
     assert len(said) == 2 and set(said) <= set(re.findall(r"\+(\d+\.\d ± \d+\.\d)", written))
+
+
+def test_what_is_said_of_long_runs_is_what_the_record_has() -> None:
+    record = json.loads((ROOT / "benchmarks" / "results" / "pretrained.json").read_text())
+    rows = {row["method"]: row for row in record["rows"] if row["task"] == LONG}
+    share = {method: f"{100 * row['share']:.1f}" for method, row in rows.items()}
+    forgotten = {method: f"{row['forgetting']:.2f}" for method, row in rows.items()}
+    fixed, redrawn, lora = share["slices"], share["slices, redrawn"], share["LoRA"]
+    time = f"{rows['slices']['time'] / rows['LoRA']['time']:.2f}".lstrip("0")
+    anew, kept = forgotten["slices, redrawn"], forgotten["slices"]
+    said = {
+        "README.md": f"slices reach {fixed} % of what AdamW gains, drawn anew four times {redrawn} and LoRA {lora}; "
+        f"there slices forget {kept} nats, more than LoRA's {forgotten['LoRA']}",
+        "docs/slices.md": f"a fixed set reaches {fixed} % of what AdamW gains, four sets one after another {redrawn}, "
+        f"and forget less, {anew} nats instead of {kept}",
+        "docs/performance.md": f"{fixed} % of what AdamW gains beside LoRA's {lora}, in {time} of its time",
+        "docs/choosing.md": f"{fixed} % of what AdamW gains beside LoRA's {lora} on German manuals",
+    }
+    for page, sentence in said.items():
+        assert sentence in " ".join((ROOT / page).read_text().split()), page
 
 
 def test_methods_are_compared_on_a_small_model_as_the_record_does() -> None:
