@@ -16,7 +16,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "out" / "peers"
 # What such a machine takes of a checkout in one call, and what the tracked files may grow to.
-LIMIT_BYTES, TRACKED_BYTES = 64 * 2**20, 4 * 2**20
+LIMIT_BYTES, TRACKED_BYTES = 64 * 2**20, 5 * 2**20
 PYTHON = "3.12"
 PLATFORMS = ("manylinux_2_28_x86_64", "manylinux_2_24_x86_64", "manylinux2014_x86_64")
 # In the order of their worth, with the shared libraries that stay of each: those of torch's CUDA 13.0. FlashOptim and
