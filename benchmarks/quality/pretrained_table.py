@@ -294,15 +294,16 @@ def lines(content: Mapping[str, Any]) -> list[str]:
 
 
 def draw(rows: Runs, path: Path) -> Path | None:
-    """Draw the share of AdamW's improvement against training memory and time; a line joins the δ of a method."""
+    """Draw the share of AdamW's improvement against memory or forgetting, and time; lines join the δ of a method."""
     panels = {}
     # In every panel, so that a method has one colour.
     names = sorted({row["method"] for row in rows} - {"AdamW"})
     for task, own in by_task({"rows": rows}).items():
-        for by, label, key, factor in (
-            ("memory", "states, gradients and extra weights, MB", "training_bytes", 1e-6),
-            ("time", "time, of AdamW's training", "time", 1),
-        ):
+        beside = ("memory", "states, gradients and extra weights, MB", "training_bytes", 1e-6)
+        if len({row["delta"] for row in own} - {1.0}) == 1:
+            # All in as many bytes.
+            beside = ("forgetting", "forgetting, nats", "forgetting", 1)
+        for by, label, key, factor in (beside, ("time", "time, of AdamW's training", "time", 1)):
             panels[f"{task}, by {by}"] = (
                 label,
                 {
