@@ -16,6 +16,7 @@ from unittest.mock import patch
 import numpy as np
 import pytest
 import torch
+from emulated import EmulatedTable
 from interpreter import quicken
 
 from misa_kernels import kernels
@@ -57,6 +58,15 @@ def native_kernel(name: str) -> Kernel:
     if name == "cpu":
         return Kernel(native.CpuTable, torch.device("cpu"))
     return Kernel(native.CudaTable, torch.device("cuda", 0))
+
+
+def kernel_of(name: str, monkeypatch: pytest.MonkeyPatch) -> Kernel:
+    """The kernel of a library, of the CUDA library's source on the CPU, or of Triton there or on a GPU."""
+    if name == "emulated":
+        return Kernel(EmulatedTable, torch.device("cpu"))
+    if name in ("cpu", "cuda"):
+        return native_kernel(name)
+    return triton_kernel("cpu" if name == "interpreter" else "cuda", monkeypatch)
 
 
 def triton_kernel(device: str, monkeypatch: pytest.MonkeyPatch) -> Kernel:

@@ -13,8 +13,7 @@ from misa_kernels.memory.arena import Arena
 from misa_kernels.memory.storage import Storage
 from misa_kernels.reference import Hyper
 
-# Of the columns of a matrix one in so many is trained where a step is timed: widths of 16 and more then lie as apart as
-# those of a small δ for the caches.
+# Of the columns of a matrix one in so many is trained where a step is timed.
 WIDER = 4
 
 
@@ -51,7 +50,7 @@ class SlicedStep:
         self._taken = 0
 
     def step(self) -> None:
-        """Update all slices that have a gradient; those of `param_groups` apart, hyperparameters are parity's."""
+        """Update all slices that have a gradient."""
         self._taken += 1
         hyper = [Hyper(lr=self.param_groups[0]["lr"], beta1=0.9, beta2=0.99, eps=1e-8, weight_decay=0.1)]
         self._steps.run(self.gradients, self._pointers, hyper, (0, self._taken))

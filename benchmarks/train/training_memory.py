@@ -32,7 +32,7 @@ from benchmarks.train.trainers import Plan
 from misa_kernels import MISA, slices
 from misa_kernels.gradients.hooks import Slice
 from misa_kernels.release import HELD_BYTES, LAUNCHES
-from misa_kernels.tools.planner.methods import slices_of
+from misa_kernels.tools.planner.methods import by_layer, slices_of
 from misa_kernels.tools.planner.step import Workload, count
 
 # Larger differences of the formula are named under the table.
@@ -109,11 +109,8 @@ def planned(name: str, plan: Plan, fused_norms: bool) -> dict[str, float]:
     if name == "lora":
         elements = shape.lora_numel(plan.lora_rank)
     elif "slices" in name:
-        pieces, found = slices_of(shape, plan.delta)
-        elements = found.trained
-        for path, piece in pieces.items():
-            layer, _, linear = path.partition(".")
-            sliced.setdefault(int(layer), {})[linear] = piece
+        pieces, cut = slices_of(shape, plan.delta)
+        elements, sliced = cut.trained, by_layer(pieces)
     else:
         model = build(plan, torch.device("meta"))
         elements = total = sum(p.numel() for p in model.parameters())
@@ -128,7 +125,7 @@ def planned(name: str, plan: Plan, fused_norms: bool) -> dict[str, float]:
         del optimizer
     narrow = plan.dtype == "bfloat16"
     element = 2 if narrow else 4
-    counted = count(
+    found = count(
         Workload(
             shape=shape,
             tokens=plan.tokens,
@@ -150,12 +147,12 @@ def planned(name: str, plan: Plan, fused_norms: bool) -> dict[str, float]:
         )
     )
     return {
-        "weights": counted.weights,
-        "states": counted.states,
-        "activations": counted.kept,
-        "gradients": counted.gradients,
-        "during the step": counted.peak - counted.weights - counted.states,
-        "peak": counted.peak,
+        "weights": found.weights,
+        "states": found.states,
+        "activations": found.kept,
+        "gradients": found.gradients,
+        "during the step": found.peak - found.weights - found.states,
+        "peak": found.peak,
     }
 
 
@@ -198,7 +195,7 @@ def train_step(model: Llama, tokens: torch.Tensor, optimizer: torch.optim.Optimi
 
 
 def on_the_cpu(plan: Plan) -> Iterator[dict[str, Any]]:
-    """Yield, for every dtype, with and without checkpointing, and every peer, what is measured and what is counted."""
+    """Yield, for every dtype, with and without checkpointing, and every peer, what is measured and what is found."""
     for dtype in ("bfloat16", "float32"):
         for checkpointing in (True, False):
             chosen = replace(plan, dtype=dtype, checkpointing=checkpointing)

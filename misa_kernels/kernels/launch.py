@@ -287,6 +287,8 @@ class TritonTable(RowTable):
         controlled: bool,
     ) -> None:
         weight_dtype, grad_dtype = bucket.dtypes
+        # A norm launch reads gradients alone.
+        pitched = bucket.pitched and update
         arguments = (
             *self._first[weight_dtype],
             self.sq_sums,
@@ -303,7 +305,7 @@ class TritonTable(RowTable):
             TRITON_DTYPES[grad_dtype],
             *self._codecs,
             bucket.aligned,
-            bucket.pitched,
+            pitched,
             update,
             controlled,
             BLOCK,
@@ -312,7 +314,7 @@ class TritonTable(RowTable):
         # All that decides a variant and may change within a round. Triton asks for it and for the module's constants at
         # each launch through `step_kernel`, and that would be a third of the step's time on the host.
         scaler = specialization(grad_scale), specialization(found_inf)
-        variant = bucket.dtypes, bucket.aligned, bucket.pitched, update, controlled, scaler
+        variant = bucket.dtypes, bucket.aligned, pitched, update, controlled, scaler
         compiled = self._compiled.get(variant)
         if compiled is not None:
             compiled[bucket.programs, 1, 1](*arguments)

@@ -267,7 +267,7 @@ def step_kernel(
         M_CODEC: How m is stored, a number of `triton_codec.CODECS`.
         V_CODEC: How v is.
         ALIGNED: Whether all weight and gradient pointers are multiples of 16 and all sizes, lines and pitches of 4.
-        PITCHED: Whether weights may be in lines with gaps between them.
+        PITCHED: Whether weights may be in lines with gaps between them; off in the norm launch.
         UPDATE: Off in the norm launch.
         CONTROLLED: Whether a norm launch came before this update.
         BLOCK: Elements at a time.
@@ -297,7 +297,7 @@ def step_kernel(
     chunk = tl.load(row_ptr + FIRST_CHUNK) + number
     state = tl.load(row_ptr + OFFSET) + start
     weight_ptr = tl.load(row_ptr + WEIGHT).to(tl.pointer_type(WEIGHT_DTYPE))
-    if PITCHED and UPDATE:
+    if PITCHED:
         gap, column, factor, end, begun = lines_from(row_ptr, start)
         weight_ptr += begun
     else:
@@ -305,8 +305,8 @@ def step_kernel(
     grad_ptr = grad.to(tl.pointer_type(GRAD_DTYPE)) + start
     remaining = tl.minimum(tl.maximum(numel - start, 0), BLOCK * BLOCKS).to(tl.int32)
     if ALIGNED:
-        # What the host has checked; with it the masked accesses of the last block are vectors too.
-        # A line is somewhere among multiples of 4 elements.
+        # What the host has checked; with it the masked accesses of the last block are vectors too. A chunk of a pitched
+        # weight begins at a multiple of 4 elements.
         weight_ptr = tl.multiple_of(weight_ptr, 8 if PITCHED and WEIGHT_DTYPE != tl.float32 else 16)
         grad_ptr = tl.multiple_of(grad_ptr, 16)
         remaining = tl.multiple_of(remaining, 4)

@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from emulated import EmulatedTable
 from tables import (
     HYPER,
     OTHER,
@@ -16,12 +15,10 @@ from tables import (
     SOME_STORAGES,
     STOCHASTIC,
     STORAGES,
-    Kernel,
     Row,
     Step,
-    native_kernel,
+    kernel_of,
     same_bits,
-    triton_kernel,
 )
 
 from misa_kernels import reference
@@ -43,11 +40,7 @@ SIZES = (70_001, 1, 0, 128, 4097, 515)
 
 @pytest.fixture(params=KERNELS)
 def kernel(request, monkeypatch):
-    if request.param == "emulated":
-        return Kernel(EmulatedTable, torch.device("cpu"))
-    if request.param in ("cpu", "cuda"):
-        return native_kernel(request.param)
-    return triton_kernel("cpu" if request.param == "interpreter" else "cuda", monkeypatch)
+    return kernel_of(request.param, monkeypatch)
 
 
 def trained(kernel, dtype, storage, sizes=SIZES, steps=3):

@@ -4,12 +4,13 @@ import os
 
 import numpy as np
 import pytest
+import tiny
 import torch
 from interpreter import quicken
 from pairs import pairwise
 from torch import nn
 
-from misa_kernels import MISA, UniformSampler, authors, kernels, paper
+from misa_kernels import MISA, UniformSampler, authors, kernels, paper, param_groups
 from misa_kernels.kernels import native
 from misa_kernels.memory.storage import KEYS, Storage
 
@@ -192,6 +193,29 @@ def test_row_blocks_experts_and_pairs(backend, device):
         for p, q in zip(reference, params, strict=True):
             torch.testing.assert_close(q, p, rtol=1e-6, atol=1e-6)
     np.testing.assert_allclose(expected.monitor.current.importance, optimizer.monitor.current.importance, rtol=1e-6)
+
+
+@on_each_backend
+def test_rounds_of_slices_equal_those_of_the_reference(backend, device):
+    """From the layers' hooks to the weights: columns of some matrices and rows of others, drawn anew."""
+
+    def make(name):
+        model = tiny.build(layers=1, device=device)
+        sampler = UniformSampler(granularity="slice", slices="all", hold_rounds=1)
+        # With less, the sign of a gradient that is only rounding would decide a step.
+        options = {"lr": 1e-2, "eps": 1e-4, "delta": 0.2, "inner_steps": 2}
+        return model, MISA(param_groups(model), sampler=sampler, backend=name, **options)
+
+    (reference, expected), (model, optimizer) = make("reference"), make(backend)
+    before = [p.detach().clone() for p in model.parameters()]
+    for each, its in ((reference, expected), (model, optimizer)):
+        tiny.train(each, its, 5)
+    assert optimizer.backend == backend and len(optimizer.monitor.rounds) == 3
+    assert {piece.axis for piece in optimizer.trained.values() if piece} == {0, 1}
+    assert sum(not torch.equal(p, q) for p, q in zip(before, model.parameters(), strict=True)) == 7
+    for p, q in zip(reference.parameters(), model.parameters(), strict=True):
+        torch.testing.assert_close(q, p, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(expected.monitor.current.importance, optimizer.monitor.current.importance, rtol=1e-4)
 
 
 @on_each_backend

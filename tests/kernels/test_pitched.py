@@ -19,6 +19,7 @@ from tables import (
     Kernel,
     Row,
     Step,
+    kernel_of,
     native_kernel,
     same_bits,
     triton_kernel,
@@ -70,14 +71,6 @@ OTHERS = [
     )
     for name, storage in OTHERS
 ]
-
-
-def kernel_of(name, monkeypatch):
-    if name == "emulated":
-        return Kernel(EmulatedTable, CPU)
-    if name in ("cpu", "cuda"):
-        return native_kernel(name)
-    return triton_kernel("cpu" if name == "interpreter" else "cuda", monkeypatch)
 
 
 @dataclass
@@ -417,10 +410,21 @@ def test_rounds_of_slices_have_the_bits_of_matrices_of_their_own(backend, option
 
 
 @pytest.mark.parametrize("dtype", [FP32, BF16])
-@pytest.mark.parametrize("storage", [PLAIN, Storage("bf16", "stochastic"), Storage("int8", "split")], ids=str)
-def test_the_library_steps_slices_as_plain_pytorch_does(dtype, storage):
+@pytest.mark.parametrize(
+    ("name", "storage"),
+    [
+        ("cpu", PLAIN),
+        ("cpu", Storage("bf16", "stochastic")),
+        ("cpu", Storage("int8", "split")),
+        ("interpreter", Storage("int8", "split")),
+        ("emulated", PLAIN),
+    ],
+    ids=str,
+)
+def test_kernels_step_slices_as_plain_pytorch_does(name, dtype, storage, monkeypatch):
     library, plain = (
-        Round(backend, slices(dtype), storage, max_grad_norm=0.5) for backend in (native_kernel("cpu").table, PlainStep)
+        Round(backend, slices(dtype), storage, max_grad_norm=0.5)
+        for backend in (kernel_of(name, monkeypatch).table, PlainStep)
     )
     for t in range(4):
         grads = gradients(library.rows, t)

@@ -19,12 +19,11 @@ from tables import (
     STORAGES,
     Row,
     Step,
+    kernel_of,
     mixed_rows,
-    native_kernel,
     reserve,
     rounds_fma_twice,
     same_bits,
-    triton_kernel,
 )
 from test_formula import build, header_adamw
 from test_formula import hyper_at as header_hyper
@@ -37,12 +36,6 @@ from misa_kernels.memory.storage import PRECISIONS, Storage, join, state_noise
 # The last four are around the chunks of Triton's interpreter and of the CPU library, and more than one of each.
 SIZES = [0, 1, 15, 1023, 4097, 8193, 32_767, 32_769, 100_000]
 KERNELS = ["interpreter", "cpu", *(pytest.param(name, marks=pytest.mark.gpu) for name in ("triton", "cuda"))]
-
-
-def kernel_of(name, monkeypatch):
-    if name in ("cpu", "cuda"):
-        return native_kernel(name)
-    return triton_kernel("cpu" if name == "interpreter" else "cuda", monkeypatch)
 
 
 @pytest.fixture(params=KERNELS)

@@ -306,7 +306,7 @@ def test_what_is_said_of_long_runs_is_what_the_record_has() -> None:
     time = f"{rows['slices']['time'] / rows['LoRA']['time']:.2f}".lstrip("0")
     anew, kept = forgotten["slices, redrawn"], forgotten["slices"]
     said = {
-        "README.md": f"slices reach {fixed} % of what AdamW gains, drawn anew four times {redrawn} and LoRA {lora}; "
+        "README.md": f"slices reach {fixed} % of what AdamW gains, four sets in turn {redrawn} and LoRA {lora}; "
         f"there slices forget {kept} nats, more than LoRA's {forgotten['LoRA']}",
         "docs/slices.md": f"a fixed set reaches {fixed} % of what AdamW gains, four sets one after another {redrawn}, "
         f"and forget less, {anew} nats instead of {kept}",

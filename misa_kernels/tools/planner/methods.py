@@ -183,6 +183,15 @@ def slices_of(shape: LlamaShape | Model, delta: float) -> tuple[dict[str, Slice]
     return {name: Slice(matrix.axis, 0, width) for name, matrix, width in each if width}, found
 
 
+def by_layer(pieces: Mapping[str, Slice]) -> dict[int, dict[str, Slice]]:
+    """Return the slices of a shape by layer and by the name of the matrix within it."""
+    found: dict[int, dict[str, Slice]] = {}
+    for name, piece in pieces.items():
+        layer, _, linear = name.partition(".")
+        found.setdefault(int(layer), {})[linear] = piece
+    return found
+
+
 def memory(method: str, shape: LlamaShape | Model, options: Setup) -> Memory:
     """Return what a step takes on one GPU.
 
@@ -239,10 +248,7 @@ def memory(method: str, shape: LlamaShape | Model, options: Setup) -> Memory:
         run = replace(run, active=active, outside=True, state_elements=trained)
     elif method == SLICES:
         pieces, cut = slices_of(shape, options.delta)
-        sliced: dict[int, dict[str, Slice]] = {}
-        for name, piece in pieces.items():
-            layer, _, linear = name.partition(".")
-            sliced.setdefault(int(layer), {})[linear] = piece
+        sliced = by_layer(pieces)
         sizes = [shape.slice_numel(linear, piece) for own in sliced.values() for linear, piece in own.items()]
         run = replace(
             run,
