@@ -16,7 +16,7 @@ from misa_kernels.kernels import Row
 from misa_kernels.memory.storage import Storage
 from misa_kernels.options import Options, check_sharded, check_trainable
 from misa_kernels.ranks.agreement import group_of
-from misa_kernels.ranks.shards import is_sharded, part_of, ranks_of
+from misa_kernels.ranks.shards import is_sharded, local, part_of, ranks_of
 
 # One number a sampled block, on the host, from construction on: its module, what is known of it, whether it is active.
 SCORES = {
@@ -183,19 +183,19 @@ class Layout:
     def _row(self, slot: int) -> Row:
         block = self.blocks[slot]
         module = int(self.module[slot]) if slot >= self.dense else None
+        # Whole tensors count once, on the first rank.
+        start, is_counted = 0, self.ranks is None or self.ranks.is_first
+        offset, end = block.start, block.stop
         if is_sharded(block.param):
-            # It is one slot, so that its part is all that there is here.
-            offset, (start, numel, is_counted) = 0, part_of(block.param)
-        else:
-            offset, start, numel = block.start, block.start, block.stop - block.start
-            # Whole tensors count once, on the first rank.
-            is_counted = self.ranks is None or self.ranks.is_first
+            start, end, is_counted = part_of(block.param)
+            if (piece := block.piece) is not None:
+                offset, end = piece.extent_in(local(block.param))
         return Row(
             slot=slot,
             param=block.param,
             index=block.index,
-            start=start,
-            stop=start + numel,
+            start=start + offset,
+            stop=start + end,
             offset=offset,
             is_counted=is_counted,
             group=self._group_of_param[block.index],

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Container, Iterable, Mapping, Sequence
 from operator import attrgetter
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -106,12 +106,16 @@ class Trained:
             # Of a step that failed some may be left.
             self._hyper = None
         self._adopt()
-        params, rows = self._weights.params, ALL
-        grads = list(map(GRAD, params))
+        rows = ALL
+        grads = list(map(GRAD, self._weights.params))
         if self._has_slices:
             grads = self._parts_in(grads, ALL)
         if self.layout.ranks is not None:
-            grads = [None if g is None else _part_of_grad(g, p) for g, p in zip(grads, params, strict=True)]
+            blocks = self.layout.blocks
+            grads = [
+                None if grad is None else _part_of_grad(grad, blocks[slot])
+                for grad, slot in zip(grads, self.rows, strict=True)
+            ]
         if self._arrivals:
             grads = self._arrivals.left_over(grads)
             if all(grad is None for grad in grads):
@@ -388,8 +392,11 @@ class Trained:
         """Put what was loaded of one slot into the arena, converted if it was stored otherwise."""
         assert self.arena is not None
         keys = {name: self.layout.key(name, row.slot) for name in KEYS}
+        shape = self.layout.blocks[row.slot].shape_in(row.param)
         saved = {
-            name: local_like(own[key], row.param).to(self.arena.device) for name, key in keys.items() if key in own
+            name: local_like(own[key], row.param, shape).to(self.arena.device)
+            for name, key in keys.items()
+            if key in own
         }
         views, weight = self.arena.views(row.slot), row.weight()
         # Of weights that were cast since they were saved there may be none in it, or more than they need now.
@@ -423,11 +430,11 @@ class Trained:
     def _show(self, row: Row) -> None:
         """Put views of a slot's state there."""
         assert self.arena is not None
-        held, shown, numel = local(row.param), {}, row.numel
-        shape = held.shape if numel == held.numel() else (-1, row.width) if row.width else (-1, *held.shape[1:])
+        block, shown, numel = self.layout.blocks[row.slot], {}, row.numel
+        shape, whole = block.shape_in(local(row.param)), block.shape_in(row.param)
         for name, view in self.arena.views(row.slot).items():
             shaped = view.view(shape) if view.numel() == numel else view
-            shown[self.layout.key(name, row.slot)] = like(shaped, row.param)
+            shown[self.layout.key(name, row.slot)] = like(shaped, row.param, whole)
         self.state[row.param].put(shown)
 
     def load(self, own: Mapping[Tensor, Mapping[str, Any]], storage: Storage) -> None:
@@ -457,13 +464,13 @@ class Trained:
         for param, span in self.layout.spans.items():
             own = self.state[param]
             for name, vector in self.arena.vectors.items():
-                _take(vector[span], own.get(name, 0), param)
+                _take(vector[span], own.get(name, 0))
         for slot, row in self.rows.items():
             own, views = self.state[row.param], self.arena.views(slot)
             saved = {name: own[key] for name in views if (key := self.layout.key(name, slot)) in own}
             if "age" in own and saved.keys() >= views.keys() & set(MOMENTS):
                 for name, value in saved.items():
-                    _take(views[name], value, row.param)
+                    _take(views[name], value, self.layout.blocks[slot])
             else:
                 self._begin(row)
         self._show_numbers()
@@ -608,9 +615,11 @@ def _detached(state: Mapping[Any, Mapping[str, Any]], layout: Layout) -> dict[An
     return {param: {name: copied(name, value) for name, value in own.items()} for param, own in state.items()}
 
 
-def _part_of_grad(grad: Tensor, param: Tensor) -> Tensor:
-    """Return the part of a gradient that belongs to what lies here of a parameter."""
-    part = local(grad) if is_sharded(grad) and grad.placements == param.placements else local_like(grad, param)  # type: ignore[attr-defined]
+def _part_of_grad(grad: Tensor, block: Block) -> Tensor:
+    """Return the part of a block's gradient that belongs to what lies here of its parameter."""
+    param: Any = block.param
+    is_alike = is_sharded(grad) and cast(Any, grad).placements == getattr(param, "placements", None)
+    part = local(grad) if is_alike else local_like(grad, param, block.shape_in(param))
     # A part without elements has no address, by which the kernels know that there is a gradient.
     return part if part.numel() else part.new_zeros(4)
 
@@ -628,10 +637,12 @@ def _part_in(grad: Tensor, block: Block) -> Tensor:
     return grad.narrow(axis, first, last - first).contiguous()
 
 
-def _take(place: Tensor, value: Any, param: Tensor) -> None:
+def _take(place: Tensor, value: Any, block: Block | None = None) -> None:
+    """Take over a number, or as many as there are; of a block's tensor the part here."""
     if not isinstance(value, Tensor) or value.numel() == 1:
         place.fill_(value.reshape(()) if isinstance(value, Tensor) else value)
-    elif (part := local_like(value, param) if value.numel() == param.numel() else value.flatten()).data_ptr() != (
-        place.data_ptr()
-    ):
+        return
+    is_whole = block is not None and value.numel() == block.numel
+    part = local_like(value, block.param, block.shape_in(block.param)) if block and is_whole else value.flatten()
+    if part.data_ptr() != place.data_ptr():
         place.copy_(part)

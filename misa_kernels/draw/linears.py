@@ -9,7 +9,7 @@ from typing import NamedTuple
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
-from misa_kernels.gradients.hooks import input_axis
+from misa_kernels.gradients.hooks import input_axis, is_held
 
 # By the weight, for as long as it lives, a list of `_Linear`.
 _linears = WeakIdKeyDictionary()
@@ -59,7 +59,7 @@ def find(modules: Iterable[nn.Module]) -> dict[int, int]:
 def linears_of(param: Tensor) -> list[nn.Module]:
     """Return the living linear layers that have a parameter as their weight; [] if one of them is no such layer now."""
     modules = (known.module() for known in _known(param))
-    own = [module for module in modules if module is not None and module._parameters.get("weight") is param]
+    own = [module for module in modules if module is not None and is_held(module._parameters.get("weight"), param)]
     return [] if None in map(input_axis, own) else own
 
 

@@ -9,13 +9,13 @@ from dataclasses import dataclass, field
 from itertools import count, pairwise, repeat
 from typing import Any, Literal, NamedTuple
 
-from torch import nn
+from torch import Tensor, nn
 
 from misa_kernels.draw.order import merged
 from misa_kernels.draw.slices import Matrix, Slicing, slicing, starts_of
 from misa_kernels.gradients.hooks import Slice
 from misa_kernels.outside.notices import names_of
-from misa_kernels.ranks.shards import is_sharded, local
+from misa_kernels.ranks.shards import is_sharded, local, sharded_axes
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +69,12 @@ class Block:
     def piece(self) -> Slice | None:
         """What backward makes the gradient of, where it is a slice."""
         return None if self.axis is None else Slice(self.axis, *self.ends)
+
+    def shape_in(self, tensor: Tensor) -> tuple[int, ...]:
+        """Return its shape within the parameter, or within what lies on this rank of it; rows may be -1."""
+        if (piece := self.piece) is not None:
+            return piece.shape_of(tensor)
+        return tuple(tensor.shape) if self.numel == self.param.numel() else (-1, *tensor.shape[1:])
 
 
 @dataclass(frozen=True, slots=True)
@@ -359,11 +365,6 @@ def _matrix(member: _Member, is_part: bool) -> Matrix | None:
     if member.slices is None or is_part or len(member.names) > 1:
         return None
     part, axis = member.slices
-    if is_sharded(member.param):
-        raise ValueError(
-            f"granularity='slice' needs whole tensors, and {member.names[0]} is sharded: draw modules with "
-            "granularity='module', or replicate the model with misa_kernels.distributed.replicate"
-        )
     if axis not in (0, 1) or member.param.ndim != 2:
         raise ValueError(
             f"'slices' of {member.names[0]} is {member.slices!r} for shape {tuple(member.param.shape)} and must be "
@@ -378,13 +379,16 @@ def _slices(sampled: Sequence[_Member], plan: Slicing, position: Mapping[str, in
         if not width or member.slices is None:
             continue
         param, axis, layer = member.param, member.slices[1], -1 if member.layer is None else position[member.layer]
-        rows, columns = param.shape
+        if axis in sharded_axes(param):
+            what, other = ("columns", "rows") if axis else ("rows", "columns")
+            raise ValueError(
+                f"granularity='slice' takes {what} of {member.names[0]}, whose {what} are divided among ranks, and "
+                f"each must have an equal part: shard it along its {other}, by shard_placement_fn of fully_shard(), "
+                "leave it out by slices= of the sampler, or draw modules with granularity='module'"
+            )
         for number, first in enumerate(starts_of(param.shape[axis], width)):
             ends = f"{first}:{first + width}"
-            start, stop = first * columns, (first + width) * columns
-            if axis:
-                start, stop = first, (rows - 1) * columns + first + width
-            block = Block(param, member.place, number, start, stop, axis)
+            block = Block(param, member.place, number, *Slice(axis, first, first + width).extent_in(param), axis)
             yield Module(f"{member.names[0]}[{':, ' if axis else ''}{ends}]", layer, (block,))
 
 

@@ -8,7 +8,7 @@ input.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -20,6 +20,7 @@ from torch.utils.hooks import RemovableHandle
 from misa_kernels.gradients.sliced import SlicedGradient
 from misa_kernels.outside.notices import warn
 from misa_kernels.outside.tracing import guard_hooks, not_traced
+from misa_kernels.ranks.shards import average_like, is_gathered, is_sharded, local
 
 
 class Slice(NamedTuple):
@@ -39,6 +40,18 @@ class Slice(NamedTuple):
         """Return the shape of the slice."""
         width = self.last - self.first
         return (width, weight.shape[1]) if self.axis == 0 else (weight.shape[0], width)
+
+    def extent_in(self, weight: Tensor) -> tuple[int, int]:
+        """Return its first element, and one past its last, in a matrix, flattened."""
+        rows, columns = weight.shape
+        if self.axis == 0:
+            return self.first * columns, self.last * columns
+        return self.first, self.first if not rows else (rows - 1) * columns + self.last
+
+
+def is_held(held: Tensor | None, weight: Tensor) -> bool:
+    """Whether what a layer holds is a weight, or what FSDP2 has gathered of that for the moment."""
+    return held is weight or held is not None and is_gathered(held, weight)
 
 
 def input_axis(module: nn.Module) -> int | None:
@@ -66,11 +79,21 @@ def input_axis(module: nn.Module) -> int | None:
 
 
 class SliceGradients:
-    """Which slices get gradients: in backward `weight.grad` becomes a `SlicedGradient`."""
+    """Which slices get gradients: in backward `weight.grad` becomes a `SlicedGradient`.
 
-    def __init__(self) -> None:
+    That of a weight sharded by FSDP2 is averaged over the ranks at once, and of the part on this rank.
+
+    Args:
+        follow: Called where a layer has another weight than expected; it may call `train`.
+
+    Attributes:
+        arrivals: Tells of gradients that have come.
+    """
+
+    def __init__(self, follow: Callable[[], None] | None = None) -> None:
         self._trained: dict[nn.Parameter, _Trained] = {}
-        self._arrivals = _Arrivals()
+        self.arrivals = _Arrivals()
+        self._follow = follow
 
     def train(
         self,
@@ -101,13 +124,19 @@ class SliceGradients:
             guard_hooks()
         for weight, (piece, modules) in slices.items():
             if weight not in self._trained:
-                self._trained[weight] = _Trained(weight, piece, (names or {}).get(weight), self._arrivals)
+                self._trained[weight] = _Trained(weight, piece, (names or {}).get(weight), self)
             self._trained[weight].hook(modules)
             self._trained[weight].move(piece)
 
     def close(self) -> None:
         """Remove all hooks, and the gradients of slices."""
         self.train({})
+
+    def now(self, module: nn.Module) -> _Trained | None:
+        """Return what is trained of a module's weight, which was exchanged."""
+        if self._follow is not None:
+            self._follow()
+        return next((trained for trained in self._trained.values() if trained.has(module)), None)
 
 
 class _Arrivals:
@@ -148,11 +177,11 @@ class _Trained:
         weight: The parameter that it is a slice of.
         piece: The slice.
         name: Of the weight, or None.
-        arrivals: Tells of its gradients.
+        owner: Knows the others.
     """
 
-    def __init__(self, weight: nn.Parameter, piece: Slice, name: str | None, arrivals: _Arrivals) -> None:
-        self._arrivals = arrivals
+    def __init__(self, weight: nn.Parameter, piece: Slice, name: str | None, owner: SliceGradients) -> None:
+        self._owner, self._arrivals = weakref.ref(owner), owner.arrivals
         self.weight, self.piece = weight, piece
         self._name = name
         # A module holds its hook, and so this: weakly, to be freed when it goes.
@@ -168,6 +197,10 @@ class _Trained:
             if module not in self._hooks:
                 hook = _Hook(self)
                 self._hooks[module] = module.register_forward_hook(hook, with_kwargs=True, prepend=True)
+
+    def has(self, module: nn.Module) -> bool:
+        """Whether it is trained in this module."""
+        return module in self._hooks
 
     def move(self, piece: Slice) -> None:
         """Go on with another slice, or the same; hooks stay, as what was compiled with them goes on calling them."""
@@ -193,9 +226,20 @@ class _Trained:
         if torch._C._get_tracing_state() is not None:
             # Who traces a model wants its outputs.
             return None
-        if module._parameters.get("weight") is not weight or last > weight.shape[axis]:
+        held = module._parameters.get("weight")
+        if not is_held(held, weight) or last > weight.shape[axis]:
+            owner = None if self._has_warned else self._owner()
+            now = None if owner is None else owner.now(module)
+            if now is not None and now is not self:
+                return now.tie(module, x, out)
             self._say()
             return None
+        if is_sharded(cast(Tensor, held)):
+            raise RuntimeError(
+                f"the layer of {self._name or 'a weight'} multiplies by a DTensor, as in tensor parallelism, and "
+                "granularity='slice' needs what fully_shard() gathers or whole weights: draw modules with "
+                "granularity='module'"
+            )
         if weight.requires_grad:
             return None
         reads = input_axis(module)
@@ -231,7 +275,7 @@ class _Trained:
         form = shape, weight.dtype, weight.device, _grad_dtype(weight)
         if leaf is None or (leaf.shape, leaf.dtype, leaf.device, _grad_dtype(leaf)) != form:
             # One element stands for all: nobody reads it.
-            leaf = weight.detach().new_zeros(1).expand(shape).requires_grad_()
+            leaf = local(weight).detach().new_zeros(1).expand(shape).requires_grad_()
             if form[-1] != weight.dtype:
                 leaf.grad_dtype = form[-1]
             own = weakref.ref(self)
@@ -252,7 +296,8 @@ class _Trained:
         if leaf is not self._leaf:
             return
         weight, piece = self.weight, self.piece
-        made = SlicedGradient(grad.contiguous(), weight.shape, piece.axis, piece.first)
+        part = average_like(grad, weight) if is_sharded(weight) else grad.contiguous()
+        made = SlicedGradient(part, weight.shape, piece.axis, piece.first)
         for hook in tuple((weight._backward_hooks or {}).values()):
             changed = hook(made)
             if isinstance(changed, SlicedGradient) and made.fits(changed):

@@ -59,10 +59,10 @@ class Row:
     def noise_start(self) -> int:
         """What the first element counts as in rounding noise, and its neighbour as one more.
 
-        The index within the whole parameter; of a pitched slice that within the slice. Its weight and moments are
-        rounded as those of a contiguous copy with `start` 0 would be.
+        The index within the whole parameter; of a pitched slice that within the slice, which is rounded as a
+        contiguous copy of it would be.
         """
-        return 0 if self.width else self.start
+        return self.start // self.pitch * self.width if self.width else self.start
 
     def weight(self, start: int = 0, numel: int | None = None) -> Tensor:
         """Return the weight as it is now, of shape (self.numel,), or so many of its elements from `start` on.

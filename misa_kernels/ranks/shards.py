@@ -10,6 +10,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any, cast
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -35,12 +36,41 @@ def local(tensor: Tensor) -> Tensor:
     return cast(Any, tensor)._local_tensor if is_sharded(tensor) else tensor
 
 
-def local_like(tensor: Tensor, param: Tensor) -> Tensor:
+def sharded_axes(tensor: Tensor) -> set[int]:
+    """Return the axes along which a tensor is cut among ranks."""
+    if not is_sharded(tensor):
+        return set()
+    return {placement.dim for placement in cast(Any, tensor).placements if placement.is_shard()}
+
+
+def is_gathered(tensor: Tensor, param: Tensor) -> bool:
+    """Whether a tensor may be what FSDP2 has gathered of a parameter to compute with."""
+    return is_sharded(param) and not is_sharded(tensor) and tensor.shape == param.shape
+
+
+def average_like(grad: Tensor, param: Tensor) -> Tensor:
+    """Return the average of a gradient over the ranks of a sharded parameter, sharded as that is.
+
+    Added up in float32, in the order of the stream. A collective.
+
+    Args:
+        grad: This rank's, whole, of the shape of `param` but for axes along which that is not cut.
+        param: The parameter.
+    """
+    from torch.distributed.tensor import DTensor, Partial
+
+    mesh, placements = cast(Any, param).device_mesh, cast(Any, param).placements
+    own = DTensor.from_local(grad.float() / mesh.size(), mesh, [Partial()] * mesh.ndim, run_check=False)
+    return own.redistribute(placements=placements).to(grad.dtype)
+
+
+def local_like(tensor: Tensor, param: Tensor, shape: Sequence[int] | None = None) -> Tensor:
     """Return the part of `tensor` that belongs to the part of `param` on this rank, 1-D.
 
     Args:
-        tensor: Of the shape of `param`, sharded in any way or whole.
+        tensor: Sharded in any way or whole.
         param: A parameter.
+        shape: That of `tensor`, which differs from that of `param` in axes along which that is not cut; None: that.
     """
     if not is_sharded(param):
         return tensor.reshape(-1)
@@ -52,19 +82,25 @@ def local_like(tensor: Tensor, param: Tensor) -> Tensor:
     from torch.distributed.tensor import distribute_tensor
 
     # Every rank has the whole, so nothing needs to travel.
-    whole = tensor.to(mesh.device_type).view(param.shape)
+    whole = tensor.to(mesh.device_type).view(param.shape if shape is None else tuple(shape))
     return local(distribute_tensor(whole, mesh, placements, src_data_rank=None)).reshape(-1)
 
 
-def like(part: Tensor, param: Tensor) -> Tensor:
-    """Return the DTensor whose part on this rank is `part`, sharded as `param` is; `part` itself if that is not."""
+def like(part: Tensor, param: Tensor, shape: Sequence[int]) -> Tensor:
+    """Return the DTensor whose part on this rank is `part`, sharded as `param` is; `part` itself if that is not.
+
+    Args:
+        part: Its part on this rank, of its shape.
+        param: A parameter.
+        shape: That of the whole, which differs from that of `param` in axes along which that is not cut.
+    """
     if not is_sharded(param):
         return part
     from torch.distributed.tensor import DTensor
 
     mesh, placements = cast(Any, param).device_mesh, cast(Any, param).placements
-    shaped = part.view(local(param).shape)
-    return DTensor.from_local(shaped, mesh, placements, run_check=False, shape=param.shape, stride=param.stride())
+    stride = torch.empty(shape, device="meta").stride()
+    return DTensor.from_local(part, mesh, placements, run_check=False, shape=torch.Size(shape), stride=stride)
 
 
 def part_of(param: Tensor) -> tuple[int, int, bool]:

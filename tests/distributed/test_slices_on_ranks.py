@@ -6,7 +6,6 @@ import re
 
 import pytest
 import ranks
-import sharded
 import tiny
 import torch
 import torch.distributed as dist
@@ -241,46 +240,6 @@ def test_ddp_is_refused_on_all_ranks(tmp_path, when, is_head_dense, sentence):
     answers = ranks.run(SIZE, tmp_path, wrapped, when, is_head_dense)
     assert answers[0] == answers[1]
     assert re.match(f"RuntimeError: {sentence}", answers[0]), answers[0]
-
-
-def fully_sharded(rank, when):
-    model = build()
-    optimizer = None if when == "before" else misa(model)
-    sharded.shard(model, SIZE, "blocks")
-    optimizer = misa(model) if optimizer is None else optimizer
-    before = sharded.weights(model)
-    try:
-        if when == "exchanged":
-            # As accelerate does, and MISACallback asks then.
-            own = dict(model.named_parameters())
-            for group in optimizer.param_groups:
-                group["params"] = [own[name] for name in group["param_names"]]
-            assert optimizer.modules
-        tiny.loss_of(model, part(0, rank)).backward()
-        optimizer.step()
-    finally:
-        assert all(torch.equal(weight, before[name]) for name, weight in sharded.weights(model).items())
-
-
-OF_SHARDS = (
-    r"ValueError: granularity='slice' needs whole tensors, and blocks.0.q is sharded: draw modules with "
-    r"granularity='module', or replicate the model with misa_kernels.distributed.replicate$"
-)
-
-
-@pytest.mark.parametrize(
-    ("when", "sentence"),
-    [
-        ("before", OF_SHARDS),
-        ("exchanged", OF_SHARDS),
-        # Torch's own, as nothing requires a gradient, after ours that layers have other weights.
-        ("after", "RuntimeError: element 0 of tensors does not require grad"),
-    ],
-)
-def test_sharded_matrices_are_refused_on_all_ranks(tmp_path, when, sentence):
-    answers = ranks.run(SIZE, tmp_path, fully_sharded, when)
-    assert answers[0] == answers[1]
-    assert re.match(sentence, answers[0]), answers[0]
 
 
 class Own(UniformSampler):
