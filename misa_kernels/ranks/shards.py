@@ -60,7 +60,8 @@ def average_like(grad: Tensor, param: Tensor) -> Tensor:
     from torch.distributed.tensor import DTensor, Partial
 
     mesh, placements = cast(Any, param).device_mesh, cast(Any, param).placements
-    own = DTensor.from_local(grad.float() / mesh.size(), mesh, [Partial()] * mesh.ndim, run_check=False)
+    part = grad.to(torch.float32, copy=True).div_(mesh.size())
+    own = DTensor.from_local(part, mesh, [Partial()] * mesh.ndim, run_check=False)
     return own.redistribute(placements=placements).to(grad.dtype)
 
 

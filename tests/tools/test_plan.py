@@ -464,6 +464,11 @@ def test_fsdp2_shards_what_lasts():
     assert plan.states == pytest.approx(12 * math.floor(0.03 * shape.numel) / 8)
     alone = memory("MISA", shape, replace(options, world_size=1))
     assert plan.activations - alone.activations == pytest.approx(need.gathered, rel=0.2)
+    # Slices have as many gradients and states; one at a time is averaged, in float32.
+    plan, alone = (memory(SLICES, shape, replace(options, world_size=size)) for size in (8, 1))
+    assert (plan.weights, plan.gradients, plan.states) == (alone.weights / 8, alone.gradients / 8, alone.states / 8)
+    whole = 2 * (2 * shape.vocab * shape.hidden + shape.hidden + 2 * shape.layer_numel)
+    assert plan.activations - alone.activations == pytest.approx(whole + 2 * alone.gradients / shape.layers, rel=0.01)
 
 
 @pytest.mark.parametrize("gib", [17, 20, 24, 30, 60])

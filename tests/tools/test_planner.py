@@ -35,6 +35,8 @@ def test_shapes_have_the_parameters_of_the_models_they_are_named_after():
         "mistral-7b": 7.25,
         "qwen2.5-7b": 7.62,
         "qwen3-8b": 8.19,
+        "qwen3-14b": 14.77,
+        "qwen3-32b": 32.76,
     }
     assert {name: round(shape.numel / 1e9, 2) for name, shape in PRESETS.items()} == published
 

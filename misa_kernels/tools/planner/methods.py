@@ -35,7 +35,7 @@ from misa_kernels.tools.planner.states import (
     WHOLE,
     states_of,
 )
-from misa_kernels.tools.planner.step import NF4_BYTES, Memory, Workload, count
+from misa_kernels.tools.planner.step import AVERAGED_BYTES, NF4_BYTES, Memory, Workload, count
 from misa_kernels.tools.planner.trial import held
 
 SLICES = "MISA, slices"
@@ -253,8 +253,6 @@ def memory(method: str, shape: LlamaShape | Model, options: Setup) -> Memory:
         run = replace(
             run,
             sliced=sliced,
-            # Shards have no slices.
-            ranks=1,
             # Allocated once, for the budget.
             state_elements=cut.trained,
             state_bytes=state_bytes(options, options.state_dtype, options.param_precision),
@@ -309,8 +307,7 @@ def _of_model(method: str, model: Model, options: Setup) -> Memory:
         trained, of_state = {*first, *last, *model.embeddings()}, wide
     else:
         if method == SLICES:
-            # Shards have no slices.
-            trained, ranks = set(), 1
+            trained = set()
             sliced, found = slices_of(model, options.delta)
             numels = {name: math.prod(piece.shape_of(params[name])) for name, piece in sliced.items()}
             whole_numel, largest = found.trained, max(numels.values())
@@ -344,7 +341,8 @@ def _of_model(method: str, model: Model, options: Setup) -> Memory:
     if ranks > 1:
         inside = [{n: p for n, p in params.items() if n.startswith(f"{layer}.")} for layer in model.layers]
         sizes = [sum(param.nbytes for param in layer.values()) for layer in inside]
-        gradients = (sum(param.nbytes for name, param in layer.items() if name in trained) for layer in inside)
+        gradients = [sum(param.nbytes for name, param in layer.items() if name in trained) for layer in inside]
+        gradients += [AVERAGED_BYTES * numels[name] for name in sliced]
         outside = sum(param.nbytes for param in params.values()) - sum(sizes)
         largest = max(sizes, default=0) / max(sum(sizes), 1) * (weights - outside)
         working += unsharded(outside, largest, max(gradients, default=0))

@@ -122,6 +122,8 @@ PRESETS = {
     "mistral-7b": LlamaShape(32_768, 4096, 14_336, layers=32, heads=32, kv_heads=8),
     "qwen2.5-7b": LlamaShape(152_064, 3584, 18_944, layers=28, heads=28, kv_heads=4, biased=_QKV),
     "qwen3-8b": LlamaShape(151_936, 4096, 12_288, layers=36, heads=32, kv_heads=8, head_size=128, qk_norm=True),
+    "qwen3-14b": LlamaShape(151_936, 5120, 17_408, layers=40, heads=40, kv_heads=8, head_size=128, qk_norm=True),
+    "qwen3-32b": LlamaShape(151_936, 5120, 25_600, layers=64, heads=64, kv_heads=8, head_size=128, qk_norm=True),
 }
 
 # What sets each type apart from a LLaMA, and what its class assumes where the file has no such field.

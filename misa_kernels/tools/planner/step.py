@@ -25,6 +25,8 @@ from misa_kernels.tools.planner.shapes import LINEARS, LlamaShape
 # Float32 tensors of the logits' size in the backward pass of cross-entropy: log-probabilities, their gradient, and that
 # of the logits.
 LOGITS = 3
+# A slice of a sharded weight has its gradient averaged in float32, beside the gradient itself.
+AVERAGED_BYTES = 4
 # QLoRA (arXiv 2305.14314), section 3: 4 bits, a scale of 8 bits for 64 elements, and one of 32 bits for 256 of these.
 NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
 
@@ -292,7 +294,8 @@ def count(run: Workload) -> Memory:
     working = 0.0 if run.released else max(outside, within)
     moments += [(held / run.ranks, n * h * e), (held / run.ranks, max(run.round_end, working))]
     layer_bytes = in_layer + e * shape.vector_numel
-    whole = unsharded(embedding + head + h * e, layer_bytes, max(gradients)) if run.ranks > 1 else 0
+    averaged = [AVERAGED_BYTES * size / e for own in map(trained.__getitem__, run.sliced) for size in own.values()]
+    whole = unsharded(embedding + head + h * e, layer_bytes, max(averaged or gradients)) if run.ranks > 1 else 0
     peak_gradients, peak_activations = max(moments, key=sum)
     return Memory(
         weights=weights / run.ranks,
