@@ -51,7 +51,7 @@ def is_gathered(tensor: Tensor, param: Tensor) -> bool:
 def average_like(grad: Tensor, param: Tensor) -> Tensor:
     """Return the average of a gradient over the ranks of a sharded parameter, sharded as that is.
 
-    Added up in float32, in the order of the stream. A collective.
+    Added up in float32 at least, in the order of the stream. A collective.
 
     Args:
         grad: This rank's, whole, of the shape of `param` but for axes along which that is not cut.
@@ -60,7 +60,7 @@ def average_like(grad: Tensor, param: Tensor) -> Tensor:
     from torch.distributed.tensor import DTensor, Partial
 
     mesh, placements = cast(Any, param).device_mesh, cast(Any, param).placements
-    part = grad.to(torch.float32, copy=True).div_(mesh.size())
+    part = grad.to(torch.promote_types(grad.dtype, torch.float32), copy=True).div_(mesh.size())
     own = DTensor.from_local(part, mesh, [Partial()] * mesh.ndim, run_check=False)
     return own.redistribute(placements=placements).to(grad.dtype)
 
