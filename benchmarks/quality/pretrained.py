@@ -127,12 +127,12 @@ def searches_of(task: str, early: int) -> Iterator[Search]:
         ("LoRA", (5, 5, 2), (early, early, 5)),
         ("LoRA, down", (5, 5, 3), (early, early, 5)),
         ("MISA", (3, 3, 2), (3, 3, 7)),
+        # They take twice LoRA's time and more.
+        ("DoRA", (5, 5, 2), (10, 8, 10)),
+        ("GaLore", (5, 4, 3), (10, 9, 10)),
     ):
         for delta, power, stage in zip(DELTAS, powers, stages, strict=True):
             yield searched(stage, first(task, method, delta, power))
-    # They take twice LoRA's time and more.
-    for method, power, stage in (("DoRA", 5, 8), ("GaLore", 4, 9)):
-        yield searched(stage, first(task, method, 0.03, power))
     # One round a layer, for what trains whole ones.
     for method in ("BAdam", "LISA"):
         yield searched(6, first(task, method, 0.03, 1, "fp32", STEPS // LAYERS))
