@@ -94,14 +94,20 @@ def run(command: list[str]) -> None:
         raise RuntimeError(f"{Path(command[0]).name} failed: {done.stdout[-500:]}")
 
 
-def machine_code() -> Figures:
-    """Return registers, spills and instructions an element of the variants of the GPU step in README.md, for sm_90."""
+def variants() -> list[Any]:
+    """Return the variants of the GPU step that are in README.md, whose machine code is counted."""
     # Imported here: the other counts need no compiler for GPUs.
-    from benchmarks.gpu.codegen import USUAL, compile_all, stored
+    from benchmarks.gpu.codegen import USUAL, stored
 
-    variants = [*USUAL, *(stored(format_)[-1] for format_ in ("int8", "fp8", "int8+int4"))]
+    return [*USUAL, *(stored(format_)[-1] for format_ in ("int8", "fp8", "int8+int4"))]
+
+
+def machine_code() -> Figures:
+    """Return registers, spills and instructions an element of these variants, for sm_90."""
+    from benchmarks.gpu.codegen import compile_all
+
     found: Figures = {}
-    for code in compile_all([(variant, CAPABILITY) for variant in variants], processes=2):
+    for code in compile_all([(variant, CAPABILITY) for variant in variants()], processes=2):
         for name in ("registers", "spills", "instructions"):
             found[f"sm_{CAPABILITY}, {code.variant}, {name}"] = getattr(code, name)
     return found

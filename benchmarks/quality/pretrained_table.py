@@ -31,7 +31,7 @@ LORA = ("LoRA", "LoRA, down")
 # The stated rule: the rate of slices is this over δ times AdamW's; and how far off it may be.
 RULE, OFF = 0.75, 1.5
 # The δ of the table in short.
-SHORT = (0.01, 0.03)
+SHORT = (0.01, 0.03, 0.25)
 HEADER = (
     "method | δ, or δ of equal bytes | rank | T | training MB | lr | share of AdamW's gain, % | time / AdamW's | "
     "peak MB | forgetting, nats | loss, nats a token | seeds"

@@ -66,6 +66,12 @@ def test_launches_of_a_step_on_a_gpu(content):
     assert found["bf16, launches"] == 1 and found["fp32 and bf16 clipped, launches"] == 4
 
 
+def test_every_variant_of_the_gpu_step_is_in_the_record(content):
+    pytest.importorskip("triton")
+    names = {name.rpartition(", ")[0] for name in content["figures"]["machine code"]}
+    assert names == {f"sm_{gate.CAPABILITY}, {variant}" for variant in gate.variants()}
+
+
 @pytest.mark.slow
 def test_machine_code_of_the_gpu_step(content):
     found = held("machine code", content)
