@@ -125,6 +125,7 @@ SECTIONS: dict[str, tuple[str, Callable[[Record], list[str]]]] = {
     "e2e": ("Tokens per second", e2e_table.lines),
     "caps": ("Tokens per second at the largest batch under a cap of memory", e2e_table.caps_lines),
     "slices": ("Slices beside LoRA: time and activations", e2e_table.lines),
+    "slices_compiled": ("Slices under torch.compile, layer by layer", e2e_table.lines),
     "cpu": ("The step on a CPU", cpu.lines),
     "growth": ("How cost grows", growth.lines),
     "round_end": ("The end of a round", round_end.lines),

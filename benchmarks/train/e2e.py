@@ -28,7 +28,7 @@ from benchmarks.memory import PeakMemory
 from benchmarks.tables import aligned, goal_lines
 from benchmarks.train.e2e_table import ROUND, TIMES, caps_lines, draw, goals, table
 from benchmarks.train.llama import Llama, build
-from benchmarks.train.trainers import LR, PEERS, PLANS, SHAPES, Peer, Plan
+from benchmarks.train.trainers import COMPILED, LR, PEERS, PLANS, SHAPES, Peer, Plan
 from misa_kernels import MISA
 
 # Dense bfloat16 operations a second that the makers state for tensor cores, by a part of the device's name.
@@ -109,7 +109,7 @@ def run_turn(model: Llama, tokens: Tensor, name: str, plan: Plan, turn: int, sam
 def begin(model: Llama, tokens: Tensor, name: str, plan: Plan, turn: int) -> Peer:
     """Return the peer `name` after a round."""
     reset(model)
-    peer = PEERS[name](model, plan, turn)
+    peer = (PEERS | COMPILED)[name](model, plan, turn)
     try:
         for _ in range(plan.inner_steps):
             iterate(model, tokens, peer.optimizer, Clock(tokens.device))
@@ -273,7 +273,7 @@ def measure(
         plan: What to train.
         device: Where.
         deadline: Reading of `time.monotonic` after which no turn starts that is not expected to end by then.
-        peers: Keys of `PEERS`; all if None.
+        peers: Keys of `PEERS` or `COMPILED`; all of `PEERS` if None.
 
     Yields:
         A dict with the plan under "plan", a summary of each peer (or its error) under "peers", and the turns

@@ -17,6 +17,7 @@ GOALS = (
     ("misa", "badam_package", 1.0),
     ("misa_window", "misa", 1.25),
     ("misa_slices", "lora", 1.25),
+    ("misa_slices_compiled", "misa_slices", 1.0),
 )
 OPTIMIZER_SHARE = 0.01
 # Of what LoRA of all matrices keeps for backward, what slices may keep.

@@ -1,6 +1,8 @@
 """How fast is an iteration, and what is kept for backward, where slices, modules and LoRA train as many parameters?
 
-python -m benchmarks.train slices --out benchmarks/results    a table, goals, slices.json: minutes on a CPU
+python -m benchmarks.train slices --out benchmarks/results              a table, goals, slices.json: minutes on a CPU
+python -m benchmarks.train slices --compiled --out benchmarks/results   the same with layers compiled one by one, and
+                                                                        without: slices_compiled.json
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from benchmarks.train.trainers import PLANS, Plan
 # LoRA's rank is the largest that needs no more parameters.
 PLAN = replace(PLANS["11m"], shape="12l", delta=0.03, checkpointing=False, lora_rank=5)
 NAMES = ("adamw", "lora", "lora_down", "misa", "misa_slices")
+COMPILED = ("adamw", "adamw_compiled", "misa_slices", "misa_slices_compiled")
 
 
 def kept_bytes(model: Llama, tokens: Tensor) -> int:
@@ -63,8 +66,18 @@ def measure(plan: Plan, deadline: float) -> Iterator[dict[str, Any]]:
         yield {"shapes": shapes, "goals": e2e_table.goals(shapes)}
 
 
+def measure_compiled(plan: Plan, deadline: float) -> Iterator[dict[str, Any]]:
+    """Yield the record after each turn of compiled peers beside eager ones."""
+    for shape in e2e.measure(plan, torch.device("cpu"), deadline, COMPILED):
+        yield {"shapes": [shape], "goals": e2e_table.goals([shape])}
+
+
 def main(argv: list[str] | None = None) -> int:
     """Measure, print and record; return the exit code."""
-    args = commands.parse(commands.parser("train slices", __doc__, threads=1, device=False, limit=600.0), argv)
-    commands.measured("slices", torch.device("cpu"), args.out, measure(PLAN, args.deadline), e2e_table.lines)
+    parser = commands.parser("train slices", __doc__, threads=1, device=False, limit=600.0)
+    parser.add_argument("--compiled", action="store_true", help="layers compiled one by one beside eager ones")
+    args = commands.parse(parser, argv)
+    states = measure_compiled(PLAN, args.deadline) if args.compiled else measure(PLAN, args.deadline)
+    name = "slices_compiled" if args.compiled else "slices"
+    commands.measured(name, torch.device("cpu"), args.out, states, e2e_table.lines)
     return 0

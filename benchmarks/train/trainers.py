@@ -233,6 +233,20 @@ def misa_window(model: Llama, plan: Plan, seed: int) -> Peer:
     return sampled(model, plan, seed, sampler=ImportanceSampler(depth_window=window))
 
 
+def compiled(model: Llama, plan: Plan, seed: int, peer: Callable[[Llama, Plan, int], Peer]) -> Peer:
+    """A peer on layers that torch.compile compiles one by one."""
+    made = peer(model, plan, seed)
+    for layer in model.layers:
+        layer.compile()
+
+    def close() -> None:
+        made.close()
+        for layer in model.layers:
+            layer._compiled_call_impl = None
+
+    return replace(made, close=close)
+
+
 PEERS: dict[str, Callable[[Llama, Plan, int], Peer]] = {
     "adamw": full_adamw,
     "adamw_8bit": adamw_8bit,
@@ -246,4 +260,8 @@ PEERS: dict[str, Callable[[Llama, Plan, int], Peer]] = {
     "lora_down": partial(lora, targets=("down_proj",)),
     # Columns of each down projection, the same in all rounds.
     "misa_slices": partial(sampled, **slices()),
+}
+# Measured on request, as compiling takes minutes.
+COMPILED: dict[str, Callable[[Llama, Plan, int], Peer]] = {
+    f"{name}_compiled": partial(compiled, peer=PEERS[name]) for name in ("adamw", "misa_slices")
 }

@@ -54,3 +54,25 @@ def test_the_record_has_all_peers_and_both_goals() -> None:
     lines = e2e_table.lines(content)
     megabytes = f"{peers['misa_slices']['kept_bytes'] / 1e6:.1f}"
     assert any(line.startswith("| misa_slices |") and line.endswith(f"| {megabytes} |") for line in lines)
+
+
+@pytest.mark.slow
+def test_compiled_layers_are_measured_beside_eager_ones() -> None:
+    torch._dynamo.reset()
+    # Each with a model of its own, which begins alike.
+    plan = replace(TINY, dtype="float32", together=True)
+    *_, content = slices.measure_compiled(plan, math.inf)
+    (shape,) = content["shapes"]
+    assert list(shape["peers"]) == list(slices.COMPILED)
+    losses = {name: peer["loss"] for name, peer in shape["peers"].items()}
+    for name in ("adamw", "misa_slices"):
+        assert losses[f"{name}_compiled"] == pytest.approx(losses[name], rel=1e-5)
+    # Layers were compiled, and those of eager peers were not.
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= 2
+    (goal,) = (line for line in content["goals"] if line["goal"] == "tokens/s, misa_slices_compiled / misa_slices")
+    assert goal["limit"] == 1.0
+    model = e2e.build_model(TINY, torch.device("cpu"))
+    peer = e2e.begin(model, e2e.tokens_of(TINY, torch.device("cpu")), "misa_slices_compiled", TINY, 0)
+    assert all(layer._compiled_call_impl is not None for layer in model.layers)
+    peer.close()
+    assert all(layer._compiled_call_impl is None for layer in model.layers)

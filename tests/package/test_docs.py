@@ -328,6 +328,14 @@ def test_what_is_said_of_a_quarter_is_what_the_record_has() -> None:
         assert sentence in " ".join((ROOT / page).read_text().split()), page
 
 
+def test_what_is_said_of_compiled_slices_is_what_the_record_has() -> None:
+    record = json.loads((ROOT / "benchmarks" / "results" / "slices_compiled.json").read_text())
+    speed = {name: peer["in_rounds_of_50"]["tokens_per_second"] for name, peer in record["shapes"][0]["peers"].items()}
+    slices, adamw = (f"{speed[f'{name}_compiled'] / speed[name]:.2f}" for name in ("misa_slices", "adamw"))
+    sentence = f"train {slices} times as many tokens a second as eager ones, AdamW's {adamw} times (12 layers, one core"
+    assert sentence in " ".join((ROOT / "docs" / "slices.md").read_text().split())
+
+
 def test_what_is_said_of_long_runs_is_what_the_record_has() -> None:
     record = json.loads((ROOT / "benchmarks" / "results" / "pretrained.json").read_text())
     rows = {row["method"]: row for row in record["rows"] if row["task"] == LONG}
