@@ -328,6 +328,18 @@ def test_what_is_said_of_a_quarter_is_what_the_record_has() -> None:
         assert sentence in " ".join((ROOT / page).read_text().split()), page
 
 
+def test_iterations_with_slices_are_those_of_the_record() -> None:
+    record = json.loads((ROOT / "benchmarks" / "results" / "slices.json").read_text())
+    peers = record["shapes"][0]["peers"]
+    order = ("lora", "lora_down", "misa", "misa_slices", "adamw")
+    speed = [f"{peers[name]['in_rounds_of_50']['tokens_per_second']:,.0f}" for name in order]
+    kept = [f"{peers[name]['kept_bytes'] / 1e6:.1f}" for name in order]
+    assert (
+        f"tokens a second of LoRA on all matrices {speed[0]}, on the down projections {speed[1]}, MISA's modules "
+        f"{speed[2]}, slices {speed[3]}, AdamW {speed[4]}; kept for backward {', '.join(kept[:4])} and {kept[4]} MB"
+    ) in (ROOT / "README.md").read_text()
+
+
 def test_what_is_said_of_compiled_slices_is_what_the_record_has() -> None:
     record = json.loads((ROOT / "benchmarks" / "results" / "slices_compiled.json").read_text())
     speed = {name: peer["in_rounds_of_50"]["tokens_per_second"] for name, peer in record["shapes"][0]["peers"].items()}
