@@ -71,7 +71,7 @@ def train(model, optimizer, steps, rank, size, accumulated=1, bound=None):
     rows, norms = 4 // size, []
     for step in steps:
         for part in range(accumulated):
-            tokens = tiny.batch(step + 50 * part)[rank * rows : (rank + 1) * rows]
+            tokens = tiny.batch(step + 50 * part, next(model.parameters()).device)[rank * rows : (rank + 1) * rows]
             (tiny.loss_of(model, tokens) / accumulated).backward()
         if bound is not None:
             norm = clip_grad_norm_(model.parameters(), bound)
@@ -314,3 +314,21 @@ def test_what_cannot_be_is_refused_on_all_ranks(tmp_path, how, sentence):
     answers = ranks.run(2, tmp_path, refused, how)
     assert answers[0] == answers[1]
     assert re.match(sentence, answers[0]), answers[0]
+
+
+@pytest.mark.parametrize(("device", "backend"), [("cpu", "gloo"), pytest.param("cuda", "nccl", marks=pytest.mark.gpu)])
+def test_one_shard_trains_as_the_plain_model_does(device, backend):
+    models = [build(dtype=torch.bfloat16).to(device) for _ in range(2)]
+    dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        mesh = dist.init_device_mesh(device, (1,))
+        for part in (*models[1].blocks, models[1]):
+            fully_shard(part, mesh=mesh)
+        for model in models:
+            train(model, misa(model, reach="output", state_dtype="bf16"), range(STEPS), 0, 1, bound=0.05)
+        plain, one = map(sharded.weights, models)
+    finally:
+        dist.destroy_process_group()
+    begin = build(dtype=torch.bfloat16).state_dict()
+    assert sum(not torch.equal(weight.cpu(), begin[name]) for name, weight in plain.items()) >= 6
+    assert all(torch.equal(weight, one[name]) for name, weight in plain.items())
