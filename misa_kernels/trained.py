@@ -347,6 +347,12 @@ class Trained:
                 f"the parameters are on {', '.join(sorted(map(str, devices)))}: MISA needs them on one device that "
                 "holds data"
             )
+        for block in blocks:
+            if block.param.numel() and not (is_sharded(block.param) or block.param.untyped_storage().nbytes()):
+                raise RuntimeError(
+                    f"{layout.partition.names[block.index]} has no memory any more, as when FSDP2 had gathered it at "
+                    "construction: call reshard() on the model before, or construct before its first forward"
+                )
         device = devices.pop()
         dtypes = [block.param.dtype for block in blocks]
         grad_dtypes = {getattr(block.param, "grad_dtype", None) or block.param.dtype for block in blocks}

@@ -7,7 +7,10 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
+
+from misa_kernels.ranks.shards import everywhere, is_sharded, local
 
 Op = Any
 Args = tuple[Any, ...]
@@ -49,7 +52,8 @@ class SlicedGradient(torch.Tensor):
     @staticmethod
     def __new__(cls, part: Tensor, shape: Iterable[int], axis: int, first: int, rest: float = 0) -> SlicedGradient:
         """Make the outside: shape, dtype and device without memory."""
-        made = torch.Tensor._make_wrapper_subclass(cls, tuple(shape), dtype=part.dtype, device=part.device)
+        kind = _OfShards if is_sharded(part) else cls
+        made = torch.Tensor._make_wrapper_subclass(kind, tuple(shape), dtype=part.dtype, device=part.device)
         return made
 
     def __init__(self, part: Tensor, shape: Iterable[int], axis: int, first: int, rest: float = 0) -> None:
@@ -119,7 +123,7 @@ class SlicedGradient(torch.Tensor):
         """Take over the slice of a dense tensor that has the same value elsewhere, or raise a RuntimeError."""
         outside = dense.clone()
         self.within(outside).fill_(self.rest)
-        if not bool((outside == self.rest).all()):
+        if not bool(local(everywhere((outside == self.rest).all()))):
             raise self.refusal(name)
         self.part.copy_(self.within(dense))
 
@@ -162,6 +166,32 @@ class SlicedGradient(torch.Tensor):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SlicedGradient:
         return cast(SlicedGradient, memo.setdefault(id(self), self.like(self.part.clone(), self.rest)))
+
+
+class _OfShards(SlicedGradient):
+    """One whose slice is a DTensor, which would not let an operator come here where it stands before this."""
+
+    @classmethod
+    def __torch_function__(  # type: ignore[override]
+        cls, func: Op, types: Any, args: Args = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        """Do it with all operators coming here first."""
+        with torch._C.DisableTorchFunctionSubclass(), _First():  # type: ignore[no-untyped-call]
+            return func(*args, **(kwargs or {}))
+
+    def full_tensor(self) -> Tensor:
+        """Return all elements of all ranks, as DTensors do; a collective."""
+        return cast(Tensor, cast(Any, self.dense()).full_tensor())
+
+
+class _First(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Brings operators to the sliced gradients among their arguments, whatever else is there."""
+
+    def __torch_dispatch__(self, func: Op, types: Any, args: Args = (), kwargs: Mapping[str, Any] | None = None) -> Any:
+        """Do an operator."""
+        if any(isinstance(value, SlicedGradient) for value in tree_leaves((args, kwargs))):
+            return SlicedGradient.__torch_dispatch__(func, types, args, kwargs)
+        return func(*args, **(kwargs or {}))
 
 
 def part_of(grad: Any) -> Any:
@@ -221,8 +251,9 @@ def _reduced(name: str, own: SlicedGradient, args: Args, kwargs: Mapping[str, An
     if name == "mean" and own.rest == 0:
         return part.mean(**kwargs) * (part.numel() / own.numel())
     if name in ("any", "all", "max", "min"):
-        ends = part.new_full((min(others, 1),), own.rest)
-        return cast(Tensor, getattr(torch.cat((getattr(part, name)().reshape(1), ends)), name)())
+        made = everywhere(getattr(part, name)())
+        further = torch.maximum if name in ("any", "max") else torch.minimum
+        return further(made, torch.full_like(made, own.rest)) if others else made
     return None
 
 

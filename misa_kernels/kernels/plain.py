@@ -52,7 +52,8 @@ class PlainStep:
         own = self._rows[rows]
         given = [(row, grad) for row, grad in zip(own, grads, strict=True) if grad is not None]
         for row, grad in given:
-            check_size(grad, row.numel if row.is_slice else local(row.param).numel() or grad.numel())
+            # Of a part without elements the gradient only tells that there is one.
+            check_size(grad, (row.numel if row.is_slice else local(row.param).numel()) or grad.numel())
         # One by one, so that what is decoded is there for one, unless all norms must be known before.
         at_once = settings.max_grad_norm is not None or settings.skip_nonfinite
         finite = None

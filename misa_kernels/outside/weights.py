@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Collection, Sequence
-from operator import attrgetter
+from operator import add, attrgetter
 
 from torch import Tensor
 
@@ -97,7 +97,10 @@ class Weights:
         return slice(bisect_left(self._refined, rows.start), bisect_left(self._refined, rows.stop))
 
     def _read_versions(self, rows: slice) -> list[int]:
-        return list(map(VERSION, self._held(self._refined_params[self._refined_in(rows)])))
+        params = self._refined_params[self._refined_in(rows)]
+        versions = list(map(VERSION, params))
+        # What writes through a DTensor counts in that, what writes to its part here in the part.
+        return list(map(add, versions, map(VERSION, map(local, params)))) if self._is_sharded else versions
 
     def check_all(self) -> None:
         """Refuse weights that changed their form, of all that may be trained.

@@ -12,7 +12,7 @@ from typing import Any, cast
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def is_sharded(tensor: Tensor) -> bool:
@@ -45,7 +45,17 @@ def sharded_axes(tensor: Tensor) -> set[int]:
 
 def is_gathered(tensor: Tensor, param: Tensor) -> bool:
     """Whether a tensor may be what FSDP2 has gathered of a parameter to compute with."""
-    return is_sharded(param) and not is_sharded(tensor) and tensor.shape == param.shape
+    return type(tensor) is nn.Parameter and is_sharded(param) and tensor.shape == param.shape
+
+
+def everywhere(tensor: Tensor) -> Tensor:
+    """Return a tensor that all ranks hold whole; a collective where it is a DTensor."""
+    if not is_sharded(tensor):
+        return tensor
+    from torch.distributed.tensor import Replicate
+
+    mesh = cast(Any, tensor).device_mesh
+    return cast(Tensor, cast(Any, tensor).redistribute(placements=[Replicate()] * mesh.ndim))
 
 
 def average_like(grad: Tensor, param: Tensor) -> Tensor:

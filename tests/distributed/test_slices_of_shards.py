@@ -21,6 +21,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torch.func import functional_call
 from torch.nn.utils import clip_grad_norm_
 from torch.utils.checkpoint import checkpoint
 
@@ -332,3 +333,144 @@ def test_one_shard_trains_as_the_plain_model_does(device, backend):
     begin = build(dtype=torch.bfloat16).state_dict()
     assert sum(not torch.equal(weight.cpu(), begin[name]) for name, weight in plain.items()) >= 6
     assert all(torch.equal(weight, one[name]) for name, weight in plain.items())
+
+
+def with_gradients(rank, size, dtype=torch.float32, dense=False):
+    """Return a model with gradients, that of a dense tensor in front of those of slices if asked for."""
+    model = build(dtype=dtype)
+    if size > 1:
+        shard(model, size, "blocks")
+    groups = param_groups(model, dense=[model.embedding] if dense else [])
+    optimizer = MISA(groups, lr=1e-2, delta=0.05, sampler=UniformSampler(granularity="slice"))
+    rows = 4 // size
+    tiny.loss_of(model, tiny.batch(0)[rank * rows : (rank + 1) * rows]).backward()
+    return model, optimizer
+
+
+def whole(value):
+    """Return all elements."""
+    return (value.full_tensor() if hasattr(value, "full_tensor") else value).detach().double().clone()
+
+
+def looked_at(rank, size):
+    """Return what a loop that reads gradients and weights together makes of them."""
+    model, optimizer = with_gradients(rank, size)
+    param = model.blocks[1].down.weight
+    grad = param.grad
+    with torch.no_grad():
+        made = [
+            param.detach() * grad,
+            grad * param,
+            param.detach() - 0.5 * grad,
+            param.detach().clone().sub_(grad, alpha=0.5),
+            torch.lerp(param.detach(), grad, 0.3),
+            torch.zeros_like(param).add_(grad),
+            torch.isfinite(grad).all(),
+            (grad == 0).all(),
+            (grad == 0).any(),
+            grad.abs().max(),
+            grad.min(),
+            grad.norm(),
+            grad,
+        ]
+    try:
+        grad.copy_(param.detach())
+    except RuntimeError as error:
+        said = str(error)
+    return [whole(value) for value in made], said
+
+
+def test_gradients_of_shards_are_read_as_those_of_one_process(tmp_path):
+    expected, sentence = looked_at(0, 1)
+    assert sentence.startswith("copy_ on a gradient of shape (9, 48) would change elements beside")
+    for found in ranks.run(2, tmp_path, looked_at, 2):
+        assert not isinstance(found, str), found
+        assert found[1] == sentence
+        for ours, theirs in zip(found[0], expected, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-7)
+
+
+def clipped(rank, size, foreach, norm_type):
+    model, optimizer = with_gradients(rank, size, dense=True)
+    norm = clip_grad_norm_(model.parameters(), 0.05, foreach=foreach, norm_type=norm_type)
+    del optimizer
+    return whole(norm), {name: whole(param.grad) for name, param in model.named_parameters() if param.grad is not None}
+
+
+@pytest.mark.parametrize(("foreach", "norm_type"), [(True, 2.0), (True, float("inf")), (False, 3.0)])
+def test_a_whole_gradient_in_front_is_clipped_with_slices(tmp_path, foreach, norm_type):
+    norm, grads = clipped(0, 1, foreach, norm_type)
+    for found in ranks.run(2, tmp_path, clipped, 2, foreach, norm_type):
+        assert not isinstance(found, str), found
+        torch.testing.assert_close(found[0], norm, rtol=1e-4, atol=0)
+        for name, grad in grads.items():
+            torch.testing.assert_close(found[1][name], grad, rtol=1e-4, atol=1e-7)
+
+
+def plainly(rank, size):
+    model, optimizer = with_gradients(rank, size, torch.float64)
+    optimizer.step()
+    return optimizer.backend, sharded.weights(model)
+
+
+def test_plain_pytorch_steps_where_a_rank_has_no_row(tmp_path):
+    backend, expected = plainly(0, 1)
+    assert backend == "reference"
+    for found in ranks.run(4, tmp_path, plainly, 4):
+        assert not isinstance(found, str), found
+        for name, weight in expected.items():
+            torch.testing.assert_close(found[1][name], weight, rtol=0, atol=1e-9)
+
+
+def written(rank, granularity):
+    model = build(dtype=torch.bfloat16)
+    shard(model, 4, "blocks")
+    optimizer = MISA(param_groups(model), lr=1e-2, delta=0.1, sampler=UniformSampler(granularity=granularity))
+    train(model, optimizer, range(2), rank, 4)
+    with torch.no_grad():
+        for param in model.parameters():
+            param.zero_()
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+    train(model, optimizer, range(2, 3), rank, 4)
+    return sum(weight.abs().sum().item() for weight in sharded.weights(model).values())
+
+
+@pytest.mark.parametrize("granularity", ["slice", "module"])
+def test_masters_follow_what_is_written_to_shards(tmp_path, granularity):
+    assert ranks.run(4, tmp_path, written, granularity) == [0.0] * 4
+
+
+def gathered(rank):
+    model = build()
+    shard(model, 2, "root")
+    with torch.no_grad():
+        model(tiny.batch(0)[:, :-1])
+    optimizer = misa(model)
+    tiny.loss_of(model, tiny.batch(0)).backward()
+    optimizer.step()
+
+
+def test_what_is_gathered_at_construction_is_named(tmp_path):
+    for found in ranks.run(2, tmp_path, gathered):
+        assert re.match(
+            r"RuntimeError: blocks.0.down.weight has no memory any more, .* call reshard\(\) on the model", found
+        )
+
+
+def called(rank):
+    """Call a layer with a weight of somebody else's."""
+    model = build()
+    shard(model, 2, "blocks")
+    misa_ = misa(model)
+    layer = model.blocks[1].down
+    x = torch.randn(2, 48, requires_grad=True)
+    model.blocks[1].unshard()
+    functional_call(layer, {"weight": torch.randn(WIDTH, 48)}, (x,)).sum().backward()
+    del misa_
+    return layer.weight.grad is None and x.grad is not None
+
+
+@pytest.mark.filterwarnings("ignore:.*is trained in slices, and its layer")
+def test_another_weight_for_a_call_makes_no_gradient_of_the_slice(tmp_path):
+    assert ranks.run(2, tmp_path, called) == [True] * 2
