@@ -317,15 +317,26 @@ def test_what_is_said_of_a_quarter_is_what_the_record_has() -> None:
             assert round(lora["time"] / slices["time"], 1) == 1.1
             if delta == 0.25:
                 assert round(lora["forgetting"] / slices["forgetting"]) == 2
+    shares = {
+        method: [100 * rows[task, method, 0.03]["share"] for task in TEXTS] for method in ("BAdam", "LISA", "MISA")
+    }
+    bytes_of = {method: rows[TEXTS[0], method, 0.03]["training_bytes"] for method in (*shares, "slices")}
+    more = [f"{bytes_of[method] / bytes_of['slices']:.1f}" for method in ("BAdam", "LISA")]
+    least, most = (f"{limit(shares['BAdam'] + shares['LISA']):.0f}" for limit in (min, max))
+    assert float(most) < min(shares["MISA"])
+    whole_layers = f"one layer of 30 at a time in {more[0]} and {more[1]} times the bytes of"
     size = f"{rows[TEXTS[0], 'LoRA', 0.25]['size']:.0f}"
     said = {
-        "README.md": f"LoRA of rank {size} does: it is level with them on manuals and two and a half points "
+        "README.md": f"LoRA of rank {size} is level with them on manuals and two and a half points "
         "ahead on headers",
         "docs/performance.md": f"LoRA has rank {size}, it is level on manuals and {ahead} points ahead on headers",
         "docs/choosing.md": f"LoRA, of rank {size}, is level with them on manuals and {ahead} points ahead on headers",
     }
     for page, sentence in said.items():
         assert sentence in " ".join((ROOT / page).read_text().split()), page
+    for page, bytes_of_what in {"README.md": "3 %", "docs/performance.md": ".03"}.items():
+        text = " ".join((ROOT / page).read_text().split())
+        assert f"{whole_layers} {bytes_of_what}, reach {least} to {most}" in text, page
 
 
 def test_iterations_with_slices_are_those_of_the_record() -> None:
