@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Container, Iterable, Mapping, Sequence
 from operator import attrgetter
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -398,12 +398,8 @@ class Trained:
         """Put what was loaded of one slot into the arena, converted if it was stored otherwise."""
         assert self.arena is not None
         keys = {name: self.layout.key(name, row.slot) for name in KEYS}
-        shape = self.layout.blocks[row.slot].shape_in(row.param)
-        saved = {
-            name: local_like(own[key], row.param, shape).to(self.arena.device)
-            for name, key in keys.items()
-            if key in own
-        }
+        block = self.layout.blocks[row.slot]
+        saved = {name: _here(own[key], block).to(self.arena.device) for name, key in keys.items() if key in own}
         views, weight = self.arena.views(row.slot), row.weight()
         # Of weights that were cast since they were saved there may be none in it, or more than they need now.
         if weight.element_size() != 2:
@@ -621,11 +617,14 @@ def _detached(state: Mapping[Any, Mapping[str, Any]], layout: Layout) -> dict[An
     return {param: {name: copied(name, value) for name, value in own.items()} for param, own in state.items()}
 
 
+def _here(tensor: Tensor, block: Block) -> Tensor:
+    """Return the part of a tensor of a block's shape that belongs to what lies here of its parameter, 1-D."""
+    return local_like(tensor, block.param, block.shape_in(block.param))
+
+
 def _part_of_grad(grad: Tensor, block: Block) -> Tensor:
     """Return the part of a block's gradient that belongs to what lies here of its parameter."""
-    param: Any = block.param
-    is_alike = is_sharded(grad) and cast(Any, grad).placements == getattr(param, "placements", None)
-    part = local(grad) if is_alike else local_like(grad, param, block.shape_in(param))
+    part = _here(grad, block)
     # A part without elements has no address, by which the kernels know that there is a gradient.
     return part if part.numel() else part.new_zeros(4)
 
@@ -648,7 +647,6 @@ def _take(place: Tensor, value: Any, block: Block | None = None) -> None:
     if not isinstance(value, Tensor) or value.numel() == 1:
         place.fill_(value.reshape(()) if isinstance(value, Tensor) else value)
         return
-    is_whole = block is not None and value.numel() == block.numel
-    part = local_like(value, block.param, block.shape_in(block.param)) if block and is_whole else value.flatten()
+    part = value.flatten() if block is None or value.numel() != block.numel else _here(value, block)
     if part.data_ptr() != place.data_ptr():
         place.copy_(part)

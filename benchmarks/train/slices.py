@@ -23,7 +23,7 @@ from benchmarks.train.trainers import PLANS, Plan
 # LoRA's rank is the largest that needs no more parameters.
 PLAN = replace(PLANS["11m"], shape="12l", delta=0.03, checkpointing=False, lora_rank=5)
 NAMES = ("adamw", "lora", "lora_down", "misa", "misa_slices")
-COMPILED = ("adamw", "adamw_compiled", "misa_slices", "misa_slices_compiled")
+BESIDE_COMPILED = ("adamw", "adamw_compiled", "misa_slices", "misa_slices_compiled")
 
 
 def kept_bytes(model: Llama, tokens: Tensor) -> int:
@@ -68,7 +68,7 @@ def measure(plan: Plan, deadline: float) -> Iterator[dict[str, Any]]:
 
 def measure_compiled(plan: Plan, deadline: float) -> Iterator[dict[str, Any]]:
     """Yield the record after each turn of compiled peers beside eager ones."""
-    for shape in e2e.measure(plan, torch.device("cpu"), deadline, COMPILED):
+    for shape in e2e.measure(plan, torch.device("cpu"), deadline, BESIDE_COMPILED):
         yield {"shapes": [shape], "goals": e2e_table.goals([shape])}
 
 

@@ -195,7 +195,7 @@ def train_step(model: Llama, tokens: torch.Tensor, optimizer: torch.optim.Optimi
 
 
 def on_the_cpu(plan: Plan) -> Iterator[dict[str, Any]]:
-    """Yield, for every dtype, with and without checkpointing, and every peer, what is measured and what is found."""
+    """Yield, for every dtype, with and without checkpointing, and every peer, what is measured and what is counted."""
     for dtype in ("bfloat16", "float32"):
         for checkpointing in (True, False):
             chosen = replace(plan, dtype=dtype, checkpointing=checkpointing)

@@ -20,7 +20,7 @@ from torch.utils.hooks import RemovableHandle
 from misa_kernels.gradients.sliced import SlicedGradient
 from misa_kernels.outside.notices import warn
 from misa_kernels.outside.tracing import guard_hooks, not_traced
-from misa_kernels.ranks.shards import average_like, is_gathered, is_sharded, local
+from misa_kernels.ranks.shards import average_like, is_held, is_sharded, local
 
 
 class Slice(NamedTuple):
@@ -47,11 +47,6 @@ class Slice(NamedTuple):
         if self.axis == 0:
             return self.first * columns, self.last * columns
         return self.first, self.first if not rows else (rows - 1) * columns + self.last
-
-
-def is_held(held: Tensor | None, weight: Tensor) -> bool:
-    """Whether what a layer holds is a weight, or what FSDP2 has gathered of that for the moment."""
-    return held is weight or held is not None and is_gathered(held, weight)
 
 
 def input_axis(module: nn.Module) -> int | None:
@@ -81,7 +76,7 @@ def input_axis(module: nn.Module) -> int | None:
 class SliceGradients:
     """Which slices get gradients: in backward `weight.grad` becomes a `SlicedGradient`.
 
-    That of a weight sharded by FSDP2 is averaged over the ranks at once, and of the part on this rank.
+    Of a weight that FSDP2 has sharded it is averaged over the ranks at once, and each holds its part.
 
     Args:
         follow: Called where a layer has another weight than expected; it may call `train`.

@@ -43,9 +43,10 @@ def sharded_axes(tensor: Tensor) -> set[int]:
     return {placement.dim for placement in cast(Any, tensor).placements if placement.is_shard()}
 
 
-def is_gathered(tensor: Tensor, param: Tensor) -> bool:
-    """Whether a tensor may be what FSDP2 has gathered of a parameter to compute with."""
-    return type(tensor) is nn.Parameter and is_sharded(param) and tensor.shape == param.shape
+def is_held(held: Tensor | None, param: Tensor) -> bool:
+    """Whether what a module holds is a parameter, or what FSDP2 has gathered of that for the moment."""
+    is_gathered = type(held) is nn.Parameter and is_sharded(param) and held.shape == param.shape
+    return held is param or is_gathered
 
 
 def everywhere(tensor: Tensor) -> Tensor:
@@ -75,13 +76,13 @@ def average_like(grad: Tensor, param: Tensor) -> Tensor:
     return own.redistribute(placements=placements).to(grad.dtype)
 
 
-def local_like(tensor: Tensor, param: Tensor, shape: Sequence[int] | None = None) -> Tensor:
+def local_like(tensor: Tensor, param: Tensor, shape: Sequence[int]) -> Tensor:
     """Return the part of `tensor` that belongs to the part of `param` on this rank, 1-D.
 
     Args:
         tensor: Sharded in any way or whole.
         param: A parameter.
-        shape: That of `tensor`, which differs from that of `param` in axes along which that is not cut; None: that.
+        shape: That of `tensor`, which differs from that of `param` in axes along which that is not cut.
     """
     if not is_sharded(param):
         return tensor.reshape(-1)
@@ -93,7 +94,7 @@ def local_like(tensor: Tensor, param: Tensor, shape: Sequence[int] | None = None
     from torch.distributed.tensor import distribute_tensor
 
     # Every rank has the whole, so nothing needs to travel.
-    whole = tensor.to(mesh.device_type).view(param.shape if shape is None else tuple(shape))
+    whole = tensor.to(mesh.device_type).view(tuple(shape))
     return local(distribute_tensor(whole, mesh, placements, src_data_rank=None)).reshape(-1)
 
 
