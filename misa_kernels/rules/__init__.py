@@ -1,0 +1,1 @@
+"""Update rules around AdamW that have no package of their own, each an ordinary `torch.optim.Optimizer`."""
