@@ -18,7 +18,7 @@ from torch import Tensor
 from misa_kernels.clock import Clock
 from misa_kernels.layout import SCORES, Layout
 from misa_kernels.memory.codec import FORMATS
-from misa_kernels.memory.storage import PRECISIONS, Storage
+from misa_kernels.memory.storage import FOREIGN, PRECISIONS, Storage
 from misa_kernels.options import check_hyperparameters
 from misa_kernels.outside.notices import warn
 from misa_kernels.outside.wrappers import is_same, unwrapped
@@ -31,9 +31,11 @@ from misa_kernels.trained import Trained
 NUMBERS = tuple(field.name for field in fields(Clock))
 STORED = ("state_dtype", "param_precision")
 GIVEN = ("inner_steps", "sampler", "delta")
+# What updates, where that is a rule of the user's.
+RULE = "rule"
 # The layers in the order in which they were seen to run, where their registration does not tell.
 ORDER = "layer_order"
-POSITION = (*NUMBERS, *STORED, *GIVEN, "unheard", ORDER)
+POSITION = (*NUMBERS, *STORED, *GIVEN, "unheard", ORDER, RULE)
 # What groups hold of names, which are those of the model here, in its wrappers.
 NAMES = ("modules", "layers", "param_names")
 # The other reason of several differences, and its remedy.
@@ -72,6 +74,7 @@ def write(
         **dict(zip(GIVEN, given, strict=True)),
         unheard=unheard,
         **({} if order is None else {ORDER: list(order)}),
+        **({} if trained.rule is None else {RULE: trained.rule}),
     )
 
 
@@ -120,7 +123,9 @@ class Saved:
             )
 
 
-def read(saved: Mapping[str, Any], groups: Sequence[dict[str, Any]], layout: Layout, scores: Scores) -> Saved:
+def read(
+    saved: Mapping[str, Any], groups: Sequence[dict[str, Any]], layout: Layout, scores: Scores, rule: str | None
+) -> Saved:
     """Return a saved state after checking all of it; nothing is changed.
 
     Args:
@@ -128,12 +133,18 @@ def read(saved: Mapping[str, Any], groups: Sequence[dict[str, Any]], layout: Lay
         groups: The live `param_groups`.
         layout: What may be trained.
         scores: What is known of it; only read.
+        rule: What updates it, where that is a rule of the user's.
 
     Raises:
         ValueError: If it is another optimizer's, another model's, or of other modules or a larger budget.
         TypeError: If a hyperparameter is not a number.
     """
     position, storage = _position(saved)
+    if position.get(RULE) != rule:
+        theirs, ours = (f"rule {name}" if name else "MISA's own AdamW" for name in (position.get(RULE), rule))
+        raise ValueError(
+            f"state dict holds the state of {theirs} and this optimizer updates by {ours}: give it the same"
+        )
     own = _match(saved, groups, layout, layout.sizes(storage))
     active, values = scores.read(own)
     _check_unheard(position.get("unheard", []), scores.candidates.numel.size)
@@ -146,7 +157,8 @@ def read(saved: Mapping[str, Any], groups: Sequence[dict[str, Any]], layout: Lay
     hyperparameters, others = [], ("params", "slices", *NAMES, *POSITION)
     for group, saved_group in zip(groups, saved["param_groups"], strict=True):
         kept = {name: _number(value) for name, value in saved_group.items() if name not in others}
-        check_hyperparameters({**group, **kept})
+        if rule is None:
+            check_hyperparameters({**group, **kept})
         hyperparameters.append(copy.deepcopy(kept))
     return Saved(position, storage, own, hyperparameters, active, values, _order(position, layout))
 
@@ -171,7 +183,7 @@ def _position(saved: Mapping[str, Any]) -> tuple[dict[str, Any], Storage]:
                 "was saved"
             )
     storage = Storage(*(position[name] for name in STORED))
-    if storage.state_dtype not in FORMATS or storage.param_precision not in PRECISIONS:
+    if storage.state_dtype not in (*FORMATS, FOREIGN) or storage.param_precision not in PRECISIONS:
         raise ValueError(
             f"state dict has {storage}, which this version of misa_kernels does not know: load it with the one that "
             "saved it"

@@ -14,7 +14,7 @@ from misa_kernels.draw.partition import Module, Partition
 from misa_kernels.draw.sampler import Sampler
 from misa_kernels.gradients.hooks import Slice
 from misa_kernels.monitor import Monitor
-from misa_kernels.options import check_count, check_hyperparameters
+from misa_kernels.options import check_count
 from misa_kernels.outside.garbage import kept
 from misa_kernels.run import Run
 
@@ -89,7 +89,7 @@ class Interface(torch.optim.Optimizer):
 
     @property
     def backend(self) -> str | None:
-        """What runs the steps: "triton", "cuda", "cpu" or "reference"; None before the first step."""
+        """What runs the steps: "triton", "cuda", "cpu", "reference", or "rule"; None before the first step."""
         return self._run.trained.backend
 
     @property
@@ -109,9 +109,8 @@ class Interface(torch.optim.Optimizer):
 
     @property
     def state_bytes(self) -> int:
-        """Bytes of moments and masters; 0 before the first step."""
-        arena = self._run.trained.arena
-        return 0 if arena is None else arena.nbytes
+        """Bytes of moments and masters, and of all that a `rule` keeps; 0 before the first step."""
+        return self._run.trained.nbytes
 
     @property
     def skipped_steps(self) -> int:
@@ -125,6 +124,8 @@ class Interface(torch.optim.Optimizer):
     @property
     def _step_supports_amp_scaling(self) -> bool:
         """Whether torch.amp.GradScaler leaves unscaling and skipping to the step, which need not look at the device."""
+        if self._run.given.rule is not None:
+            return False
         if self.max_grad_norm is not None or self.releases_gradients:
             return True
         # Lightning asks to know whether it may unscale and clip before, which a step takes as well.
@@ -166,7 +167,6 @@ class Interface(torch.optim.Optimizer):
                 "groups to MISA(...), those to be trained later with the role they shall have"
             )
         super().add_param_group(param_group)
-        check_hyperparameters(param_group)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget gradients; where somebody switched the whole model on, switch off what is not active in this round."""

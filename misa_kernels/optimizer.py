@@ -15,7 +15,15 @@ from misa_kernels.draw.linears import find
 from misa_kernels.draw.sampler import Sampler
 from misa_kernels.draw.scores import HEARING, SILENT, Bools, Floats, Ints
 from misa_kernels.interface import Interface
-from misa_kernels.options import Options, check_adamw_only, check_place, copied_groups
+from misa_kernels.kernels.foreign import RuleFactory
+from misa_kernels.options import (
+    Options,
+    check_adamw_only,
+    check_hyperparameters,
+    check_place,
+    check_rules_own,
+    copied_groups,
+)
 from misa_kernels.outside.flags import LISTED
 from misa_kernels.outside.garbage import kept
 from misa_kernels.outside.tracing import not_traced
@@ -83,6 +91,13 @@ class MISA(Interface):
         backend: "triton", one launch a step on CUDA devices; "cuda", the compiled library for them; "cpu", that for
             CPUs; "reference", plain PyTorch on any device; or "auto", the first of these that can run, which says once
             why it takes the last, where there are kernels for the device.
+        rule: What updates instead of AdamW: a function that makes a `torch.optim.Optimizer` of a list of parameters, such
+            as `lambda params: torch.optim.Muon(params, lr=.02)`. It is called for each param group, once at
+            construction and then in every round, with what is active: parameters that stand in for matrices, or for
+            slices of them, in their shape, in float32 where the weights have 16 bits (`param_precision` holds). A module
+            that enters begins with fresh state, one that stays keeps its own. Hyperparameters belong to the rule, and
+            are found in `param_groups`. With `skip_nonfinite` every step waits for the device. Not with `betas`, `eps`,
+            `lr`, `weight_decay`, `state_dtype`, `backend`, `momentum_flush`, `release_gradients`, or sharded parameters.
         **adamw_only: `amsgrad`, `maximize`, `foreach`, `capturable`, `differentiable` and `fused` of AdamW,
             accepted at their defaults so that existing calls keep working.
 
@@ -114,11 +129,15 @@ class MISA(Interface):
         seed: int = 0,
         process_group: ProcessGroup | None = None,
         backend: str = "auto",
+        rule: RuleFactory | None = None,
         **adamw_only: bool | None,
     ) -> None:
         given = {name: value for name, value in locals().items() if name in Options.__dataclass_fields__}
         check_adamw_only(adamw_only)
-        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        defaults: dict[str, Any] = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        if rule is not None:
+            check_rules_own(defaults, MISA.__init__.__defaults__)
+            defaults = {}
         self._begin(params, defaults, Options(**given))
 
     @kept()
@@ -130,7 +149,11 @@ class MISA(Interface):
         known: tuple[Sequence[bool], Sequence[bool]] | None = None,
     ) -> None:
         torch.optim.Optimizer.__init__(self, copied_groups(params), defaults)
+        for group in self.param_groups if options.rule is None else ():
+            check_hyperparameters(group)
         self._run = Run(self.param_groups, options, known)
+        # Of a rule, which schedulers ask for, too.
+        self.defaults.update(self._run.trained.defaults)
         # Of an optimizer that nobody holds any more the model shows nothing.
         weakref.finalize(self, self._run.abandon).atexit = False
         self.register_state_dict_pre_hook(lambda optimizer: cast(MISA, optimizer)._run.prepare_to_save())
@@ -255,8 +278,7 @@ def _step(run: Run, grad_scale: Tensor | None, found_inf: Tensor | None) -> None
         run.meet(together(run.given.process_group, flags.params))
     is_last = clock.round_step + 1 >= run.inner_steps
     if is_last:
-        # What is off now may be drawn.
-        trained.check_form()
+        trained.before_last()
     trained.update(grad_scale, found_inf)
     clock.steps, clock.round_step = clock.steps + 1, clock.round_step + 1
     if run.room is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any
@@ -15,8 +15,9 @@ from misa_kernels import kernels
 from misa_kernels.draw.partition import Partition
 from misa_kernels.draw.sampler import Sampler, check_sampler
 from misa_kernels.draw.slices import Slicing
+from misa_kernels.kernels.foreign import RuleFactory
 from misa_kernels.memory.codec import FORMATS
-from misa_kernels.memory.storage import PRECISIONS, Storage
+from misa_kernels.memory.storage import FOREIGN, PRECISIONS, Storage
 from misa_kernels.outside.notices import warn
 from misa_kernels.ranks.shards import is_sharded, sharded
 
@@ -131,6 +132,7 @@ class Options:
     seed: int
     process_group: ProcessGroup | None
     backend: str
+    rule: RuleFactory | None
 
     def __post_init__(self) -> None:
         fraction = "in (0, 1]: the fraction of parameters that may be active"
@@ -165,6 +167,42 @@ class Options:
                 f"process_group={self.process_group!r} must be None or a process group of torch.distributed"
             )
         kernels.check(self.backend)
+        if self.rule is not None:
+            self._check_rule()
+
+    def _check_rule(self) -> None:
+        """Refuse what a rule of the user's does not have, or has in a way of its own."""
+        if not callable(self.rule) or isinstance(self.rule, torch.optim.Optimizer):
+            raise TypeError(
+                f"rule={self.rule!r} must be a function that makes an optimizer of a list of parameters, such as "
+                "lambda params: torch.optim.SGD(params, lr=0.1)"
+            )
+        reasons = {
+            "state_dtype": ("fp32", "the rule keeps state in a way of its own"),
+            "backend": ("auto", "the rule does what backends do"),
+            "momentum_flush": (False, "only AdamW's momentum can be flushed"),
+            "release_gradients": (False, "the rule is given all gradients at once"),
+        }
+        for name, (default, reason) in reasons.items():
+            if getattr(self, name) != default:
+                raise ValueError(
+                    f"{name}={getattr(self, name)!r} must be {default!r} with rule=...: {reason}; leave it out"
+                )
+
+
+def check_rules_own(given: Mapping[str, Any], defaults: Sequence[Any] | None) -> None:
+    """Refuse hyperparameters of AdamW beside a rule, which has its own.
+
+    Args:
+        given: All that are given to the constructor, in the order of its arguments.
+        defaults: What the constructor has where nothing is given; the very objects.
+    """
+    for (name, value), default in zip(given.items(), defaults or (), strict=True):
+        if value is not default:
+            raise ValueError(
+                f"{name}={value!r} belongs to AdamW and would do nothing with rule=...: give the rule its own, as in "
+                "rule=lambda params: torch.optim.SGD(params, lr=0.1), or a param group of its own"
+            )
 
 
 def copied_groups(params: Iterable[Any]) -> list[dict[str, Any]]:
@@ -228,7 +266,7 @@ def check_trainable(partition: Partition, storage: Storage) -> None:
                 f"param_precision={storage.param_precision!r} is for bfloat16 weights, but {name} is float16: use "
                 "'master'"
             )
-        if storage.state_dtype != "fp32" and dtype == torch.float64:
+        if storage.state_dtype not in ("fp32", FOREIGN) and dtype == torch.float64:
             raise ValueError(
                 f"state_dtype={storage.state_dtype!r} is for weights up to float32, but {name} is float64: use 'fp32'"
             )
@@ -264,6 +302,11 @@ def check_sharded(params: Sequence[Tensor], partition: Partition, storage: Stora
     names = [partition.names[block.index] for block in partition.trained if is_sharded(params[block.index])]
     if not names:
         return
+    if storage.state_dtype == FOREIGN:
+        raise ValueError(
+            f"rule=... needs whole tensors, and {names[0]} is sharded: leave it out to train with MISA's own AdamW, or "
+            "replicate the model with misa_kernels.distributed.replicate"
+        )
     if storage.state_dtype not in ("fp32", "bf16"):
         raise ValueError(
             f"state_dtype={storage.state_dtype!r} has scales for groups that shards would cut, and {names[0]} is "

@@ -119,9 +119,34 @@ def adamw_step(
     for row in rows:
         norm = torch.linalg.vector_norm(row.grad, dtype=torch.promote_types(row.grad.dtype, row.exp_avg.dtype)).double()
         row.sq_norm.copy_((norm if unscale is None else norm * unscale).square())
+    sq_norms = [row.sq_norm for row in rows]
+    coefficient, finite = scale_of(sq_norms, max_grad_norm, skip_nonfinite, unscale, found_inf, total)
+    for row in rows:
+        _update(row, coefficient, finite)
+    return finite
+
+
+def scale_of(
+    sq_norms: Sequence[Tensor] | Tensor,
+    max_grad_norm: float | None,
+    skip_nonfinite: bool,
+    unscale: Tensor | None,
+    found_inf: Tensor | None,
+    total: Callable[[Tensor], Tensor] | None = None,
+) -> tuple[Tensor | None, Tensor | None]:
+    """Return what to multiply all gradients of a step by, and whether it is applied; each None where that is certain.
+
+    Args:
+        sq_norms: ‖g‖² of each tensor, 0-dim float64.
+        max_grad_norm: As in `adamw_step`, and so is what follows.
+        skip_nonfinite: ...
+        unscale: One over `grad_scale`, 0-dim float64.
+        found_inf: ...
+        total: ...
+    """
     coefficient, finite = unscale, None
-    if rows and (max_grad_norm is not None or skip_nonfinite):
-        sq_norm = (total or Tensor.sum)(torch.stack([row.sq_norm for row in rows]))
+    if len(sq_norms) and (max_grad_norm is not None or skip_nonfinite):
+        sq_norm = (total or Tensor.sum)(torch.stack(list(sq_norms)))
         if skip_nonfinite:
             finite = sq_norm.isfinite()
         if max_grad_norm is not None:
@@ -130,9 +155,7 @@ def adamw_step(
     if found_inf is not None:
         found = found_inf == 0
         finite = found if finite is None else finite & found
-    for row in rows:
-        _update(row, coefficient, finite)
-    return finite
+    return coefficient, finite
 
 
 def _update(row: Operands, coefficient: Tensor | None, finite: Tensor | None) -> None:

@@ -28,7 +28,7 @@ from misa_kernels.draw.scores import Ints
 from misa_kernels.gradients.hooks import Slice, SliceGradients
 from misa_kernels.layout import SCORES, Layout, form_of
 from misa_kernels.meeting import Meeting
-from misa_kernels.memory.storage import Storage
+from misa_kernels.memory.storage import FOREIGN, Storage
 from misa_kernels.monitor import Monitor
 from misa_kernels.outside.flags import Flags
 from misa_kernels.outside.notices import warn
@@ -36,6 +36,7 @@ from misa_kernels.outside.recompiles import Recompiles
 from misa_kernels.outside.state import State
 from misa_kernels.outside.tracing import not_traced, refuse_capture
 from misa_kernels.ranks.agreement import refuse_engines, together, wrapper_of
+from misa_kernels.ruled import Ruled
 from misa_kernels.scores import Scores
 from misa_kernels.trained import Trained
 
@@ -83,7 +84,7 @@ class Run:
         self.order = recall(groups)
         self.given = given
         self.sampler: Sampler = ImportanceSampler() if given.sampler is None else given.sampler
-        self.storage = Storage(given.state_dtype, given.param_precision)
+        self.storage = Storage(given.state_dtype if given.rule is None else FOREIGN, given.param_precision)
         self.clock = Clock(int(given.seed))
         self.flags = Flags(groups, known)
         follow = weakref.WeakMethod(self.follow)
@@ -95,7 +96,8 @@ class Run:
             raise ValueError("; and ".join([str(error), *self.flags.advice])) from None
         self.scores = Scores(self.layout, self.sampler)
         root = self.sampler.importance_norm == "norm"
-        self.trained = Trained(self.layout, groups, given, self.storage, root, self.clock)
+        kind = Trained if given.rule is None else Ruled
+        self.trained = kind(self.layout, groups, given, self.storage, root, self.clock)
         self.inner_steps = self._resolve_inner_steps()
         self.monitor = Monitor(self.layout.partition, self.scores.candidates, self.clock, self.trained.ages)
         self.recompiles = Recompiles(self.scores.candidates.layer, self.sampler.max_per_layer)
@@ -508,7 +510,7 @@ class Run:
             raise RuntimeError(f"load_state_dict() came after {self.ended}: construct a new MISA and load into that")
         refuse_capture("load_state_dict()")
         self.follow()
-        saved = checkpoint.read(state_dict, self.groups, self.layout, self.scores)
+        saved = checkpoint.read(state_dict, self.groups, self.layout, self.scores, self.trained.rule)
         if saved.order is not None and saved.order != self.layout.partition.layers:
             self._reorder(saved.order)
         made = f" ('auto' with total_steps={self.given.total_steps})" if self.given.inner_steps == "auto" else ""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Mapping, Sequence
+import copy
+from collections.abc import Collection, Container, Iterable, Mapping, Sequence
 from operator import attrgetter
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -16,7 +18,7 @@ from misa_kernels.draw.partition import Block
 from misa_kernels.gradients.sliced import SlicedGradient
 from misa_kernels.kernels import Backend, Row, Settings, Step, prepare, select
 from misa_kernels.kernels.table import ADOPT, ALL, FLUSH, NONE, WRITE_BACK
-from misa_kernels.layout import SCORES, Layout
+from misa_kernels.layout import NUMBERS, SCORES, Layout
 from misa_kernels.memory.arena import Arena
 from misa_kernels.memory.storage import KEYS, MOMENTS, Storage, convert
 from misa_kernels.options import Options
@@ -48,7 +50,12 @@ class Trained:
         storage_in_state: How the moments in `state` are stored: as they were loaded, until the first step.
         arena: The memory, or None before the first step.
         rows: The row of each slot that is trained now; empty before the first step.
+        rule: What updates, where that is not AdamW of ours: the classes of its optimizers.
+        defaults: The hyperparameters of its first group that it updates.
     """
+
+    rule: str | None = None
+    defaults: Mapping[str, Any] = MappingProxyType({})
 
     def __init__(
         self,
@@ -80,6 +87,11 @@ class Trained:
     def backend(self) -> str | None:
         """Name of what runs the steps, None before the first one."""
         return None if self._backend is None else self._backend.name
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of moments, masters and residuals, 0 before the first step."""
+        return 0 if self.arena is None else self.arena.nbytes
 
     @property
     def is_within_step(self) -> bool:
@@ -218,13 +230,13 @@ class Trained:
 
     def rehearse(self) -> None:
         """Take the memory that the end of a round takes, and change nothing."""
-        assert self.arena is not None and self._step is not None and self._backend is not None
+        assert self.arena is not None and self._step is not None
         self.read_round()
         self._step.rehearse(self._hyper_now())
         self._hyper = None
         self.arena.rehearse()
         # The tables of two rounds are there at once.
-        prepare(self._backend, list(self.rows.values()), self.arena, self._settings())
+        self._made()
 
     def switch(self, leave: Iterable[int], enter: Sequence[int], frozen: Container[int] = ()) -> None:
         """Retire the slots that leave and train those that enter, at age 0, beside the ones that stay.
@@ -243,9 +255,8 @@ class Trained:
         leave = set(leave)
         self._close({slot: self._leaving(row, frozen) if slot in leave else ADOPT for slot, row in self.rows.items()})
         for slot in leave:
-            own = self.state[self.rows.pop(slot).param]
-            for name in self.arena.pools[self.arena.dtypes[slot]].kinds:
-                own.drop(self.layout.key(name, slot))
+            del self.rows[slot]
+            self._drop(slot)
         fill = self._backend.eager
         self.arena.lend(list(self.rows), enter, clear=fill)
         entering = {slot: self.layout.row(slot) for slot in enter}
@@ -274,12 +285,20 @@ class Trained:
             self._hyper = None
 
     def _prepare(self) -> None:
-        """Make the steps of the rows that are trained now."""
-        assert self.arena is not None and self._backend is not None
+        """Begin to train the rows of now."""
+        assert self.arena is not None
         self._has_slices = self.layout.partition.slicing is not None
         self._weights.watch(list(self.rows), [n for n, slot in enumerate(self.rows) if self.arena.refines(slot)])
-        self._step = prepare(self._backend, list(self.rows.values()), self.arena, self._settings())
+        self._step = self._made()
         self._arrivals = None
+
+    def _select(self, device: torch.device, dtypes: Collection[torch.dtype]) -> Backend:
+        return select(self._options.backend, device, dtypes, self._storage)
+
+    def _made(self) -> Step:
+        """Return the steps of the rows that are trained now."""
+        assert self.arena is not None and self._backend is not None
+        return prepare(self._backend, list(self.rows.values()), self.arena, self._settings())
 
     def _settings(self) -> Settings:
         options = self._options
@@ -320,8 +339,7 @@ class Trained:
                 self.state[param].put(own)
         for slot in leave:
             param = blocks[slot].param
-            for name in KEYS:
-                self.state[param].drop(self.layout.key(name, slot))
+            self._drop(slot)
             if "age" in self.state[param]:
                 self.state[param]["age"][slot - self.layout.spans[param].start] = 0
         for param, index in {block.param: block.index for block in blocks}.items():
@@ -356,7 +374,7 @@ class Trained:
         device = devices.pop()
         dtypes = [block.param.dtype for block in blocks]
         grad_dtypes = {getattr(block.param, "grad_dtype", None) or block.param.dtype for block in blocks}
-        self._backend = select(self._options.backend, device, {*dtypes, *grad_dtypes}, self._storage)
+        self._backend = self._select(device, {*dtypes, *grad_dtypes})
         whole = [block.numel for block in blocks]
         # Of shards, the parts here.
         rows = None if ranks is None else list(map(layout.row, range(len(blocks))))
@@ -439,6 +457,16 @@ class Trained:
             shown[self.layout.key(name, row.slot)] = like(shaped, row.param, whole)
         self.state[row.param].put(shown)
 
+    def _keys(self, own: Mapping[str, Any], slot: int) -> list[str]:
+        """Return under which keys an entry of the state holds what belongs to one slot, numbers apart."""
+        return [key for name in KEYS if (key := self.layout.key(name, slot)) in own]
+
+    def _drop(self, slot: int) -> None:
+        """Drop from the state what belongs to one slot, numbers apart."""
+        own = self.state[self.layout.blocks[slot].param]
+        for key in self._keys(own, slot):
+            own.drop(key)
+
     def load(self, own: Mapping[Tensor, Mapping[str, Any]], storage: Storage) -> None:
         """Drop all state, and take over what was saved of each parameter, until the next step allocates the arena."""
         self.forget()
@@ -471,14 +499,20 @@ class Trained:
             own, views = self.state[row.param], self.arena.views(slot)
             saved = {name: own[key] for name in views if (key := self.layout.key(name, slot)) in own}
             if "age" in own and saved.keys() >= views.keys() & set(MOMENTS):
-                for name, value in saved.items():
-                    _take(views[name], value, self.layout.blocks[slot])
+                self._take_over_state(row, own, saved)
             else:
                 self._begin(row)
         self._show_numbers()
         for row in self.rows.values():
             self._show(row)
         self._prepare()
+
+    def _take_over_state(self, row: Row, own: Mapping[str, Any], saved: Mapping[str, Any]) -> None:
+        """Take over what an entry of `state` holds of one slot, `saved` being what the arena has a place for."""
+        assert self.arena is not None
+        views = self.arena.views(row.slot)
+        for name, value in saved.items():
+            _take(views[name], value, self.layout.blocks[row.slot])
 
     def _check_state(self) -> None:
         storage = self._storage if self.arena is not None else self.storage_in_state
@@ -531,14 +565,15 @@ class Trained:
         ages = self.arena.age.tolist()
         for slot, row in self.rows.items():
             if ages[slot] == 0:
-                for name in KEYS:
-                    copied[row.index].pop(self.layout.key(name, slot), None)
+                for key in self._keys(copied[row.index], slot):
+                    del copied[row.index][key]
         return copied
 
     # The weights, which others may have written to, and the end.
 
-    def check_form(self) -> None:
-        """Refuse weights of another form than in the first step, of all that may be trained; see `Weights`."""
+    def before_last(self) -> None:
+        """Before the last step of a round, refuse weights of another form than in the first; see `Weights`."""
+        # What is off now may be drawn.
         self._weights.check_all()
 
     def adopt(self) -> None:
@@ -602,12 +637,12 @@ def _detached(state: Mapping[Any, Mapping[str, Any]], layout: Layout) -> dict[An
 
     def copied(name: str, value: Any) -> Any:
         if not isinstance(value, Tensor):
-            return value
+            return copy.copy(value)
         piece = pieces[name].get(value.data_ptr()) if name in pieces else None
         if piece is not None and piece.numel() == value.numel():
             return piece
         base = value._base
-        if base is None or name.split(".")[0] in KEYS:
+        if base is None or name not in NUMBERS and name not in SCORES:
             return value.detach().clone()
         if id(base) not in copies:
             copies[id(base)] = base.detach().clone()

@@ -195,8 +195,8 @@ def agree(got: Any, expected: Any, rtol: float, atol: float = 0.0, err_msg: str 
 class Pair:
     """One run in both worlds, side by side."""
 
-    def __init__(self, case: Case, dtype: torch.dtype) -> None:
-        self.case, self.dtype = case, dtype
+    def __init__(self, case: Case, dtype: torch.dtype, rule: Any = None) -> None:
+        self.case, self.dtype, self.rule = case, dtype, rule
         self.tensors = model()
         rng = np.random.default_rng(3)
         # Representable in float32, so that both worlds start from the same numbers.
@@ -230,7 +230,7 @@ class Pair:
         if self.case.draw is not None:
             arguments["sampler"] = SAMPLERS[self.case.draw](**self.case.sampler)
         arguments.update(self.case.arguments, delta=self.case.delta, inner_steps=self.case.inner_steps)
-        return MISA(groups, **arguments)
+        return MISA(groups, rule=self.rule, **arguments)
 
     def _simulation(self, initial: list[Floats]) -> Simulation:
         names: list[str | None] = []
@@ -313,7 +313,8 @@ class Pair:
         tolerance, age = TOLERANCE[self.dtype], self.simulation.ages[i]
         if i in self.simulation.states:
             assert ("age" in state or age == 0) and int(state.get("age", 0)) == age, f"age, {where}"
-        moments = {name: state[name] for name in ("exp_avg", "exp_avg_sq") if name in state}
+        prefix = "" if self.rule is None else "rule."
+        moments = {n: state[prefix + n] for n in ("exp_avg", "exp_avg_sq") if prefix + n in state}
         if age == 0:
             assert not any(torch.count_nonzero(moment) for moment in moments.values()), where
             return
@@ -378,6 +379,19 @@ def test_rounds_agree_with_the_simulation(name, dtype):
     pair.compare_rounds()
     np.testing.assert_array_equal(pair.never.detach().numpy(), np.ones((3, 5)))
     assert pair.never.grad is None
+
+
+BY_RULE = [name for name, case in CASES.items() if not {"momentum_flush", "backend"} & set(case.arguments)]
+
+
+@pytest.mark.parametrize("name", [name for name in BY_RULE if CASES[name].preset in ("default", "authors", "lisa")])
+def test_rounds_of_a_rule_agree_with_the_simulation(name):
+    case = CASES[name]
+    pair = Pair(case, torch.float64, lambda params: torch.optim.AdamW(params))
+    for _ in range(min(case.rounds, 20) * case.inner_steps + 1):
+        pair.step()
+        pair.compare()
+    pair.compare_rounds()
 
 
 def test_split_tensor_is_sampled_by_row_blocks():

@@ -13,7 +13,7 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 
-from misa_kernels.draw import rules
+from misa_kernels.draw import limits
 from misa_kernels.draw.scores import Candidates, Floats, Ints, scores
 
 # Scores this near to the largest, relatively, tie with it: rounding in G and its correction ranks nothing.
@@ -283,12 +283,12 @@ def check_sampler(sampler: Any) -> None:
             f"sampler={sampler!r} {lacks} and must be None or a sampler object: ImportanceSampler(), or one of a "
             "subclass of misa_kernels.Sampler"
         )
-    rules.check(sampler, options)
+    limits.check(sampler, options)
 
 
 def _check_own(sampler: ImportanceSampler | UniformSampler | CyclicSampler) -> None:
     # A subclass may have options of its own.
-    rules.check(sampler, [field.name for field in fields(sampler) if field.name in rules.RULES])
+    limits.check(sampler, [field.name for field in fields(sampler) if field.name in limits.RULES])
     for name in ("max_per_layer", "depth_window"):
         if sampler.granularity == "slice" and getattr(sampler, name, None) is not None:
             raise ValueError(

@@ -29,6 +29,8 @@ class PlainStep:
     name = "reference"
     # As in `RowTable`; the reference reads moments and masters of age 0, too.
     eager = True
+    # Whether all tensors must be updated in one go.
+    is_at_once = False
 
     def __init__(self, rows: Sequence[Row], arena: Arena, settings: Settings) -> None:
         self._rows = rows
@@ -55,7 +57,7 @@ class PlainStep:
             # Of a part without elements the gradient only tells that there is one.
             check_size(grad, (row.numel if row.is_slice else local(row.param).numel()) or grad.numel())
         # One by one, so that what is decoded is there for one, unless all norms must be known before.
-        at_once = settings.max_grad_norm is not None or settings.skip_nonfinite
+        at_once = self.is_at_once or settings.max_grad_norm is not None or settings.skip_nonfinite
         finite = None
         for some in [given] if at_once or not given else [[each] for each in given]:
             finite = self._update(some, hyper, noise, grad_scale, found_inf)

@@ -13,6 +13,8 @@ from torch import Tensor
 from misa_kernels.memory.codec import FORMATS, FP32, GROUP, Codec
 from misa_kernels.reference import MASK32, lowbias32, noise16, noise32
 
+# Of moments that somebody else keeps.
+FOREIGN = "rule"
 PRECISIONS = ("master", "split", "stochastic")
 MOMENTS = ("exp_avg", "exp_avg_scale", "exp_avg_sq", "exp_avg_sq_scale")
 # Elements at a time in plain PyTorch, outside of steps: noise and what is decoded take up to 100 bytes for each.
@@ -44,7 +46,7 @@ class Storage:
     """How moments are stored, and what keeps updates below the resolution of 16-bit weights.
 
     Attributes:
-        state_dtype: Key of `FORMATS`.
+        state_dtype: Key of `FORMATS`, or `FOREIGN`.
         param_precision: "master", a float32 copy; "split", the 16 bits that bfloat16 cuts off; "stochastic", nothing.
     """
 
@@ -54,7 +56,7 @@ class Storage:
     @property
     def codecs(self) -> Mapping[str, Codec]:
         """How each moment is stored, by its key."""
-        return FORMATS[self.state_dtype]
+        return {} if self.state_dtype == FOREIGN else FORMATS[self.state_dtype]
 
     @property
     def noisy(self) -> bool:

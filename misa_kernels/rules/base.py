@@ -86,4 +86,3 @@ class Rule(torch.optim.Optimizer):
                     name: value.to(param.device, copy=True) if isinstance(value, Tensor) else value
                     for name, value in saved.items()
                 }
-

@@ -1,0 +1,284 @@
+"""A round on optimizers of the user's: what is active is updated by any `torch.optim.Optimizer`, not by ours.
+
+Modules, row blocks and slices are shown to it as parameters of their own, which *stand in* for them: with all bits that
+a master or residual has beyond the weight, in the shape of what they stand for, and with a gradient of that shape.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from misa_kernels import reference
+from misa_kernels.kernels.plain import PlainStep
+from misa_kernels.kernels.rows import Row, Settings
+from misa_kernels.kernels.table import ADOPT
+from misa_kernels.memory.arena import Arena, host, sent
+from misa_kernels.memory.storage import split
+from misa_kernels.reference import Hyper, noise_key, store_weight
+
+# Makes what updates, of what is active.
+RuleFactory = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
+
+
+def shape_of(row: Row) -> tuple[int, ...]:
+    """Return the shape of what stands in for a row: an expert of a stacked weight is the matrix that it is."""
+    shape = tuple(row.param.shape)
+    if row.width:
+        return row.numel // row.width, row.width
+    if row.numel == row.param.numel():
+        return shape
+    lines = row.numel // prod(shape[1:])
+    return shape[1:] if lines == 1 and len(shape) > 2 else (lines, *shape[1:])
+
+
+class Rules:
+    """The optimizers of the user's, one a param group, made anew in every round: what stays keeps its state.
+
+    The hyperparameters of an optimizer are those of the param group of MISA, which has all that are in its own.
+
+    Args:
+        factory: Makes an optimizer of parameters.
+        groups: The live `param_groups`; each gets the hyperparameters that it lacks.
+        shown: Of each group that may be trained, tensors with the shapes, dtypes and devices of what may stand in.
+
+    Attributes:
+        name: The classes of the optimizers.
+
+    Raises:
+        TypeError: If the factory returns anything but an optimizer.
+        ValueError: If that has other parameters than it was given, or several groups of them.
+    """
+
+    def __init__(
+        self, factory: RuleFactory, groups: Sequence[dict[str, Any]], shown: Mapping[int, Iterable[Tensor]]
+    ) -> None:
+        self._factory = factory
+        self._groups = groups
+        self._optimizers: dict[int, torch.optim.Optimizer] = {}
+        self._stand_ins: dict[int, nn.Parameter] = {}
+        self._group_of: dict[int, int] = {}
+        made = {number: self._make(number, [nn.Parameter(x) for x in tensors]) for number, tensors in shown.items()}
+        first = next(iter(made.values()))
+        self.defaults = dict(first.defaults)
+        self.name = ", ".join(dict.fromkeys(type(optimizer).__qualname__ for optimizer in made.values()))
+        for number, group in enumerate(groups):
+            # Schedulers want an lr of frozen groups, too.
+            own = made.get(number, first).param_groups[0]
+            for name in own.keys() - {"params"}:
+                group.setdefault(name, own[name])
+
+    def _make(self, number: int, params: list[nn.Parameter]) -> torch.optim.Optimizer:
+        optimizer = self._factory(params)
+        if not isinstance(optimizer, torch.optim.Optimizer):
+            raise TypeError(
+                f"rule returned a {type(optimizer).__name__} and must return a torch.optim.Optimizer of the parameters "
+                "it is given, such as rule=lambda params: torch.optim.SGD(params, lr=0.1)"
+            )
+        own = [id(param) for group in optimizer.param_groups for param in group["params"]]
+        if sorted(own) != sorted(map(id, params)):
+            raise ValueError(
+                f"rule returned a {type(optimizer).__name__} of {len(own)} parameters for the {len(params)} that it was "
+                f"given of group {number}, and must take these and no others: give what it shall not update the role "
+                "'frozen'"
+            )
+        if len(optimizer.param_groups) != 1:
+            raise ValueError(
+                f"rule returned {len(optimizer.param_groups)} param groups for group {number}, and must return one: "
+                "make the groups before, as rule is called for each"
+            )
+        return optimizer
+
+    def begin(self, thetas: Mapping[int, tuple[int, Tensor]]) -> None:
+        """Make the optimizers of a round.
+
+        Args:
+            thetas: By slot the number of its group and what stands in for it, in its shape.
+        """
+        held = {slot: self.state_of(slot) for slot in thetas if slot in self._stand_ins}
+        before, self._stand_ins = self._stand_ins, {}
+        members: dict[int, list[nn.Parameter]] = {}
+        for slot, (number, theta) in thetas.items():
+            stand_in = before[slot] if slot in before else nn.Parameter(theta)
+            stand_in.data = theta
+            self._stand_ins[slot] = stand_in
+            members.setdefault(number, []).append(stand_in)
+        self._group_of = {slot: number for slot, (number, _) in thetas.items()}
+        self._optimizers = {number: self._make(number, params) for number, params in members.items()}
+        for slot, own in held.items():
+            if own:
+                self.put(slot, own)
+        self._hide()
+
+    def step(self, slots: Sequence[int], thetas: Sequence[Tensor], grads: Sequence[Tensor]) -> list[Tensor]:
+        """Update what stands in for some slots.
+
+        Args:
+            slots: Their numbers.
+            thetas: What stands in for each, in its shape; updated in place where the optimizer works in place.
+            grads: The gradient of each, of the same shape and dtype.
+
+        Returns:
+            What each has become.
+        """
+        stand_ins = [self._stand_ins[slot] for slot in slots]
+        for stand_in, theta, grad in zip(stand_ins, thetas, grads, strict=True):
+            stand_in.data = theta
+            stand_in.grad = grad
+        due = {self._group_of[slot] for slot in slots}
+        for number, optimizer in self._optimizers.items():
+            if number in due:
+                group, own = self._groups[number], optimizer.param_groups[0]
+                names = own.keys() - {"params"}
+                own.update({name: group[name] for name in names})
+                optimizer.step()
+                # Some count steps there, or adapt their rate.
+                group.update({name: own[name] for name in names})
+        updated = [stand_in.detach() for stand_in in stand_ins]
+        self._hide()
+        return updated
+
+    def _hide(self) -> None:
+        """Hold no memory of weights and gradients between steps."""
+        for stand_in in self._stand_ins.values():
+            stand_in.grad = None
+            stand_in.data = stand_in.data.new_empty(0)
+
+    def state_of(self, slot: int) -> Mapping[str, Any]:
+        """Return what the optimizer keeps of a slot that is trained."""
+        state: Mapping[Tensor, Any] = self._optimizers[self._group_of[slot]].state
+        own: Mapping[str, Any] = state.get(self._stand_ins[slot], {})
+        return own
+
+    def put(self, slot: int, own: Mapping[str, Any]) -> None:
+        """Let the optimizer go on with what it had kept of a slot; it begins anew where that is nothing."""
+        state: MutableMapping[Tensor, Any] = self._optimizers[self._group_of[slot]].state
+        state.pop(self._stand_ins[slot], None)
+        if own:
+            state[self._stand_ins[slot]] = dict(own)
+
+    def forget(self, slot: int) -> None:
+        """Let a slot begin anew in the round that `begin` makes next."""
+        self._stand_ins.pop(slot, None)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of what the optimizers keep of tensors."""
+        held = [value for slot in self._stand_ins for value in self.state_of(slot).values()]
+        return sum(value.nbytes for value in held if isinstance(value, Tensor))
+
+
+class RuledStep(PlainStep):
+    """The steps of one round on optimizers of the user's.
+
+    Args:
+        rows: The tensors that are trained.
+        arena: Their ages, scores and masters.
+        settings: What holds for all steps.
+        rules: The optimizers.
+
+    Attributes:
+        is_measured: Whether the next step notes how far it moves each tensor.
+    """
+
+    name = "rule"
+    is_at_once = True
+
+    def __init__(self, rows: Sequence[Row], arena: Arena, settings: Settings, rules: Rules) -> None:
+        super().__init__(rows, arena, settings)
+        self._rules = rules
+        self.is_measured = False
+        self._moved = torch.zeros(2, len(arena.age), dtype=torch.float64, device=arena.device)
+        rules.begin({row.slot: (row.group, self._theta(row, row.weight())) for row in rows})
+
+    def _theta(self, row: Row, weight: Tensor) -> Tensor:
+        return self._settings.storage.theta(self._arena.views(row.slot), weight).view(shape_of(row))
+
+    def _update(
+        self,
+        given: Sequence[tuple[Row, Tensor]],
+        hyper: Sequence[Hyper],
+        noise: tuple[int, int],
+        grad_scale: Tensor | None,
+        found_inf: Tensor | None,
+    ) -> Tensor | None:
+        """Update rows; waits for the device where the step may be skipped, as an optimizer cannot be told there."""
+        arena, settings, rows = self._arena, self._settings, [row for row, _ in given]
+        grads = [_part(row, grad) for row, grad in given]
+        unscale = None if grad_scale is None else 1 / grad_scale.double()
+        sq_norms = _sq_norms(grads, arena.device)
+        if unscale is not None:
+            sq_norms = sq_norms * unscale.square()
+        index = sent(host([row.slot for row in rows]), arena.device)
+        arena.sq_norm.index_copy_(0, index, sq_norms)
+        coefficient, finite = reference.scale_of(
+            sq_norms, settings.max_grad_norm, settings.skip_nonfinite, unscale, found_inf
+        )
+        if not rows or finite is not None and not finite:
+            return finite
+        weights = [row.weight() for row in rows]
+        thetas = [self._theta(row, weight) for row, weight in zip(rows, weights, strict=True)]
+        before = [theta.clone() for theta in thetas] if self.is_measured else None
+        grads = [grad.to(theta.dtype).view(theta.shape) for grad, theta in zip(grads, thetas, strict=True)]
+        if coefficient is not None:
+            grads = [grad * coefficient.to(grad.dtype) for grad in grads]
+        updated = self._rules.step([row.slot for row in rows], thetas, grads)
+        if before is not None:
+            torch._foreach_sub_(before, updated)
+            self._moved.zero_()
+            for line, values in enumerate((before, updated)):
+                self._moved[line].index_copy_(0, index, _sq_norms(values, arena.device))
+            self.is_measured = False
+        for row, weight, theta in zip(rows, weights, updated, strict=True):
+            self._store(row, weight, theta.reshape(-1), noise_key(*noise, row.index))
+        return finite
+
+    def _store(self, row: Row, weight: Tensor, theta: Tensor, key: int) -> None:
+        views = self._arena.views(row.slot)
+        if "residual" in views:
+            rounded, residual = split(theta)
+            weight.copy_(rounded)
+            views["residual"].copy_(residual)
+        elif weight.data_ptr() == theta.data_ptr():
+            # What stood in for the weight was the weight, under another version.
+            torch.autograd.graph.increment_version(weight)
+        else:
+            if "master" in views and views["master"].data_ptr() != theta.data_ptr():
+                views["master"].copy_(theta)
+            is_rounded = self._settings.storage.param_precision == "stochastic"
+            store_weight(weight, theta, row.noise_start, key if is_rounded else None)
+        row.put(weight)
+
+    def _close(self, row: Row, action: int, start: int, weight: Tensor, hyper: Hyper, key: int) -> None:
+        master = self._arena.views(row.slot, start, len(weight)).get("master")
+        if action & ADOPT and master is not None:
+            # One without an update has been filled, too.
+            is_ours = master.to(weight.dtype) == weight
+            master.copy_(torch.where(is_ours, master, weight.to(master.dtype)))
+        super()._close(row, action, start, weight, hyper, key)
+
+    def measure(self, weights: Sequence[int], hyper: Sequence[Hyper]) -> Tensor:
+        """Return Σ of the squares of what the measured step moved of each slot, decay included, and of its weight."""
+        return self._moved.clone()
+
+    def rehearse(self, hyper: Sequence[Hyper]) -> None:
+        """Let the next step take the memory that the last one of a round takes."""
+        self.is_measured = True
+
+
+def _part(row: Row, grad: Tensor) -> Tensor:
+    """Return the gradient of a row, 1-D, from that of what it is part of."""
+    first = 0 if row.is_slice else row.offset
+    return grad.reshape(-1)[first : first + row.numel]
+
+
+def _sq_norms(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
+    """Return Σx² of each tensor, float64[k] on the device, which is not waited for."""
+    if not tensors:
+        return torch.zeros(0, dtype=torch.float64, device=device)
+    wide = torch.float64 if any(x.dtype == torch.float64 for x in tensors) else torch.float32
+    return torch.stack(torch._foreach_norm(tensors, 2, dtype=wide)).double().square()
