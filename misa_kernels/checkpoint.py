@@ -141,9 +141,9 @@ def read(
     """
     position, storage = _position(saved)
     if position.get(RULE) != rule:
-        theirs, ours = (f"rule {name}" if name else "MISA's own AdamW" for name in (position.get(RULE), rule))
+        theirs, ours = (name or "MISA's own AdamW" for name in (position.get(RULE), rule))
         raise ValueError(
-            f"state dict holds the state of {theirs} and this optimizer updates by {ours}: give it the same"
+            f"state dict holds the state of {theirs} and this optimizer updates by {ours}: give both one rule"
         )
     own = _match(saved, groups, layout, layout.sizes(storage))
     active, values = scores.read(own)

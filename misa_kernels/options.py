@@ -185,9 +185,8 @@ class Options:
         }
         for name, (default, reason) in reasons.items():
             if getattr(self, name) != default:
-                raise ValueError(
-                    f"{name}={getattr(self, name)!r} must be {default!r} with rule=...: {reason}; leave it out"
-                )
+                value = getattr(self, name)
+                raise ValueError(f"{name}={value!r} must be {default!r} with rule=...: {reason}; leave it out")
 
 
 def check_rules_own(given: Mapping[str, Any], defaults: Sequence[Any] | None) -> None:

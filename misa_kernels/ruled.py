@@ -112,6 +112,11 @@ class Ruled(Trained):
         super()._begin(row)
         self._rules.put(row.slot, {})
 
+    def forget(self) -> None:
+        """Drop rows, arena and optimizers; what is in `state` counts from now on."""
+        super().forget()
+        self._rules.clear()
+
     def _put(self, row: Row, own: Mapping[str, Any]) -> None:
         """Let an optimizer go on with what the state holds of a row."""
         assert self.arena is not None

@@ -473,7 +473,7 @@ class Trained:
         self.storage_in_state = storage
         dict.clear(self.state)
         for param, tensors in own.items():
-            kept = {name: value.detach().clone() for name, value in tensors.items() if name not in SCORES}
+            kept = {name: _copied(value) for name, value in tensors.items() if name not in SCORES}
             # An entry would make `state_dict()` another one than was saved.
             if kept:
                 self.state[param].put(kept)
@@ -636,20 +636,24 @@ def _detached(state: Mapping[Any, Mapping[str, Any]], layout: Layout) -> dict[An
     pieces: dict[str, dict[int, Tensor]] = {}
 
     def copied(name: str, value: Any) -> Any:
-        if not isinstance(value, Tensor):
-            return copy.copy(value)
+        if not isinstance(value, Tensor) or name not in NUMBERS and name not in SCORES:
+            return _copied(value)
         piece = pieces[name].get(value.data_ptr()) if name in pieces else None
         if piece is not None and piece.numel() == value.numel():
             return piece
         base = value._base
-        if base is None or name not in NUMBERS and name not in SCORES:
-            return value.detach().clone()
+        if base is None:
+            return _copied(value)
         if id(base) not in copies:
             copies[id(base)] = base.detach().clone()
             pieces[name] = layout.pieces_by_address(copies[id(base)], base.data_ptr())
         return copies[id(base)].as_strided(value.size(), value.stride(), value.storage_offset())
 
     return {param: {name: copied(name, value) for name, value in own.items()} for param, own in state.items()}
+
+
+def _copied(value: Any) -> Any:
+    return value.detach().clone() if isinstance(value, Tensor) else copy.copy(value)
 
 
 def _here(tensor: Tensor, block: Block) -> Tensor:

@@ -21,6 +21,8 @@ from misa_kernels.memory.arena import Arena, host, sent
 from misa_kernels.memory.storage import split
 from misa_kernels.reference import Hyper, noise_key, store_weight
 
+# Of names that are the optimizers', in `state` and in groups, beside the hyperparameters that these begin with.
+PREFIX = "rule."
 # Makes what updates, of what is active.
 RuleFactory = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
 
@@ -37,9 +39,10 @@ def shape_of(row: Row) -> tuple[int, ...]:
 
 
 class Rules:
-    """The optimizers of the user's, one a param group, made anew in every round: what stays keeps its state.
+    """The optimizers of the user's, one a param group, made anew when others are active: what stays keeps its state.
 
-    The hyperparameters of an optimizer are those of the param group of MISA, which has all that are in its own.
+    The hyperparameters of an optimizer are those of the param group of MISA, which has all that are in its own. What
+    else it comes to keep in its group, as a count of steps, lasts as long as it does, under names with a prefix.
 
     Args:
         factory: Makes an optimizer of parameters.
@@ -66,10 +69,12 @@ class Rules:
         first = next(iter(made.values()))
         self.defaults = dict(first.defaults)
         self.name = ", ".join(dict.fromkeys(type(optimizer).__qualname__ for optimizer in made.values()))
+        self._names: list[set[str]] = []
         for number, group in enumerate(groups):
             # Schedulers want an lr of frozen groups, too.
             own = made.get(number, first).param_groups[0]
-            for name in own.keys() - {"params"}:
+            self._names.append(own.keys() - {"params"})
+            for name in self._names[number]:
                 group.setdefault(name, own[name])
 
     def _make(self, number: int, params: list[nn.Parameter]) -> torch.optim.Optimizer:
@@ -82,9 +87,9 @@ class Rules:
         own = [id(param) for group in optimizer.param_groups for param in group["params"]]
         if sorted(own) != sorted(map(id, params)):
             raise ValueError(
-                f"rule returned a {type(optimizer).__name__} of {len(own)} parameters for the {len(params)} that it was "
-                f"given of group {number}, and must take these and no others: give what it shall not update the role "
-                "'frozen'"
+                f"rule returned a {type(optimizer).__name__} of {len(own)} parameters for the {len(params)} given to "
+                f"it of group {number}, and must take these and no others: give the role 'frozen' to what it shall not "
+                "update"
             )
         if len(optimizer.param_groups) != 1:
             raise ValueError(
@@ -94,7 +99,7 @@ class Rules:
         return optimizer
 
     def begin(self, thetas: Mapping[int, tuple[int, Tensor]]) -> None:
-        """Make the optimizers of a round.
+        """Make the optimizers of a round, as far as they have other members than before.
 
         Args:
             thetas: By slot the number of its group and what stands in for it, in its shape.
@@ -108,7 +113,17 @@ class Rules:
             self._stand_ins[slot] = stand_in
             members.setdefault(number, []).append(stand_in)
         self._group_of = {slot: number for slot, (number, _) in thetas.items()}
-        self._optimizers = {number: self._make(number, params) for number, params in members.items()}
+        earlier, self._optimizers = self._optimizers, {}
+        for number, params in members.items():
+            old = earlier.get(number)
+            if old is not None and set(map(id, old.param_groups[0]["params"])) == set(map(id, params)):
+                self._optimizers[number] = old
+                continue
+            if old is not None:
+                group = self._groups[number]
+                for key in [key for key in group if key.startswith(PREFIX)]:
+                    del group[key]
+            self._optimizers[number] = self._make(number, params)
         for slot, own in held.items():
             if own:
                 self.put(slot, own)
@@ -132,15 +147,24 @@ class Rules:
         due = {self._group_of[slot] for slot in slots}
         for number, optimizer in self._optimizers.items():
             if number in due:
-                group, own = self._groups[number], optimizer.param_groups[0]
-                names = own.keys() - {"params"}
-                own.update({name: group[name] for name in names})
-                optimizer.step()
-                # Some count steps there, or adapt their rate.
-                group.update({name: own[name] for name in names})
+                self._step(number, optimizer)
         updated = [stand_in.detach() for stand_in in stand_ins]
         self._hide()
         return updated
+
+    def _step(self, number: int, optimizer: torch.optim.Optimizer) -> None:
+        group, own = self._groups[number], optimizer.param_groups[0]
+        names = self._names[number]
+        # Where an optimizer holds a number in a tensor, schedulers of others may have put a float.
+        held = {name for name in names if isinstance(own[name], Tensor) and not isinstance(group[name], Tensor)}
+        for name in held:
+            own[name].fill_(group[name])
+        own.update({name: group[name] for name in names - held})
+        own.update({key[len(PREFIX) :]: value for key, value in group.items() if key.startswith(PREFIX)})
+        optimizer.step()
+        # Some adapt a rate there, or count steps.
+        group.update({name: own[name] for name in names - held})
+        group.update({f"{PREFIX}{name}": own[name] for name in own.keys() - names - {"params"}})
 
     def _hide(self) -> None:
         """Hold no memory of weights and gradients between steps."""
@@ -164,6 +188,10 @@ class Rules:
     def forget(self, slot: int) -> None:
         """Let a slot begin anew in the round that `begin` makes next."""
         self._stand_ins.pop(slot, None)
+
+    def clear(self) -> None:
+        """Forget all slots, and what was kept of them."""
+        self._optimizers, self._stand_ins, self._group_of = {}, {}, {}
 
     @property
     def nbytes(self) -> int:
@@ -276,7 +304,7 @@ def _part(row: Row, grad: Tensor) -> Tensor:
     return grad.reshape(-1)[first : first + row.numel]
 
 
-def _sq_norms(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
+def _sq_norms(tensors: list[Tensor], device: torch.device) -> Tensor:
     """Return Σx² of each tensor, float64[k] on the device, which is not waited for."""
     if not tensors:
         return torch.zeros(0, dtype=torch.float64, device=device)

@@ -1,4 +1,4 @@
-"""What holds for every rule of `misa_kernels.rules`: bounded from zero state, exact to resume, dtypes, wrong arguments."""
+"""What holds for each of `misa_kernels.rules`: bounded from zero state, exact to resume, dtypes, wrong arguments."""
 
 from __future__ import annotations
 
