@@ -1,3 +1,5 @@
 """Update rules around AdamW that have no package of their own, each an ordinary `torch.optim.Optimizer`."""
 
-__all__: list[str] = []
+from misa_kernels.rules.foam import FOAM
+
+__all__ = ["FOAM"]

@@ -15,7 +15,10 @@ RULES = [getattr(rules, name) for name in rules.__all__]
 # What a rule is given beside lr, where its defaults are for larger tensors than these.
 OPTIONS: dict[str, dict[str, object]] = {}
 # What has to hold beside the defaults where options change what a step does.
-VARIANTS: list[tuple[type, dict[str, object]]] = []
+VARIANTS: list[tuple[type, dict[str, object]]] = [
+    (rules.FOAM, {"level": 1}),
+    (rules.FOAM, {"level": 5}),
+]
 SHAPES = [(48, 32), (32, 48), (7, 5), (64,), (1, 1), (3, 4, 5)]
 
 
