@@ -1,5 +1,6 @@
 """Update rules around AdamW that have no package of their own, each an ordinary `torch.optim.Optimizer`."""
 
 from misa_kernels.rules.foam import FOAM
+from misa_kernels.rules.haar import HaarAdam
 
-__all__ = ["FOAM"]
+__all__ = ["FOAM", "HaarAdam"]

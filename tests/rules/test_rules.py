@@ -18,6 +18,8 @@ OPTIONS: dict[str, dict[str, object]] = {}
 VARIANTS: list[tuple[type, dict[str, object]]] = [
     (rules.FOAM, {"level": 1}),
     (rules.FOAM, {"level": 5}),
+    (rules.HaarAdam, {"level": 1}),
+    (rules.HaarAdam, {"level": 5}),
 ]
 SHAPES = [(48, 32), (32, 48), (7, 5), (64,), (1, 1), (3, 4, 5)]
 
