@@ -2,5 +2,6 @@
 
 from misa_kernels.rules.foam import FOAM
 from misa_kernels.rules.haar import HaarAdam
+from misa_kernels.rules.subset_norm import SubsetNorm
 
-__all__ = ["FOAM", "HaarAdam"]
+__all__ = ["FOAM", "HaarAdam", "SubsetNorm"]

@@ -20,6 +20,8 @@ VARIANTS: list[tuple[type, dict[str, object]]] = [
     (rules.FOAM, {"level": 5}),
     (rules.HaarAdam, {"level": 1}),
     (rules.HaarAdam, {"level": 5}),
+    (rules.SubsetNorm, {"rank": 1}),
+    (rules.SubsetNorm, {"rank": 8}),
 ]
 SHAPES = [(48, 32), (32, 48), (7, 5), (64,), (1, 1), (3, 4, 5)]
 
