@@ -13,7 +13,10 @@ from misa_kernels import rules
 
 RULES = [getattr(rules, name) for name in rules.__all__]
 # What a rule is given beside lr, where its defaults are for larger tensors than these.
-OPTIONS: dict[str, dict[str, object]] = {}
+OPTIONS: dict[str, dict[str, object]] = {
+    # lr is else in units of the weight, which is zero, or grows, in some of these.
+    "AdaLomo": {"scale_parameter": False},
+}
 # What has to hold beside the defaults where options change what a step does.
 VARIANTS: list[tuple[type, dict[str, object]]] = [
     (rules.FOAM, {"level": 1}),
