@@ -1,1 +1,8 @@
 """Update rules around AdamW that have no package of their own, each an ordinary `torch.optim.Optimizer`."""
+
+from misa_kernels.rules.adalomo import AdaLomo
+from misa_kernels.rules.foam import FOAM
+from misa_kernels.rules.haar import HaarAdam
+from misa_kernels.rules.subset_norm import SubsetNorm
+
+__all__ = ["FOAM", "AdaLomo", "HaarAdam", "SubsetNorm"]

@@ -16,25 +16,31 @@ class Rule(torch.optim.Optimizer):
 
     The arithmetic is that of float32, or of float64 for float64 weights, and so is the state, whatever the weights are.
 
-    Every group has lr, betas, eps and weight_decay, and what the subclass has of its own.
+    Every group has lr, eps and weight_decay, betas unless the subclass takes none, and what else that has of its own.
     """
 
     def check(self, group: Mapping[str, Any]) -> None:
         """Check the hyperparameters of a group that the subclass has of its own."""
 
     def begin(self, g: Tensor, group: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the state of a tensor before its first update, of which `g` is the gradient."""
+        """Return the state of a tensor before its first update, of which `g` is the gradient, with one axis or more."""
         raise NotImplementedError
 
     def direction(self, g: Tensor, state: dict[str, Any], group: Mapping[str, Any]) -> Tensor:
         """Bring the state up to date and return u, of the shape of the gradient `g`; `state["step"]` counts from 1."""
         raise NotImplementedError
 
+    def step_size(self, theta: Tensor, group: Mapping[str, Any]) -> Any:
+        """Return the factor of u: lr, unless the subclass has it depend on the weight `theta` before the update."""
+        return group["lr"]
+
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group whose hyperparameters are checked."""
+        # Before it is added, as one that is refused would stay. A rule without betas has nothing to check there.
+        checked = {"betas": (0.0, 0.0)} | self.defaults | param_group
+        check_hyperparameters(checked)
+        self.check(checked)
         super().add_param_group(param_group)
-        check_hyperparameters(param_group)
-        self.check(param_group)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -67,12 +73,15 @@ class Rule(torch.optim.Optimizer):
                 "sparse=False in the embedding"
             )
         g = param.grad.to(torch.promote_types(param.dtype, torch.float32))
+        # A weight without axes is a vector of one element to the rules.
+        g = g if g.ndim else g.reshape(1)
         state = self.state[param]
         if not state:
             state.update({"step": 0} | self.begin(g, group))
         state["step"] += 1
-        u, lr = self.direction(g, state, group), group["lr"]
-        param.copy_((1 - lr * group["weight_decay"]) * param.to(g.dtype) - lr * u)
+        u, theta = self.direction(g, state, group).reshape(param.shape), param.to(g.dtype)
+        decay = 1 - group["lr"] * group["weight_decay"]
+        param.copy_(decay * theta - self.step_size(theta, group) * u)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a saved state; its tensors keep their dtypes, which torch would make those of the weights."""

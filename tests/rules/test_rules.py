@@ -1,4 +1,4 @@
-"""What holds for each of `misa_kernels.rules`: bounded from zero state, exact to resume, dtypes, wrong arguments."""
+"""What holds for every rule of `misa_kernels.rules`: bounded from zero state, exact to resume, dtypes, arguments."""
 
 from __future__ import annotations
 
@@ -7,12 +7,25 @@ import io
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from misa_kernels import rules
 
 RULES = [getattr(rules, name) for name in rules.__all__]
 # What a rule is given beside lr, where its defaults are for larger tensors than these.
-OPTIONS: dict[str, dict[str, object]] = {}
+OPTIONS: dict[str, dict[str, object]] = {
+    # lr is else in units of the weight, which is zero, or grows, in some of these.
+    "AdaLomo": {"scale_parameter": False},
+}
+# What has to hold beside the defaults where options change what a step does.
+VARIANTS: list[tuple[type, dict[str, object]]] = [
+    (rules.FOAM, {"level": 1}),
+    (rules.FOAM, {"level": 5}),
+    (rules.HaarAdam, {"level": 1}),
+    (rules.HaarAdam, {"level": 5}),
+    (rules.SubsetNorm, {"rank": 1}),
+    (rules.SubsetNorm, {"rank": 8}),
+]
 SHAPES = [(48, 32), (32, 48), (7, 5), (64,), (1, 1), (3, 4, 5)]
 
 
@@ -46,11 +59,11 @@ GRADIENTS = {
 
 
 @pytest.mark.parametrize("kind", GRADIENTS)
-@pytest.mark.parametrize("rule", RULES)
-def test_updates_from_zero_state_are_bounded(rule, kind):
+@pytest.mark.parametrize(("rule", "options"), [(rule, {}) for rule in RULES] + VARIANTS)
+def test_updates_from_zero_state_are_bounded(rule, options, kind):
     """No element-wise mean of an update is far beyond AdamW's, which are about lr, at ages 1 to 50."""
     params = weights(shapes=[(48, 32), (32, 48), (64,)])
-    optimizer = made(rule, params, lr=1.0, weight_decay=0.0)
+    optimizer = made(rule, params, lr=1.0, weight_decay=0.0, **options)
     generator = torch.Generator().manual_seed(1)
     for t in range(1, 51):
         before = [param.detach().clone() for param in params]
@@ -154,3 +167,56 @@ def test_wrong_arguments_are_named(rule):
     sparse(torch.tensor([1])).sum().backward()
     with pytest.raises(TypeError, match="sparse=False"):
         rule([sparse.weight], lr=1e-2).step()
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_bias_is_corrected_for_the_age_of_each_tensor(rule):
+    """A tensor whose first gradient comes late moves as in an optimizer of its own."""
+    late, alone = weights(shapes=[(7, 5)]), weights(shapes=[(7, 5)])
+    early = weights(shapes=[(7, 5)], seed=1)
+    optimizer = made(rule, early + late)
+    train(optimizer, early, 7)
+    train(optimizer, late, 3, seed=2)
+    train(made(rule, alone), alone, 3, seed=2)
+    assert torch.equal(late[0], alone[0])
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_a_group_that_is_refused_is_not_added(rule):
+    optimizer = made(rule, weights(shapes=[(7, 5)]))
+    with pytest.raises(ValueError, match="eps=-1"):
+        optimizer.add_param_group({"params": weights(shapes=[(3,)]), "eps": -1.0})
+    assert len(optimizer.param_groups) == 1
+    optimizer.add_param_group({"params": weights(shapes=[(3,)]), "lr": 0.1})
+    assert [group["lr"] for group in optimizer.param_groups] == [1e-2, 0.1]
+
+
+class NoReads(TorchDispatchMode):
+    """Refuses what would wait for a device: the value of a tensor, or a shape that hangs on values."""
+
+    READS = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "equal")
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        assert not any(read in func.name() for read in self.READS), func.name()
+        masks = [x for x in args[1] if x is not None and x.dtype == torch.bool] if "::index" in func.name() else []
+        assert not masks, func.name()
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("rule", "options"), [(rule, {}) for rule in RULES] + VARIANTS)
+def test_no_step_reads_a_tensor_on_the_host(rule, options):
+    params = weights()
+    optimizer = made(rule, params, **options)
+    with NoReads():
+        train(optimizer, params, 2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize(("rule", "options"), [(rule, {}) for rule in RULES] + VARIANTS)
+def test_weights_have_any_shape(rule, options, dtype):
+    shapes = [(), (1,), (3,), (0,), (0, 3), (3, 0), (2, 0, 3), (1, 7), (7, 1), (2, 3, 4, 5)]
+    params = weights(dtype, shapes)
+    before = [param.detach().clone() for param in params]
+    train(made(rule, params, lr=0.1, **options), params, 3)
+    for param, old in zip(params, before, strict=True):
+        assert param.isfinite().all() and (old.numel() == 0 or not torch.equal(param, old)), tuple(param.shape)
