@@ -13,14 +13,12 @@ from torch import Tensor
 
 from misa_kernels.clock import Clock
 from misa_kernels.kernels import Backend, Row, Step
-from misa_kernels.kernels.foreign import RuledStep, Rules, shape_of
+from misa_kernels.kernels.foreign import PREFIX, RuledStep, Rules, shape_of
 from misa_kernels.layout import Layout
 from misa_kernels.memory.storage import Storage
 from misa_kernels.options import Options
 from misa_kernels.reference import Hyper
 from misa_kernels.trained import Trained
-
-PREFIX = "rule."
 
 
 class Ruled(Trained):
