@@ -196,8 +196,7 @@ class Rules:
     @property
     def nbytes(self) -> int:
         """Bytes of what the optimizers keep of tensors."""
-        held = [value for slot in self._stand_ins for value in self.state_of(slot).values()]
-        return sum(value.nbytes for value in held if isinstance(value, Tensor))
+        return sum(_nbytes(value) for slot in self._stand_ins for value in self.state_of(slot).values())
 
 
 class RuledStep(PlainStep):
@@ -302,6 +301,15 @@ def _part(row: Row, grad: Tensor) -> Tensor:
     """Return the gradient of a row, 1-D, from that of what it is part of."""
     first = 0 if row.is_slice else row.offset
     return grad.reshape(-1)[first : first + row.numel]
+
+
+def _nbytes(value: Any) -> int:
+    """Return the bytes of a tensor, of one made of several those of all; 0 of anything else."""
+    if not isinstance(value, Tensor):
+        return 0
+    if not hasattr(value, "__tensor_flatten__"):
+        return value.nbytes
+    return sum(_nbytes(getattr(value, name)) for name in value.__tensor_flatten__()[0])
 
 
 def _sq_norms(tensors: list[Tensor], device: torch.device) -> Tensor:
