@@ -1,4 +1,4 @@
-"""What holds for every rule of `misa_kernels.rules`: bounded from zero state, exact to resume, dtypes, wrong arguments."""
+"""What holds for every rule of `misa_kernels.rules`: bounded from zero state, exact to resume, wrong arguments."""
 
 from __future__ import annotations
 
@@ -7,12 +7,15 @@ import io
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from misa_kernels import rules
 
 RULES = [getattr(rules, name) for name in rules.__all__]
 # What a rule is given beside lr, where its defaults are for larger tensors than these.
-OPTIONS: dict[str, dict[str, object]] = {}
+OPTIONS: dict[str, dict[str, object]] = {
+    "LowRankAdam": {"rank": 4, "every": 10},
+}
 SHAPES = [(48, 32), (32, 48), (7, 5), (64,), (1, 1), (3, 4, 5)]
 
 
@@ -124,6 +127,25 @@ def test_a_tensor_without_gradient_stays_as_it_is(rule):
     before = params[1].detach().clone()
     optimizer.step()
     assert torch.equal(params[1], before) and not optimizer.state[params[1]]
+
+
+class NoReading(TorchDispatchMode):
+    """Refuses to make a Python number, or a shape, of what a tensor holds."""
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        assert operator.name() not in ("aten::_local_scalar_dense", "aten::nonzero"), operator.name()
+        return operator(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_a_step_does_not_wait_for_the_device(rule):
+    params = weights()
+    optimizer = made(rule, params)
+    for param in params:
+        param.grad = torch.ones_like(param)
+    with NoReading():
+        for _ in range(4):
+            optimizer.step()
 
 
 @pytest.mark.parametrize("rule", RULES)
