@@ -1,5 +1,6 @@
 """Update rules around AdamW that have no package of their own, each an ordinary `torch.optim.Optimizer`."""
 
 from misa_kernels.rules.low_rank import LowRankAdam
+from misa_kernels.rules.micro_adam import MicroAdam
 
-__all__ = ["LowRankAdam"]
+__all__ = ["LowRankAdam", "MicroAdam"]

@@ -15,6 +15,7 @@ RULES = [getattr(rules, name) for name in rules.__all__]
 # What a rule is given beside lr, where its defaults are for larger tensors than these.
 OPTIONS: dict[str, dict[str, object]] = {
     "LowRankAdam": {"rank": 4, "every": 10},
+    "MicroAdam": {"density": 0.1},
 }
 SHAPES = [(48, 32), (32, 48), (7, 5), (64,), (1, 1), (3, 4, 5)]
 
