@@ -16,6 +16,7 @@ RULES = [getattr(rules, name) for name in rules.__all__]
 OPTIONS: dict[str, dict[str, object]] = {
     "LowRankAdam": {"rank": 4, "every": 10},
     "MicroAdam": {"density": 0.1},
+    "Shampoo4bit": {"every": 3, "start": 3},
 }
 SHAPES = [(48, 32), (32, 48), (7, 5), (64,), (1, 1), (3, 4, 5)]
 
