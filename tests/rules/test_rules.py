@@ -16,6 +16,10 @@ RULES = [getattr(rules, name) for name in rules.__all__]
 OPTIONS: dict[str, dict[str, object]] = {
     # lr is else in units of the weight, which is zero, or grows, in some of these.
     "AdaLomo": {"scale_parameter": False},
+    "LowRankAdam": {"rank": 4, "every": 10},
+    "MicroAdam": {"density": 0.1},
+    "Shampoo4bit": {"every": 3, "start": 3},
+    "SparseGradientCompression": {"sparsity": 6, "size": 64, "chunk": 96},
 }
 # What has to hold beside the defaults where options change what a step does.
 VARIANTS: list[tuple[type, dict[str, object]]] = [
@@ -26,6 +30,8 @@ VARIANTS: list[tuple[type, dict[str, object]]] = [
     (rules.SubsetNorm, {"rank": 1}),
     (rules.SubsetNorm, {"rank": 8}),
 ]
+# Of a rule that moves one entry in sixteen at a time, more are needed.
+STEPS = {"SparseGradientCompression": 1500}
 SHAPES = [(48, 32), (32, 48), (7, 5), (64,), (1, 1), (3, 4, 5)]
 
 
@@ -146,9 +152,10 @@ def test_it_learns(rule):
     x, target = torch.randn(256, 24, generator=generator), torch.randn(24, 16, generator=generator)
     weight = nn.Parameter(torch.zeros(24, 16))
     optimizer = made(rule, [weight], lr=0.05, weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.02, 300)
+    steps = STEPS.get(rule.__name__, 300)
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.02, steps)
     losses = []
-    for _ in range(300):
+    for _ in range(steps):
         optimizer.zero_grad()
         loss = (x @ (weight - target)).square().mean()
         loss.backward()
