@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 import sys
 
-from benchmarks.quality import pretrained, regime
+from benchmarks.quality import pretrained, regime, update_rules
 
-MODELS = {"small": regime, "smollm2": pretrained}
+MODELS = {"small": regime, "smollm2": pretrained, "small-rules": update_rules}
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -17,7 +17,10 @@ def main(arguments: list[str] | None = None) -> None:
     )
     parser.add_argument("command", choices=["run", "table"])
     parser.add_argument(
-        "--model", choices=MODELS, default="small", help="a LLaMA of our own, or pretrained weights (%(default)s)"
+        "--model",
+        choices=MODELS,
+        default="small",
+        help="a LLaMA of our own, pretrained weights, or the first under other update rules (%(default)s)",
     )
     parser.add_argument("--workers", type=int, default=1, help="processes of one thread each (%(default)s)")
     options = parser.parse_args(arguments)

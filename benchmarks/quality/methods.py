@@ -33,6 +33,7 @@ from benchmarks.quality.equal_bytes import (
     update_in_backward,
 )
 from benchmarks.quality.regime_runs import VARIANTS, Job
+from benchmarks.quality.rules_runs import GRADIENT_BYTES, WHERE, split
 from benchmarks.train.trainers import block_optimizer
 from examples.demo.data import Batch
 from examples.demo.train import train
@@ -75,6 +76,9 @@ def training_bytes(job: Job, model: nn.Module, size: float) -> int:
         return math.ceil(size * parameters(model) * 4 * FP32_BYTES)
     if job.method in LOW_RANK:
         return LOW_RANK[job.method][0](model, int(size))
+    if (found := split(job.method)) is not None:
+        rule, where = found
+        return math.ceil(int(size * parameters(model)) * (GRADIENT_BYTES + getattr(rule, where)))
     norms = sum(vector.numel() for vector in vectors(model)) if job.method == "slices and norms" else 0
     return misa_bytes(model, job.state, size + norms / parameters(model))
 
@@ -124,6 +128,10 @@ def build(job: Job, model: nn.Module, lr: float, steps: int, size: float, adamw:
     for group in groups:
         if norms and group["role"] == "dense":
             group |= {"lr": NORM_LR, "weight_decay": 0.0}
+    if (found := split(job.method)) is not None:
+        rule, where = found
+        more = rounds | presets[WHERE[where]]
+        return model, MISA(groups, rule=lambda params: rule.make(params, lr), delta=delta, seed=job.seed, **more)
     return model, MISA(groups, lr=lr, delta=delta, state_dtype=job.state, seed=job.seed, **rounds | presets[job.method])
 
 
