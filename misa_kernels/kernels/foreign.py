@@ -21,6 +21,8 @@ from misa_kernels.memory.arena import Arena, host, sent
 from misa_kernels.memory.storage import split
 from misa_kernels.reference import Hyper, noise_key, store_weight
 
+# Elements that are rounded at a time.
+PIECE = 1 << 20
 # Of names that are the optimizers', in `state` and in groups, beside the hyperparameters that these begin with.
 PREFIX = "rule."
 # Makes what updates, of what is active.
@@ -265,19 +267,24 @@ class RuledStep(PlainStep):
         return finite
 
     def _store(self, row: Row, weight: Tensor, theta: Tensor, key: int) -> None:
-        views = self._arena.views(row.slot)
-        if "residual" in views:
-            rounded, residual = split(theta)
-            weight.copy_(rounded)
-            views["residual"].copy_(residual)
-        elif weight.data_ptr() == theta.data_ptr():
+        views, is_rounded = self._arena.views(row.slot), self._settings.storage.param_precision == "stochastic"
+        if weight.data_ptr() == theta.data_ptr():
             # What stood in for the weight was the weight, under another version.
             torch.autograd.graph.increment_version(weight)
+        elif "residual" in views or is_rounded:
+            # What rounding works with takes up to 60 bytes an element.
+            for at in range(0, len(theta), PIECE):
+                target, part = weight[at : at + PIECE], theta[at : at + PIECE]
+                if is_rounded:
+                    store_weight(target, part, row.noise_start + at, key)
+                    continue
+                rounded, residual = split(part)
+                target.copy_(rounded)
+                views["residual"][at : at + PIECE].copy_(residual)
         else:
             if "master" in views and views["master"].data_ptr() != theta.data_ptr():
                 views["master"].copy_(theta)
-            is_rounded = self._settings.storage.param_precision == "stochastic"
-            store_weight(weight, theta, row.noise_start, key if is_rounded else None)
+            weight.copy_(theta)
         row.put(weight)
 
     def _close(self, row: Row, action: int, start: int, weight: Tensor, hyper: Hyper, key: int) -> None:

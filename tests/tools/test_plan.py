@@ -17,6 +17,7 @@ from torch import nn
 
 from benchmarks.memory import PeakMemory
 from misa_kernels import MISA, ImportanceSampler, badam, lisa, param_groups, slices
+from misa_kernels.__main__ import main
 from misa_kernels.tools.planner import shapes
 from misa_kernels.tools.planner.cards import CARDS, capacity_bytes
 from misa_kernels.tools.planner.fsdp import adamw_fsdp2, misa_fsdp2
@@ -508,6 +509,24 @@ def test_advice_names_what_fits():
     weights = said(79, PRESETS["llama3-70b"])
     assert weights.startswith("The bfloat16 weights alone, 131.4 GiB, do not fit: QLoRA")
     assert said(23, PRESETS["llama3-70b"]).endswith("--loss-chunk 1024.")
+
+
+def test_a_rule_has_states_of_its_own(capsys):
+    shape = PRESETS["llama3-8b"]
+    plan = memory("MISA", shape, Setup(rule_bytes=4))
+    # Its own four bytes and those of the master, of the budget.
+    assert plan.states == 8 * (shape.numel * 3 // 100)
+    sliced = memory(SLICES, shape, Setup(rule_bytes=0.1, param_precision="stochastic"))
+    assert sliced.states == pytest.approx(0.1 * shape.numel * 0.03, rel=0.01)
+    assert main(["plan", "llama3-8b", "--rule-bytes", "4"]) == 0
+    assert "delta 0.03, a rule of 4 bytes, masters" in capsys.readouterr().out
+    for flags in (["--state-dtype", "int8"], ["--release-gradients"], ["--world-size", "2"]):
+        with pytest.raises(SystemExit):
+            main(["plan", "llama3-8b", "--rule-bytes", "4", *flags])
+        assert f"{flags[0]} with --rule-bytes" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["plan", "llama3-8b", "--rule-bytes=-1"])
+    assert "--rule-bytes=-1 must be a number >= 0" in capsys.readouterr().err
 
 
 def test_a_chunked_loss_holds_less():

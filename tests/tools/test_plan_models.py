@@ -19,7 +19,16 @@ from benchmarks.memory import PeakMemory
 from misa_kernels import MISA, param_groups, slices
 from misa_kernels.__main__ import main
 from misa_kernels.tools.planner import dry
-from misa_kernels.tools.planner.methods import METHODS, SLICES, Setup, costliest_names, fit, memory, slices_of
+from misa_kernels.tools.planner.methods import (
+    METHODS,
+    SLICES,
+    Setup,
+    costliest_names,
+    fit,
+    memory,
+    slices_of,
+    work_of_rule,
+)
 from misa_kernels.tools.planner.model import Model, build, load
 from misa_kernels.tools.planner.shapes import LlamaShape, from_config
 from misa_kernels.tools.planner.states import RELEASED
@@ -292,6 +301,42 @@ def test_a_step_of_slices_holds_what_is_planned(name: str, delta: float, checkpo
     assert plan.peak_gradients + plan.peak_activations == pytest.approx(allocated.peak_bytes, rel=0.05)
     budget = int(delta * model.numel)
     assert 0.9 * budget < plan.gradients / 4 <= plan.states / 8 <= budget
+
+
+@pytest.mark.parametrize(
+    ("dtype", "param_precision"),
+    [("float32", "master"), *(("bfloat16", name) for name in ("master", "split", "stochastic"))],
+)
+@pytest.mark.parametrize("method", ["MISA", SLICES])
+def test_a_step_by_a_rule_holds_what_is_planned(method: str, dtype: str, param_precision: str) -> None:
+    options = Setup(batch=2, sequence=64, dtype=dtype, delta=0.25, param_precision=param_precision, rule_bytes=4)
+    config = config_of("LlamaForCausalLM", hidden_size=256, intermediate_size=448)
+    plan = memory(method, build(config, dtype), options)
+    real = transformers.LlamaForCausalLM(config).to(getattr(torch, dtype)).train()
+    real.config.use_cache = False
+    more = slices() if method == SLICES else {}
+    optimizer = MISA(
+        param_groups(real),
+        delta=0.25,
+        param_precision=param_precision,
+        # What it works with itself is nothing.
+        rule=lambda params: torch.optim.SGD(params, lr=0.1, momentum=0.9, foreach=False),
+        **more | {"inner_steps": 3},
+    )
+    optimizer.rehearse()
+    given = filled(build(config, dtype), 2, 64)
+    for step in range(3):
+        real(**given).loss.backward()
+        pieces = [(optimizer.modules[n].numel, optimizer.modules[n].blocks[0].axis) for n in optimizer.active]
+        with PeakMemory() as allocated:
+            optimizer.step()
+        if step == 1:
+            assert optimizer.state_bytes == pytest.approx(plan.states, rel=0.12)
+            numels, columns = [numel for numel, _ in pieces], sum(numel for numel, axis in pieces if axis == 1)
+            work = work_of_rule(options, sum(numels), max(numels), columns)
+            # The norms of each tensor, and what the round's numbers take.
+            assert allocated.peak_bytes == pytest.approx(work, rel=0.05, abs=20_000)
+        optimizer.zero_grad()
 
 
 def test_slices_of_a_step_that_cannot_be_run_have_lower_bounds() -> None:

@@ -86,6 +86,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     misa.add_argument("--state-dtype", choices=("fp32", "bf16", "int8", "fp8", "int8+int4"), default="fp32")
     misa.add_argument("--param-precision", choices=("master", "split", "stochastic"), default="master")
     misa.add_argument("--release-gradients", action="store_true", help="free each within backward; others, too")
+    misa.add_argument(
+        "--rule-bytes",
+        type=float,
+        metavar="BYTES",
+        help="state that MISA(rule=...) keeps for a trained parameter, such as 4 of Muon; in place of --state-dtype",
+    )
     misa.add_argument("--rank", type=_positive, default=usual.rank, help="of LoRA and QLoRA (%(default)s)")
 
 
@@ -102,6 +108,8 @@ def run(arguments: argparse.Namespace) -> int:
         raise ValueError("--param-precision=split needs --dtype=bfloat16: float32 weights have no bits to split off")
     if arguments.fit and arguments.gpu is None:
         raise ValueError("--fit needs --gpu, the card that the training shall fit into")
+    if options.rule_bytes is not None:
+        _check_rule(options)
     cap = None if arguments.gpu is None else capacity_bytes(arguments.gpu) - RESERVED_BYTES
     if arguments.params is not None:
         if arguments.fit or arguments.plot:
@@ -142,6 +150,19 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _check_rule(options: Setup) -> None:
+    """Refuse what MISA(rule=...) does not have."""
+    if not 0 <= (options.rule_bytes or 0) < float("inf"):
+        raise ValueError(f"--rule-bytes={options.rule_bytes:g} must be a number >= 0: bytes for a trained parameter")
+    for flag, is_given in (
+        ("--state-dtype", options.state_dtype != Setup.state_dtype),
+        ("--release-gradients", options.release_gradients),
+        ("--world-size", options.world_size > 1),
+    ):
+        if is_given:
+            raise ValueError(f"{flag} with --rule-bytes is nothing that MISA(rule=...) has: leave one of them out")
+
+
 def report(content: Mapping[str, Any], shape: LlamaShape | Model, options: Setup, colours: bool) -> str:
     """Return the plan as text."""
     cap = content.get("cap_bytes")
@@ -166,6 +187,8 @@ def report(content: Mapping[str, Any], shape: LlamaShape | Model, options: Setup
         lines.append(line)
     lines += ["", "Peaks are below the sums: gradients come while activations go. What the rows assume:"]
     own = f", {options.state_dtype} moments"
+    if options.rule_bytes is not None:
+        own = f", a rule of {options.rule_bytes:g} bytes"
     if options.dtype == "bfloat16":
         own += {"master": ", masters", "split": ", split weights"}.get(options.param_precision, ", stochastic rounding")
     own += ", gradients released" if options.release_gradients else ""

@@ -18,6 +18,7 @@ from misa_kernels.draw.scores import Candidates
 from misa_kernels.draw.slices import Matrix, Slicing, axis_of, slicing
 from misa_kernels.draw.streams import Linear, flows
 from misa_kernels.gradients.hooks import Slice
+from misa_kernels.kernels.foreign import PIECE
 from misa_kernels.memory.arena import MOVE_ELEMENTS
 from misa_kernels.memory.storage import Storage
 from misa_kernels.optimizer import MISA
@@ -80,6 +81,8 @@ class Setup:
         world_size: GPUs over which FSDP2 shards weights, gradients and states.
         offload_activations: Whether what the forward pass keeps for backward lies in host memory, as with torch's
             `save_on_cpu`, TRL's `activation_offloading` and torchtune's `OffloadActivations`; weights are not moved.
+        rule_bytes: Bytes of state that the rule of `MISA(rule=...)` keeps for a trained parameter; None: MISA's own
+            AdamW.
     """
 
     batch: int = 1
@@ -95,6 +98,44 @@ class Setup:
     rank: int = 16
     world_size: int = 1
     offload_activations: bool = False
+    rule_bytes: float | None = None
+
+    @property
+    def frees_gradients(self) -> bool:
+        """Whether MISA frees each gradient within backward."""
+        return self.release_gradients and self.rule_bytes is None
+
+
+# What plain PyTorch takes an element where it rounds stochastically, or cuts float32 in two: measured.
+ROUNDING_BYTES = {"master": 0, "split": 13, "stochastic": 49}
+
+
+def own_bytes(options: Setup) -> float:
+    """Return the bytes of state for a trained parameter of MISA."""
+    own = state_bytes(options, options.state_dtype, options.param_precision)
+    if options.rule_bytes is None:
+        return own
+    return own - Storage(options.state_dtype).moment_bytes(getattr(torch, options.dtype)) + options.rule_bytes
+
+
+def work_of_rule(options: Setup, numel: int, largest: int, columns: int = 0) -> int:
+    """Return the bytes that a step by a rule of the user's works with, that of the rule itself apart.
+
+    Source: `RuledStep`: a copy of what is trained before the last step of a round, gradients in float32, copies of what
+    stands in for 16-bit weights without masters, and of the weights of columns; and what their rounding takes.
+
+    Args:
+        options: How it is trained.
+        numel: Parameters that are.
+        largest: Of one tensor of them.
+        columns: Of slices of columns.
+    """
+    if options.rule_bytes is None:
+        return 0
+    if options.dtype != "bfloat16":
+        return 4 * numel + 4 * columns
+    widened = 4 * (1 + (options.param_precision != "master"))
+    return numel * (4 + widened) + 2 * columns + ROUNDING_BYTES[options.param_precision] * min(PIECE, largest)
 
 
 def state_bytes(options: Setup, state_dtype: str = "fp32", param_precision: str = "master") -> float:
@@ -250,29 +291,32 @@ def memory(method: str, shape: LlamaShape | Model, options: Setup) -> Memory:
         pieces, cut = slices_of(shape, options.delta)
         sliced = by_layer(pieces)
         sizes = [shape.slice_numel(linear, piece) for own in sliced.values() for linear, piece in own.items()]
+        axes = [piece.axis for own in sliced.values() for piece in own.values()]
+        columns = sum(numel for numel, axis in zip(sizes, axes, strict=True) if axis == 1)
         run = replace(
             run,
             sliced=sliced,
             # Allocated once, for the budget.
             state_elements=cut.trained,
-            state_bytes=state_bytes(options, options.state_dtype, options.param_precision),
-            released=options.release_gradients,
+            state_bytes=own_bytes(options),
+            released=options.frees_gradients,
             waiting=HELD_BYTES,
             alone=LAUNCHES,
-            round_end=4 * min(MOVE_ELEMENTS, max(sizes)),
+            round_end=max(4 * min(MOVE_ELEMENTS, max(sizes)), work_of_rule(options, cut.trained, max(sizes), columns)),
         )
     else:
+        # Allocated once, for any draw.
+        elements = min(math.floor(options.delta * shape.numel), shape.layers * matrices)
         run = replace(
             run,
             active=costliest_set(shape, options.delta, options.depth_window),
-            # Allocated once, for any draw.
-            state_elements=min(math.floor(options.delta * shape.numel), shape.layers * matrices),
-            state_bytes=state_bytes(options, options.state_dtype, options.param_precision),
-            released=options.release_gradients,
+            state_elements=elements,
+            state_bytes=own_bytes(options),
+            released=options.frees_gradients,
             waiting=HELD_BYTES,
             alone=LAUNCHES,
             # States of modules that stay move through a buffer.
-            round_end=4 * min(MOVE_ELEMENTS, shape.largest),
+            round_end=max(4 * min(MOVE_ELEMENTS, shape.largest), work_of_rule(options, elements, shape.largest)),
         )
     return count(run)
 
@@ -315,13 +359,15 @@ def _of_model(method: str, model: Model, options: Setup) -> Memory:
             trained = costliest_names(model, options.delta, options.depth_window)
             numels = {name: params[name].numel() for name in trained}
             whole_numel, largest = sum(map(torch.Tensor.numel, matrices.values())), model.largest
-        of_state = state_bytes(options, options.state_dtype, options.param_precision)
+        of_state = own_bytes(options)
         together = math.ceil(len(numels) / LAUNCHES) - 1
-        released = options.release_gradients
+        released = options.frees_gradients
         smallest = min(numel * params[name].itemsize for name, numel in numels.items())
         waiting = min(HELD_BYTES, together * smallest) * released
         # States of modules that stay move through a buffer.
-        round_end = 4 * min(MOVE_ELEMENTS, largest)
+        columns = sum(numels[name] for name, piece in sliced.items() if piece.axis == 1)
+        work = work_of_rule(options, sum(numels.values()), max(numels.values()), columns)
+        round_end = max(4 * min(MOVE_ELEMENTS, largest), work)
     tokens = (options.batch, options.sequence, options.loss_chunk)
     away = options.offload_activations
     step = held(model, trained, rank, tokens, options.checkpointing, ranks, released, sliced, away, updating)
@@ -383,7 +429,6 @@ def weights_and_states(numel: float, options: Setup) -> dict[str, tuple[float, f
     Of AdamW paged two bytes a parameter lie in host memory beside them.
     """
     element, narrow = (2, True) if options.dtype == "bfloat16" else (4, False)
-    own = state_bytes(options, options.state_dtype, options.param_precision)
     trained = {
         "AdamW": (numel, state_bytes(options), False),
         "AdamW 8-bit": (numel, BITSANDBYTES_BYTES, options.release_gradients),
@@ -391,7 +436,7 @@ def weights_and_states(numel: float, options: Setup) -> dict[str, tuple[float, f
         "AdamW paged": (numel, BITSANDBYTES_BYTES - 2, options.release_gradients),
         "AdamW 4-bit": (numel, TORCHAO_BYTES, options.release_gradients),
         "FlashOptim": (numel, FLASHOPTIM_BYTES + narrow, options.release_gradients),
-        "MISA": (options.delta * numel, own, options.release_gradients),
+        "MISA": (options.delta * numel, own_bytes(options), options.frees_gradients),
     }
     share = 1 / options.world_size
     return {
@@ -435,11 +480,12 @@ def advice(shape: LlamaShape | Model, options: Setup, peaks: Mapping[str, float]
     if largest is not None:
         return first + f"MISA fits, up to --delta {largest:g}."
     narrow = options.dtype == "bfloat16"
-    lean = replace(options, state_dtype="int8", release_gradients=True)
+    lean = replace(options, state_dtype="int8", release_gradients=True, rule_bytes=None)
     lean = replace(lean, param_precision="split" if narrow else "master")
     largest = fit(shape, lean, cap_bytes)
     if largest is not None:
         flags = "--state-dtype int8 --release-gradients" + " --param-precision split" * narrow
+        flags += " and without --rule-bytes" * (options.rule_bytes is not None)
         return first + f"MISA fits with {flags}, up to --delta {largest:g}."
     why = "MISA fits with no delta"
     weights = (2 if narrow else 4) * shape.numel / options.world_size
