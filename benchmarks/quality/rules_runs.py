@@ -83,7 +83,7 @@ RULES: dict[str, Rule] = {
     "I3S, residual normalised": Rule(low_rank("importance", "normalised"), 1.481, 0.633),
     "RSO": Rule(low_rank("random", "dropped"), 1.481, 0.633),
     "MicroAdam": Rule(lambda params, lr: rules.MicroAdam(params, lr=lr), 0.902, 0.901),
-    "4-bit Shampoo": Rule(lambda params, lr: rules.Shampoo4bit(params, lr=lr, **SHAMPOO), 19.175, 11.588),
+    "4-bit Shampoo": Rule(lambda params, lr: rules.Shampoo4bit(params, lr=lr, **SHAMPOO), 20.57, 11.5),
     "Sparse Gradient Compression": Rule(
         lambda params, lr: rules.SparseGradientCompression(params, lr=lr), 1.0, 1.0, power=3
     ),
