@@ -45,7 +45,7 @@ nitpick_ignore_regex = [
     ("py:obj", r".*"),
     # What belongs to others, whose pages are not fetched; aliases; what the optimizer alone makes.
     ("py:.*", r"(torch|nn|dist|numpy|npt|os|pathlib|collections|contextlib|transformers|matplotlib)\..*"),
-    ("py:class", r"Tensor|ProcessGroup|Axes|Figure|Params|Sampler"),
+    ("py:class", r"Tensor|ProcessGroup|Axes|Figure|Params|ParamsT|RuleFactory|Sampler"),
     ("py:class", r"misa_kernels\.(draw\.partition\.(Partition|Block)|clock\.Clock)"),
 ]
 

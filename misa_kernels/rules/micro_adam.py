@@ -23,8 +23,8 @@ class MicroAdam(Rule):
     r"""Adam on the `window` last gradients, of which only the largest entries are kept, with error feedback.
 
     A tensor is cut into equal blocks of at most 32768. In each, :math:`a = g + e`, the share `density` of the largest
-    |a| goes into a ring, and what is left becomes the next e, in 4 bits. With :math:`a_r` the sparse gradient of r
-    updates ago and n = min(age, `window`),
+    of them by size goes into a ring, and what is left becomes the next e, in 4 bits. With :math:`a_r` the sparse
+    gradient of r updates ago and n = min(age, `window`),
     :math:`m = \sum_{r<n} \beta_1^r a_r\,(1-\beta_1)/(1-\beta_1^n)`, v the same of :math:`a_r^2` with β₂, and
     :math:`u = m / (\sqrt v + \epsilon)`. Source: arXiv 2405.15593. Tensors of one dimension are updated by
     plain Adam.
@@ -33,8 +33,8 @@ class MicroAdam(Rule):
 
     Departures: the weights of a mean are divided by their sum, 1 − βⁿ, where the paper has 1 − βᵗ for any age: with
     that, a gradient that stays the same gives u = 1 up to age 10, 1.45 at 50 and 6.5 in the end; here it gives 1 at
-    every age, and no |u| exceeds 1.05 with the defaults. One block serves the ring and the error; the authors' code
-    has blocks of its own for the error, and keeps their range in 16 bits. Rounding of e is to nearest.
+    every age, and no entry of u exceeds 1.05 by size with the defaults. One block serves the ring and the error; the
+    authors' code has blocks of its own for the error, and keeps their range in 16 bits. Rounding of e is to nearest.
 
     Args:
         params, lr, betas, eps, weight_decay: As for `torch.optim.AdamW`, with its defaults.

@@ -36,7 +36,7 @@ EVERYWHERE = [*PAGES, ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROO
 FOLDERS = [
     ROOT,
     *(ROOT / name for name in ("docs", "csrc", "misa_kernels", "misa_kernels/tools", "benchmarks/results")),
-    *(ROOT / "misa_kernels" / room for room in ("draw", "memory", "gradients", "kernels", "outside", "ranks")),
+    *(ROOT / "misa_kernels" / room for room in ("draw", "memory", "gradients", "kernels", "outside", "ranks", "rules")),
 ]
 # Modules all of whose public names are for users.
 PLANNER = ("shapes", "model", "methods", "states", "step", "fsdp", "cards")
