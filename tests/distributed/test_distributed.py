@@ -29,6 +29,16 @@ ROOT = Path(__file__).parents[2]
 OPTIONS = {"lr": 1e-2, "delta": 0.2, "inner_steps": 5}
 
 
+def by_rule(params):
+    return torch.optim.AdamW(params, lr=1e-2)
+
+
+def arguments(options):
+    """Return them with the usual ones, of which a rule has some itself."""
+    given = OPTIONS | options
+    return {name: value for name, value in given.items() if name != "lr" or "rule" not in given}
+
+
 def part(step, rank, size):
     """This rank's part of a batch of 4."""
     rows = 4 // size
@@ -48,7 +58,7 @@ def weights(model):
 
 def as_one_process(steps, mode="finetune", **options):
     model = tiny.build()
-    optimizer = MISA(param_groups(model, mode), **(OPTIONS | options))
+    optimizer = MISA(param_groups(model, mode), **arguments(options))
     for step in range(steps):
         tiny.loss_of(model, tiny.batch(step)).backward()
         optimizer.step()
@@ -63,7 +73,7 @@ def replicated(rank, size, steps, mode, options, damage):
             # What replicate() sends must make up for it.
             for param in model.parameters():
                 param.add_(1.0)
-    optimizer = MISA(param_groups(model, mode), **(OPTIONS | options))
+    optimizer = MISA(param_groups(model, mode), **arguments(options))
     replica = replicate(model, optimizer)
     per_step = []
     for step in range(steps):
@@ -79,8 +89,8 @@ def replicated(rank, size, steps, mode, options, damage):
 
 @pytest.mark.parametrize(
     ("size", "mode", "options"),
-    [(2, "finetune", {}), (4, "pretrain", {"max_grad_norm": 0.5})],
-    ids=["two ranks", "four ranks, dense tensors, clipped"],
+    [(2, "finetune", {}), (4, "pretrain", {"max_grad_norm": 0.5}), (2, "finetune", {"rule": by_rule})],
+    ids=["two ranks", "four ranks, dense tensors, clipped", "two ranks, by a rule"],
 )
 def test_replicas_train_as_one_process_with_the_whole_batch(tmp_path, size, mode, options):
     steps = 23

@@ -11,6 +11,7 @@ import tiny
 import torch
 import torch.distributed as dist
 from sharded import weights
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Shard, distribute_tensor
 
 if "CI" not in os.environ:
@@ -143,6 +144,19 @@ def sharded_afterwards(rank):
         except ValueError as error:
             sentences.append(str(error))
     return sentences
+
+
+def by_rule(rank):
+    model = tiny.build()
+    mesh = dist.init_device_mesh("cpu", (1,))
+    for block in model.blocks:
+        fully_shard(block, mesh=mesh)
+    return MISA(param_groups(model), delta=0.2, rule=lambda params: torch.optim.SGD(params, lr=0.1))
+
+
+def test_a_rule_for_sharded_parameters_is_refused(tmp_path):
+    (sentence,) = ranks.run(1, tmp_path, by_rule)
+    assert re.match(r"ValueError: rule=\.\.\. needs whole tensors, and blocks\.0\.q\.weight is sharded", sentence)
 
 
 @pytest.mark.filterwarnings("ignore:oversized='split' cuts")
