@@ -134,15 +134,15 @@ def scale_of(
     found_inf: Tensor | None,
     total: Callable[[Tensor], Tensor] | None = None,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Return what to multiply all gradients of a step by, and whether it is applied; each None where that is certain.
+    """Return what to multiply all gradients of a step by, and whether it is applied; None each where that is certain.
 
     Args:
-        sq_norms: ‖g‖² of each tensor, 0-dim float64.
-        max_grad_norm: As in `adamw_step`, and so is what follows.
-        skip_nonfinite: ...
+        sq_norms: ‖g‖² of each tensor, 0-dim float64, after unscaling.
+        max_grad_norm: As in `adamw_step`, and so are `skip_nonfinite`, `found_inf` and `total`.
+        skip_nonfinite: Whether a nonfinite norm leaves the step out.
         unscale: One over `grad_scale`, 0-dim float64.
-        found_inf: ...
-        total: ...
+        found_inf: Nonzero where the step is left out.
+        total: Makes ‖g‖² over all tensors of those of each.
     """
     coefficient, finite = unscale, None
     if len(sq_norms) and (max_grad_norm is not None or skip_nonfinite):

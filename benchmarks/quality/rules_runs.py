@@ -102,8 +102,10 @@ def delta_of(rule: Rule, where: str) -> float:
     return round(DELTA * (GRADIENT_BYTES + INT8_BYTES) / (GRADIENT_BYTES + held), 4)
 
 
-def _search(stage: int, name: str, where: str) -> Search:
+def _search(name: str, where: str) -> Search:
     rule = RULES[name]
+    # What was asked first.
+    stage = 2 if name == "Muon" else 3 if where == "slices" else 4
     delta = delta_of(rule, where)
     power = rule.power - (rule.lower if where == "modules" else 0)
     return Search(stage, first(f"{name}, {where}", "rule", delta, power=power), at(3, delta))
@@ -112,9 +114,6 @@ def _search(stage: int, name: str, where: str) -> Search:
 REFERENCES = (
     Search(1, first("AdamW", "fp32", 1.0, power=0), at(3, 1.0)),
     Search(1, first("slices", power=2), at(3, DELTA)),
-    Search(2, first("MISA", power=0), at(3, DELTA)),
+    Search(1, first("MISA", power=0), at(3, DELTA)),
 )
-SEARCHES = (
-    *REFERENCES,
-    *(_search(stage, name, where) for stage, where in ((1, "slices"), (2, "modules")) for name in RULES),
-)
+SEARCHES = (*REFERENCES, *(_search(name, where) for where in WHERE for name in RULES))
