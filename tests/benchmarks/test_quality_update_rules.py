@@ -35,8 +35,11 @@ def available(name: str) -> None:
         (pytest.fail if "CI" in os.environ else pytest.skip)(f"needs {package}")
 
 
+# torchao compiles its update for every shape.
 @pytest.mark.parametrize("where", WHERE)
-@pytest.mark.parametrize("name", RULES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if "4 bits" in name else name for name in RULES]
+)
 def test_a_rule_gets_as_many_bytes_as_int8_adamw(name: str, where: str) -> None:
     available(name)
     rule, scale = RULES[name], SCALES["5m"]
