@@ -36,6 +36,8 @@ RULE = "rule"
 # The layers in the order in which they were seen to run, where their registration does not tell.
 ORDER = "layer_order"
 POSITION = (*NUMBERS, *STORED, *GIVEN, "unheard", ORDER, RULE)
+# Before what a group itself has under these names.
+OWN = "own."
 # What groups hold of names, which are those of the model here, in its wrappers.
 NAMES = ("modules", "layers", "param_names")
 # The other reason of several differences, and its remedy.
@@ -65,6 +67,9 @@ def write(
     """
     state_dict["state"] = trained.to_save(state_dict["state"])
     for group in state_dict["param_groups"]:
+        # Those of a rule may have the names of what follows.
+        for name in [name for name in POSITION if name in group]:
+            group[f"{OWN}{name}"] = group.pop(name)
         # A scheduler writes to an lr that is a tensor.
         group.update({name: value.detach().clone() for name, value in group.items() if isinstance(value, Tensor)})
     stored = trained.storage_in_state
@@ -156,7 +161,7 @@ def read(
         )
     hyperparameters, others = [], ("params", "slices", *NAMES, *POSITION)
     for group, saved_group in zip(groups, saved["param_groups"], strict=True):
-        kept = {name: _number(value) for name, value in saved_group.items() if name not in others}
+        kept = {name.removeprefix(OWN): _number(x) for name, x in saved_group.items() if name not in others}
         if rule is None:
             check_hyperparameters({**group, **kept})
         hyperparameters.append(copy.deepcopy(kept))

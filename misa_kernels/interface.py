@@ -124,8 +124,6 @@ class Interface(torch.optim.Optimizer):
     @property
     def _step_supports_amp_scaling(self) -> bool:
         """Whether torch.amp.GradScaler leaves unscaling and skipping to the step, which need not look at the device."""
-        if self._run.given.rule is not None:
-            return False
         if self.max_grad_norm is not None or self.releases_gradients:
             return True
         # Lightning asks to know whether it may unscale and clip before, which a step takes as well.

@@ -149,7 +149,7 @@ class MISA(Interface):
         options: Options,
         known: tuple[Sequence[bool], Sequence[bool]] | None = None,
     ) -> None:
-        torch.optim.Optimizer.__init__(self, copied_groups(params), defaults)
+        torch.optim.Optimizer.__init__(self, copied_groups(params, options.rule is None), defaults)
         for group in self.param_groups if options.rule is None else ():
             check_hyperparameters(group)
         self._run = Run(self.param_groups, options, known)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any
@@ -27,6 +27,8 @@ _MUCH = 0.2
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
+# Its hyperparameters.
+ADAMW = ("lr", "betas", "eps", "weight_decay")
 # What torch.optim.AdamW has and MISA does not; only these values mean the same in both.
 ADAMW_ONLY: dict[str, bool | None] = {
     "amsgrad": False,
@@ -204,8 +206,30 @@ def check_rules_own(given: Mapping[str, Any], defaults: Sequence[Any] | None) ->
             )
 
 
-def copied_groups(params: Iterable[Any]) -> list[dict[str, Any]]:
+def check_rule_group(number: int, group: Mapping[str, Any], others: Collection[str], rule: str) -> None:
+    """Check the lr of a group that a rule updates, and refuse what would do nothing there.
+
+    Args:
+        number: Of the group.
+        group: With the rule's hyperparameters.
+        others: Names that the user has in it and the rule has not.
+        rule: What updates.
+    """
+    if isinstance(group["lr"], (Real, Tensor)):
+        check_range("lr", group["lr"], 0.0, math.inf, "a number >= 0")
+    for name in (*ADAMW, *Options.__dataclass_fields__, *ADAMW_ONLY):
+        if name in others:
+            raise ValueError(
+                f"{name}={group[name]!r} stands in param group {number} and is nothing that {rule} has: leave it out"
+            )
+
+
+def copied_groups(params: Iterable[Any], are_checked: bool = True) -> list[dict[str, Any]]:
     """Return param groups that share no dict or list with the caller's.
+
+    Args:
+        params: As given to the optimizer.
+        are_checked: Whether what stands in them may be AdamW's hyperparameters alone.
 
     Raises:
         TypeError: If `params` is a tensor or a set.
@@ -225,7 +249,8 @@ def copied_groups(params: Iterable[Any]) -> list[dict[str, Any]]:
     grouped = groups or [{"params": entries}]
     seen: set[int] = set()
     for number, group in enumerate(grouped):
-        check_group(group)
+        if are_checked:
+            check_group(group)
         if "params" not in group:
             raise ValueError(f"group {number} has no 'params': give it a list of parameters")
         tensors = group["params"]

@@ -5,18 +5,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Container, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 from misa_kernels.clock import Clock
 from misa_kernels.kernels import Backend, Row, Step
 from misa_kernels.kernels.foreign import PREFIX, RuledStep, Rules, shape_of
 from misa_kernels.layout import Layout
 from misa_kernels.memory.storage import Storage
-from misa_kernels.options import Options
+from misa_kernels.options import Options, check_rule_group
 from misa_kernels.reference import Hyper
 from misa_kernels.trained import Trained
 
@@ -35,16 +37,18 @@ class Ruled(Trained):
     ) -> None:
         super().__init__(layout, groups, options, storage, root, clock)
         assert options.rule is not None
-        shown: dict[int, dict[Any, Tensor]] = {}
-        for slot in range(len(layout.blocks)):
-            row = layout.row(slot)
-            key = shape_of(row), torch.promote_types(row.param.dtype, torch.float32), row.param.device
-            found = shown.setdefault(row.group, {})
-            if key not in found:
-                # As large as it looks, and without the memory.
-                found[key] = torch.empty(1, dtype=key[1], device=key[2]).expand(key[0])
-        self._rules = Rules(options.rule, groups, {number: found.values() for number, found in sorted(shown.items())})
+        given = [set(group) for group in groups]
+        shapes: list[dict[Any, None]] = [{} for _ in groups]
+        for row in map(layout.row, range(len(layout.blocks))):
+            shapes[row.group][shape_of(row), row.param.dtype, row.param.device] = None
+        shown = []
+        for group, own in zip(groups, shapes, strict=True):
+            kinds = own or dict.fromkeys((param.shape, param.dtype, param.device) for param in group["params"])
+            shown.append(([_looking_like(*kind) for kind in kinds if kind[1].is_floating_point], bool(own)))
+        self._rules = Rules(options.rule, groups, shown)
         self.rule, self.defaults = self._rules.name, self._rules.defaults
+        for number, (group, names) in enumerate(zip(groups, self._rules.names, strict=True)):
+            check_rule_group(number, group, given[number] - names if shown[number][1] else set(), self.rule)
 
     @property
     def nbytes(self) -> int:
@@ -104,7 +108,11 @@ class Ruled(Trained):
 
     def _take_over_state(self, row: Row, own: Mapping[str, Any], saved: Mapping[str, Any]) -> None:
         super()._take_over_state(row, own, saved)
-        self._put(row, own)
+        if self._rules.state_of(row.slot).keys() <= self._names(own, row.slot).keys():
+            self._put(row, own)
+        else:
+            # Something was deleted.
+            self._begin(row)
 
     def _begin(self, row: Row) -> None:
         super()._begin(row)
@@ -115,6 +123,36 @@ class Ruled(Trained):
         super().forget()
         self._rules.clear()
 
+    def exchange(self, layout: Layout, kept: Container[tuple[int, int]]) -> None:
+        """Go on with another layout, and let what was counted in groups begin anew; see `Trained.exchange`."""
+        super().exchange(layout, kept)
+        for number in range(len(self._groups)):
+            self._rules.drop_counts(number)
+
+    def load(
+        self,
+        own: Mapping[Tensor, Mapping[str, Any]],
+        storage: Storage,
+        hyperparameters: Sequence[Mapping[str, Any]],
+    ) -> None:
+        """Drop all state and all counts, and take over what was saved; see `Trained.load`."""
+        for number in range(len(self._groups)):
+            self._rules.drop_counts(number)
+        super().load(own, storage, hyperparameters)
+
+    def _check_state(self) -> None:
+        super()._check_state()
+        for slot, row in self.rows.items():
+            own: Mapping[str, Any] = self.state.get(row.param, {})
+            for name, kept in self._rules.state_of(slot).items():
+                value = own.get(self.layout.key(f"{PREFIX}{name}", slot))
+                if isinstance(value, Tensor) and isinstance(kept, Tensor) and value.shape != kept.shape:
+                    raise ValueError(
+                        f"optimizer.state has {PREFIX + name!r} of shape {tuple(value.shape)} for "
+                        f"{self.layout.name_of(slot)}, where {tuple(kept.shape)} belongs: write as many, or delete the "
+                        "entry to begin anew"
+                    )
+
     def _put(self, row: Row, own: Mapping[str, Any]) -> None:
         """Let an optimizer go on with what the state holds of a row."""
         assert self.arena is not None
@@ -123,8 +161,11 @@ class Ruled(Trained):
         stays = not (group.get("capturable") or group.get("fused"))
         kept = {}
         for name, key in self._names(own, row.slot).items():
-            value = own[key]
-            if isinstance(value, Tensor):
-                value = value.to("cpu" if name == "step" and stays else device)
-            kept[name] = value
+            place = "cpu" if name == "step" and stays else device
+            kept[name] = tree_map_only(Tensor, partial(Tensor.to, device=place), own[key])
         self._rules.put(row.slot, kept)
+
+
+def _looking_like(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return a tensor as large as what stands in for a weight, and without the memory."""
+    return torch.empty(1, dtype=torch.promote_types(dtype, torch.float32), device=device).expand(tuple(shape))

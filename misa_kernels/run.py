@@ -516,12 +516,10 @@ class Run:
         made = f" ('auto' with total_steps={self.given.total_steps})" if self.given.inner_steps == "auto" else ""
         saved.warn_of_differences(self.storage, self._described(), made)
 
-        for group, hyperparameters in zip(self.groups, saved.hyperparameters, strict=True):
-            group.update(hyperparameters)
         for name in checkpoint.NUMBERS:
             setattr(self.clock, name, saved.position[name])
         self.scores.load(saved.scores, saved.position.get("unheard", ()))
-        self.trained.load(saved.own, saved.storage)
+        self.trained.load(saved.own, saved.storage, saved.hyperparameters)
         self.scores.show(self.trained.state)
         self.show(saved.active)
         self.record(self.draw())

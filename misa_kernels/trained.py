@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import deque
 from collections.abc import Collection, Container, Iterable, Mapping, Sequence
 from operator import attrgetter
 from types import MappingProxyType
@@ -12,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 from misa_kernels.clock import Clock
 from misa_kernels.draw.partition import Block
@@ -429,7 +431,7 @@ class Trained:
         if self.storage_in_state == self._storage:
             for name, value in saved.items():
                 views[name].copy_(value)
-        elif "exp_avg" in saved:
+        elif saved:
             key = noise_key(self._clock.seed, 2 * self._clock.steps + 1, row.index)
             convert(saved, self.storage_in_state, views, self._storage, weight, row.noise_start, key)
 
@@ -467,8 +469,21 @@ class Trained:
         for key in self._keys(own, slot):
             own.drop(key)
 
-    def load(self, own: Mapping[Tensor, Mapping[str, Any]], storage: Storage) -> None:
-        """Drop all state, and take over what was saved of each parameter, until the next step allocates the arena."""
+    def load(
+        self,
+        own: Mapping[Tensor, Mapping[str, Any]],
+        storage: Storage,
+        hyperparameters: Sequence[Mapping[str, Any]],
+    ) -> None:
+        """Drop all state, and take over what was saved of each parameter, until the next step allocates the arena.
+
+        Args:
+            own: What was.
+            storage: How it is stored.
+            hyperparameters: Those of each group.
+        """
+        for group, values in zip(self._groups, hyperparameters, strict=True):
+            group.update(values)
         self.forget()
         self.storage_in_state = storage
         dict.clear(self.state)
@@ -653,7 +668,10 @@ def _detached(state: Mapping[Any, Mapping[str, Any]], layout: Layout) -> dict[An
 
 
 def _copied(value: Any) -> Any:
-    return value.detach().clone() if isinstance(value, Tensor) else copy.copy(value)
+    """Return a copy of a tensor, or of lists and dicts with those in them."""
+    if isinstance(value, Tensor):
+        return value.detach().clone()
+    return tree_map(_copied, value) if isinstance(value, (list, tuple, dict, deque)) else copy.copy(value)
 
 
 def _here(tensor: Tensor, block: Block) -> Tensor:

@@ -75,4 +75,15 @@ def load(model: nn.Module, optimizer: MISA, checkpoint_id: str | os.PathLike[str
     groups = tree.get("param_groups", {})
     if isinstance(groups, dict):
         groups = [groups[number] for number in sorted(groups)]
-    optimizer.load_state_dict({"state": tree.get("state", {}), "param_groups": groups})
+    state = {
+        param: {name: _listed(value) for name, value in own.items()} for param, own in tree.get("state", {}).items()
+    }
+    optimizer.load_state_dict({"state": state, "param_groups": groups})
+
+
+def _listed(value: Any) -> Any:
+    """Return a list where a checkpoint has the entries of one by their numbers, and what is no dict as it is."""
+    if not isinstance(value, dict):
+        return value
+    found = {key: _listed(each) for key, each in value.items()}
+    return [found[n] for n in range(len(found))] if found.keys() == set(range(len(found))) else found

@@ -6,12 +6,14 @@ a master or residual has beyond the weight, in the shape of what they stand for,
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
 from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from misa_kernels import reference
 from misa_kernels.kernels.plain import PlainStep
@@ -44,40 +46,60 @@ class Rules:
     """The optimizers of the user's, one a param group, made anew when others are active: what stays keeps its state.
 
     The hyperparameters of an optimizer are those of the param group of MISA, which has all that are in its own. What
-    else it comes to keep in its group, as a count of steps, lasts as long as it does, under names with a prefix.
+    its steps change in its group, as a count of steps, is kept apart under names with a prefix, as long as the
+    optimizer has the same members, and unless the user changes it, too.
 
     Args:
         factory: Makes an optimizer of parameters.
         groups: The live `param_groups`; each gets the hyperparameters that it lacks.
-        shown: Of each group that may be trained, tensors with the shapes, dtypes and devices of what may stand in.
+        shown: Of each group tensors with the shapes, dtypes and devices of what may stand in, and whether any of it is
+            to be trained.
 
     Attributes:
         name: The classes of the optimizers.
+        defaults: Hyperparameters of the first group that is trained.
+        names: Those of each group.
 
     Raises:
-        TypeError: If the factory returns anything but an optimizer.
-        ValueError: If that has other parameters than it was given, or several groups of them.
+        TypeError: If the factory returns anything but an optimizer that can be stepped by itself.
+        ValueError: If that has other parameters than it was given, several groups of them, or no lr.
     """
 
     def __init__(
-        self, factory: RuleFactory, groups: Sequence[dict[str, Any]], shown: Mapping[int, Iterable[Tensor]]
+        self, factory: RuleFactory, groups: Sequence[dict[str, Any]], shown: Sequence[tuple[Iterable[Tensor], bool]]
     ) -> None:
         self._factory = factory
         self._groups = groups
         self._optimizers: dict[int, torch.optim.Optimizer] = {}
         self._stand_ins: dict[int, nn.Parameter] = {}
         self._group_of: dict[int, int] = {}
-        made = {number: self._make(number, [nn.Parameter(x) for x in tensors]) for number, tensors in shown.items()}
-        first = next(iter(made.values()))
-        self.defaults = dict(first.defaults)
-        self.name = ", ".join(dict.fromkeys(type(optimizer).__qualname__ for optimizer in made.values()))
-        self._names: list[set[str]] = []
-        for number, group in enumerate(groups):
-            # Schedulers want an lr of frozen groups, too.
-            own = made.get(number, first).param_groups[0]
-            self._names.append(own.keys() - {"params"})
-            for name in self._names[number]:
-                group.setdefault(name, own[name])
+        # Of each group the members that its counts are of, and what was last given to its optimizer.
+        self._members: dict[int, set[int]] = {}
+        self._given: dict[int, dict[str, Any]] = {}
+        self.names: list[set[str]] = [set() for _ in groups]
+        made: dict[int, torch.optim.Optimizer] = {}
+        for number, (tensors, is_trained) in enumerate(shown):
+            try:
+                made[number] = self._make(number, [nn.Parameter(x) for x in tensors])
+            except Exception:
+                # Of what is frozen it need not know what to do.
+                if is_trained:
+                    raise
+                continue
+            self._name(number, made[number])
+        first = next(number for number, (_, is_trained) in enumerate(shown) if is_trained)
+        self.defaults = dict(made[first].defaults)
+        self.name = ", ".join(dict.fromkeys(map(_name_of, made.values())))
+        for group in groups:
+            # Schedulers want an lr of all groups.
+            group.setdefault("lr", groups[first]["lr"])
+
+    def _name(self, number: int, optimizer: torch.optim.Optimizer) -> None:
+        """Let a group have the hyperparameters that its optimizer has."""
+        own = optimizer.param_groups[0]
+        self.names[number] = own.keys() - {"params"}
+        for name in self.names[number]:
+            self._groups[number].setdefault(name, own[name])
 
     def _make(self, number: int, params: list[nn.Parameter]) -> torch.optim.Optimizer:
         optimizer = self._factory(params)
@@ -86,17 +108,31 @@ class Rules:
                 f"rule returned a {type(optimizer).__name__} and must return a torch.optim.Optimizer of the parameters "
                 "it is given, such as rule=lambda params: torch.optim.SGD(params, lr=0.1)"
             )
+        kind = type(optimizer).__name__
+        wrapped = [x for x in vars(optimizer).values() if isinstance(x, torch.optim.Optimizer)]
+        if any(each.state is not optimizer.state for each in wrapped):
+            raise TypeError(
+                f"rule returned a {kind} around a {type(wrapped[0]).__name__}, whose state is not its own, and must "
+                "return one that has all state in `state`: return the inner one, or write a rule that does both"
+            )
+        closure = inspect.signature(optimizer.step).parameters.get("closure")
+        if closure is not None and closure.default is inspect.Parameter.empty:
+            raise TypeError(f"rule returned a {kind}, whose step() needs a closure, and MISA calls it without one")
         own = [id(param) for group in optimizer.param_groups for param in group["params"]]
         if sorted(own) != sorted(map(id, params)):
             raise ValueError(
-                f"rule returned a {type(optimizer).__name__} of {len(own)} parameters for the {len(params)} given to "
-                f"it of group {number}, and must take these and no others: give the role 'frozen' to what it shall not "
-                "update"
+                f"rule returned a {kind} of {len(own)} parameters for the {len(params)} given to it of group {number}, "
+                "and must make a new one in every call, of these and no others: give the role 'frozen' to what it "
+                "shall not update"
             )
         if len(optimizer.param_groups) != 1:
             raise ValueError(
                 f"rule returned {len(optimizer.param_groups)} param groups for group {number}, and must return one: "
                 "make the groups before, as rule is called for each"
+            )
+        if "lr" not in optimizer.param_groups[0]:
+            raise ValueError(
+                f"rule returned a {kind} without lr in its group, which MISA and schedulers look for there"
             )
         return optimizer
 
@@ -117,15 +153,16 @@ class Rules:
         self._group_of = {slot: number for slot, (number, _) in thetas.items()}
         earlier, self._optimizers = self._optimizers, {}
         for number, params in members.items():
-            old = earlier.get(number)
-            if old is not None and set(map(id, old.param_groups[0]["params"])) == set(map(id, params)):
-                self._optimizers[number] = old
+            these = set(map(id, params))
+            if these == self._members.get(number) and number in earlier:
+                self._optimizers[number] = earlier[number]
                 continue
-            if old is not None:
-                group = self._groups[number]
-                for key in [key for key in group if key.startswith(PREFIX)]:
-                    del group[key]
+            if self._members.get(number, these) != these:
+                self.drop_counts(number)
+            self._members[number], self._given[number] = these, {}
             self._optimizers[number] = self._make(number, params)
+            # One that was frozen so far may have been unknown.
+            self._name(number, self._optimizers[number])
         for slot, own in held.items():
             if own:
                 self.put(slot, own)
@@ -147,26 +184,40 @@ class Rules:
             stand_in.data = theta
             stand_in.grad = grad
         due = {self._group_of[slot] for slot in slots}
-        for number, optimizer in self._optimizers.items():
-            if number in due:
-                self._step(number, optimizer)
-        updated = [stand_in.detach() for stand_in in stand_ins]
-        self._hide()
-        return updated
+        try:
+            for number, optimizer in self._optimizers.items():
+                if number in due:
+                    self._step(number, optimizer)
+            return [stand_in.detach() for stand_in in stand_ins]
+        finally:
+            self._hide()
 
     def _step(self, number: int, optimizer: torch.optim.Optimizer) -> None:
-        group, own = self._groups[number], optimizer.param_groups[0]
-        names = self._names[number]
-        # Where an optimizer holds a number in a tensor, schedulers of others may have put a float.
-        held = {name for name in names if isinstance(own[name], Tensor) and not isinstance(group[name], Tensor)}
-        for name in held:
-            own[name].fill_(group[name])
-        own.update({name: group[name] for name in names - held})
+        group, own, given = self._groups[number], optimizer.param_groups[0], self._given[number]
+        for name in self.names[number]:
+            value = group[name]
+            if name in given and _differs(value, given[name]):
+                # What the user sets wins over what the optimizer has made of it.
+                group.pop(f"{PREFIX}{name}", None)
+            given[name] = value
+            # Where an optimizer holds a number in a tensor, schedulers of others may have put a float.
+            is_bare = isinstance(own[name], Tensor) and not isinstance(value, Tensor)
+            own[name] = torch.full_like(own[name], value) if is_bare else value
         own.update({key[len(PREFIX) :]: value for key, value in group.items() if key.startswith(PREFIX)})
+        before = dict(own)
         optimizer.step()
         # Some adapt a rate there, or count steps.
-        group.update({name: own[name] for name in names - held})
-        group.update({f"{PREFIX}{name}": own[name] for name in own.keys() - names - {"params"}})
+        for name in own.keys() - {"params"}:
+            if name not in before or _differs(own[name], before[name]):
+                group[f"{PREFIX}{name}"] = own[name]
+        members = set(map(id, own["params"]))
+        for key, kept in optimizer.state.items():
+            if id(key) not in members or not all(isinstance(name, str) for name in kept):
+                names = [key] if id(key) not in members else [name for name in kept if not isinstance(name, str)]
+                raise TypeError(
+                    f"rule's {type(optimizer).__name__} keeps state under {names[0]!r}, and MISA saves and drops "
+                    "what an optimizer keeps in state[param] under names alone: take another, or keep it there"
+                )
 
     def _hide(self) -> None:
         """Hold no memory of weights and gradients between steps."""
@@ -192,8 +243,14 @@ class Rules:
         self._stand_ins.pop(slot, None)
 
     def clear(self) -> None:
-        """Forget all slots, and what was kept of them."""
-        self._optimizers, self._stand_ins, self._group_of = {}, {}, {}
+        """Forget all slots, and what was kept of them; what was counted in groups stays for those that come next."""
+        self._optimizers, self._stand_ins, self._group_of, self._members = {}, {}, {}, {}
+
+    def drop_counts(self, number: int) -> None:
+        """Let what an optimizer has counted in a group begin anew."""
+        group = self._groups[number]
+        for key in [key for key in group if key.startswith(PREFIX)]:
+            del group[key]
 
     @property
     def nbytes(self) -> int:
@@ -311,12 +368,21 @@ def _part(row: Row, grad: Tensor) -> Tensor:
 
 
 def _nbytes(value: Any) -> int:
-    """Return the bytes of a tensor, of one made of several those of all; 0 of anything else."""
+    """Return the bytes of a tensor, of one made of several those of all; and of those in lists and dicts."""
     if not isinstance(value, Tensor):
-        return 0
+        return sum(_nbytes(each) for each in tree_leaves(value) if isinstance(each, Tensor))
     if not hasattr(value, "__tensor_flatten__"):
         return value.nbytes
     return sum(_nbytes(getattr(value, name)) for name in value.__tensor_flatten__()[0])
+
+
+def _name_of(optimizer: torch.optim.Optimizer) -> str:
+    """Return the class of an optimizer and the package that it is of."""
+    return f"{type(optimizer).__module__.split('.')[0]}.{type(optimizer).__qualname__}"
+
+
+def _differs(a: Any, b: Any) -> bool:
+    return a is not b and (isinstance(a, Tensor) or isinstance(b, Tensor) or bool(a != b))
 
 
 def _sq_norms(tensors: list[Tensor], device: torch.device) -> Tensor:
