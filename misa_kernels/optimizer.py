@@ -15,7 +15,7 @@ from misa_kernels.draw.linears import find
 from misa_kernels.draw.sampler import Sampler
 from misa_kernels.draw.scores import HEARING, SILENT, Bools, Floats, Ints
 from misa_kernels.interface import Interface
-from misa_kernels.kernels.foreign import RuleFactory
+from misa_kernels.kernels.optimizers import RuleFactory
 from misa_kernels.options import (
     Options,
     check_adamw_only,

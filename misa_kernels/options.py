@@ -15,7 +15,7 @@ from misa_kernels import kernels
 from misa_kernels.draw.partition import Partition
 from misa_kernels.draw.sampler import Sampler, check_sampler
 from misa_kernels.draw.slices import Slicing
-from misa_kernels.kernels.foreign import RuleFactory
+from misa_kernels.kernels.optimizers import RuleFactory
 from misa_kernels.memory.codec import FORMATS
 from misa_kernels.memory.storage import FOREIGN, PRECISIONS, Storage
 from misa_kernels.outside.notices import warn

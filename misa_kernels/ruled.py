@@ -15,7 +15,8 @@ from torch.utils._pytree import tree_map_only
 
 from misa_kernels.clock import Clock
 from misa_kernels.kernels import Backend, Row, Step
-from misa_kernels.kernels.foreign import PREFIX, RuledStep, Rules, shape_of
+from misa_kernels.kernels.foreign import RuledStep, shape_of
+from misa_kernels.kernels.optimizers import PREFIX, Rules
 from misa_kernels.layout import Layout
 from misa_kernels.memory.storage import Storage
 from misa_kernels.options import Options, check_rule_group
