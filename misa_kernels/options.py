@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any
@@ -203,24 +203,6 @@ def check_rules_own(given: Mapping[str, Any], defaults: Sequence[Any] | None) ->
             raise ValueError(
                 f"{name}={value!r} belongs to AdamW and would do nothing with rule=...: give the rule its own, as in "
                 "rule=lambda params: torch.optim.SGD(params, lr=0.1), or a param group of its own"
-            )
-
-
-def check_rule_group(number: int, group: Mapping[str, Any], others: Collection[str], rule: str) -> None:
-    """Check the lr of a group that a rule updates, and refuse what would do nothing there.
-
-    Args:
-        number: Of the group.
-        group: With the rule's hyperparameters.
-        others: Names that the user has in it and the rule has not.
-        rule: What updates.
-    """
-    if isinstance(group["lr"], (Real, Tensor)):
-        check_range("lr", group["lr"], 0.0, math.inf, "a number >= 0")
-    for name in (*ADAMW, *Options.__dataclass_fields__, *ADAMW_ONLY):
-        if name in others:
-            raise ValueError(
-                f"{name}={group[name]!r} stands in param group {number} and is nothing that {rule} has: leave it out"
             )
 
 

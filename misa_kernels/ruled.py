@@ -5,8 +5,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Container, Mapping, Sequence
 from functools import partial
+from numbers import Real
 from typing import Any
 
 import torch
@@ -19,7 +21,7 @@ from misa_kernels.kernels.foreign import RuledStep, shape_of
 from misa_kernels.kernels.optimizers import PREFIX, Rules
 from misa_kernels.layout import Layout
 from misa_kernels.memory.storage import Storage
-from misa_kernels.options import Options, check_rule_group
+from misa_kernels.options import ADAMW, ADAMW_ONLY, Options, check_range
 from misa_kernels.reference import Hyper
 from misa_kernels.trained import Trained
 
@@ -49,7 +51,7 @@ class Ruled(Trained):
         self._rules = Rules(options.rule, groups, shown)
         self.rule, self.defaults = self._rules.name, self._rules.defaults
         for number, (group, names) in enumerate(zip(groups, self._rules.names, strict=True)):
-            check_rule_group(number, group, given[number] - names if shown[number][1] else set(), self.rule)
+            _check_group(number, group, given[number] - names if shown[number][1] else set(), self.rule)
 
     @property
     def nbytes(self) -> int:
@@ -170,3 +172,21 @@ class Ruled(Trained):
 def _looking_like(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
     """Return a tensor as large as what stands in for a weight, and without the memory."""
     return torch.empty(1, dtype=torch.promote_types(dtype, torch.float32), device=device).expand(tuple(shape))
+
+
+def _check_group(number: int, group: Mapping[str, Any], others: Collection[str], rule: str) -> None:
+    """Check the lr of a group that a rule updates, and refuse what would do nothing there.
+
+    Args:
+        number: Of the group.
+        group: With the rule's hyperparameters.
+        others: Names that the user has in it and the rule has not.
+        rule: What updates.
+    """
+    if isinstance(group["lr"], (Real, Tensor)):
+        check_range("lr", group["lr"], 0.0, math.inf, "a number >= 0")
+    for name in (*ADAMW, *Options.__dataclass_fields__, *ADAMW_ONLY):
+        if name in others:
+            raise ValueError(
+                f"{name}={group[name]!r} stands in param group {number} and is nothing that {rule} has: leave it out"
+            )
