@@ -819,3 +819,25 @@ def test_a_distributed_checkpoint_goes_on_to_the_bit(name, tmp_path):
     for own, trained in ((model, optimizer), (other, resumed)):
         tiny.train(own, trained, 5, start=4)
     assert distance(model, other) == 0
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("mode", MODES)
+def test_on_a_gpu_no_step_but_the_last_of_a_round_waits(mode):
+    model = tiny.build(device="cuda", **SIZES)
+    optimizer = made(model, lambda params: torch.optim.AdamW(params, lr=LR, foreach=True), mode)
+    losses = []
+    for step in range(6):
+        loss = tiny.loss_of(model, tiny.batch(step, "cuda"))
+        loss.backward()
+        # The first step of a run makes its state.
+        torch.cuda.set_sync_debug_mode("error" if step % 3 == 1 else "default")
+        try:
+            optimizer.step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    twin = tiny.build(**SIZES)
+    expected = tiny.train(twin, made(twin, lambda params: torch.optim.AdamW(params, lr=LR, foreach=True), mode), 6)
+    torch.testing.assert_close(losses, expected, rtol=1e-3, atol=1e-3)
