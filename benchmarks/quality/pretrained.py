@@ -129,7 +129,7 @@ def searches_of(task: str, early: int) -> Iterator[Search]:
         ("MISA", (3, 3, 2), (3, 3, 7)),
         # They take twice LoRA's time and more.
         ("DoRA", (5, 5, 2), (10, 7 + early, 10)),
-        ("GaLore", (5, 4, 3), (10, 7 + early, 10)),
+        ("GaLore", (5, 4, 3), (10, 7 + early, 11)),
     ):
         for delta, power, stage in zip(DELTAS, powers, stages, strict=True):
             yield searched(stage, first(task, method, delta, power))
