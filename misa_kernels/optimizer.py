@@ -93,12 +93,12 @@ class MISA(Interface):
             why it takes the last, where there are kernels for the device.
         rule: What updates instead of AdamW: a function that makes a `torch.optim.Optimizer` of a list of parameters,
             such as `lambda params: torch.optim.Muon(params, lr=.02)`. It is called for each param group, once at
-            construction and then in every round, with what is active: parameters that stand in for matrices, or for
-            slices of them, in their shape, in float32 where weights have 16 bits (`param_precision` holds). What enters
-            begins with fresh state, what stays keeps its own (`keep_states` holds). Hyperparameters are the rule's own,
-            and are found in `param_groups`. With `skip_nonfinite` every step waits for the device. Not beside `lr`,
-            `betas`, `eps`, `weight_decay`, `state_dtype`, `backend`, `momentum_flush`, `release_gradients`, and not for
-            sharded parameters.
+            construction and then whenever other things are active, with these: parameters that stand in for matrices,
+            or for slices of them, in their shape, in float32 where weights have 16 bits (`param_precision` holds). What
+            enters begins with fresh state, what stays keeps its own (`keep_states` holds). Hyperparameters are the
+            rule's own, and are found in `param_groups`. `skip_nonfinite` and GradScaler wait for the device. Not beside
+            `lr`, `betas`, `eps`, `weight_decay`, `state_dtype`, `backend`, `momentum_flush`, `release_gradients`, and
+            not for sharded parameters.
         **adamw_only: `amsgrad`, `maximize`, `foreach`, `capturable`, `differentiable` and `fused` of AdamW,
             accepted at their defaults so that existing calls keep working.
 

@@ -27,7 +27,7 @@ _MUCH = 0.2
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-# Its hyperparameters.
+# AdamW's hyperparameters.
 ADAMW = ("lr", "betas", "eps", "weight_decay")
 # What torch.optim.AdamW has and MISA does not; only these values mean the same in both.
 ADAMW_ONLY: dict[str, bool | None] = {

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from misa_kernels.clock import Clock
 from misa_kernels.kernels import Backend, Row, Step
 from misa_kernels.kernels.foreign import RuledStep, shape_of
 from misa_kernels.kernels.optimizers import PREFIX, Rules
@@ -29,16 +28,8 @@ from misa_kernels.trained import Trained
 class Ruled(Trained):
     """What `Trained` is, for `MISA(rule=...)`; the arguments are the same."""
 
-    def __init__(
-        self,
-        layout: Layout,
-        groups: list[dict[str, Any]],
-        options: Options,
-        storage: Storage,
-        root: bool,
-        clock: Clock,
-    ) -> None:
-        super().__init__(layout, groups, options, storage, root, clock)
+    def __init__(self, layout: Layout, groups: list[dict[str, Any]], options: Options, *others: Any) -> None:
+        super().__init__(layout, groups, options, *others)
         assert options.rule is not None
         given = [set(group) for group in groups]
         shapes: list[dict[Any, None]] = [{} for _ in groups]

@@ -6,10 +6,8 @@
 from __future__ import annotations
 
 import copy
-import importlib
 import io
 import math
-import os
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -17,6 +15,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from libraries import required
 from torch import Tensor, nn
 
 from benchmarks.memory import PeakMemory
@@ -27,14 +26,6 @@ LR = 1e-2
 # Widths that are no multiples of anything.
 SIZES = {"width": 20, "hidden": 36}
 Rule = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
-
-
-def required(name: str) -> Any:
-    """Import a library that is optional elsewhere but not in CI."""
-    try:
-        return importlib.import_module(name)
-    except ImportError:
-        (pytest.fail if "CI" in os.environ else pytest.skip)(f"needs {name}: pip install {name}")
 
 
 def adamw(params: list[nn.Parameter]) -> torch.optim.Optimizer:

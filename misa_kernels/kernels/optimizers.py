@@ -51,7 +51,7 @@ class Rules:
         self._stand_ins: dict[int, nn.Parameter] = {}
         self._group_of: dict[int, int] = {}
         # Of each group the members that its counts are of, and what was last given to its optimizer.
-        self._members: dict[int, set[int]] = {}
+        self._members: dict[int, dict[int, nn.Parameter]] = {}
         self._given: dict[int, dict[str, Any]] = {}
         self.names: list[set[str]] = [set() for _ in groups]
         made: dict[int, torch.optim.Optimizer] = {}
@@ -130,11 +130,13 @@ class Rules:
         self._group_of = {slot: number for slot, (number, _) in thetas.items()}
         earlier, self._optimizers = self._optimizers, {}
         for number, params in members.items():
-            these = set(map(id, params))
-            if these == self._members.get(number) and number in earlier:
+            # With the parameters themselves, or others might get the numbers of those that are gone.
+            these, last = {id(param): param for param in params}, self._members.get(number)
+            is_same = last is None or last.keys() == these.keys()
+            if is_same and number in earlier:
                 self._optimizers[number] = earlier[number]
                 continue
-            if self._members.get(number, these) != these:
+            if not is_same:
                 self.drop_counts(number)
             self._members[number], self._given[number] = these, {}
             self._optimizers[number] = self._make(number, params)

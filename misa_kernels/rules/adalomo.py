@@ -51,8 +51,7 @@ class AdaLomo(Rule):
             change at age 1, as in AdamW. Default True.
 
     Raises:
-        TypeError: For an argument of the wrong kind.
-        ValueError: For one out of range.
+        TypeError, ValueError: For an argument of the wrong kind or out of range.
     """
 
     def __init__(

@@ -11,6 +11,7 @@ from torch.optim.optimizer import ParamsT
 
 from misa_kernels.options import check_count, check_range
 from misa_kernels.rules.base import Rule
+from misa_kernels.rules.moments import zero_moments
 
 
 class FOAM(Rule):
@@ -35,18 +36,13 @@ class FOAM(Rule):
     a shorter last block is too small; here that is the mean of what is there.
 
     Args:
-        params: Parameters, or dicts of param groups, of any shape; one axis is folded, the last.
-        lr: Step size, >= 0. Default 1e-3.
-        betas: Decay of m and of v per update, each in [0, 1). Default (0.9, 0.999).
-        eps: Added to the root, in units of the gradient, >= 0. Default 1e-8.
-        weight_decay: Decoupled decay, >= 0: a weight loses lr · weight_decay of itself per update. Default 0.01.
+        params, lr, betas, eps, weight_decay: As for `torch.optim.AdamW`, with its defaults. The last axis is folded.
         level: Binary logarithm of the block's length, a whole number >= 0; 0 is AdamW, and a block longer than the axis
             is the axis. Default 2.
         alpha: Factor of the update, > 0. The authors use 0.25 with lr=1e-2. Default 1.
 
     Raises:
-        TypeError: For an argument of the wrong kind.
-        ValueError: For one out of range.
+        TypeError, ValueError: For an argument of the wrong kind or out of range.
     """
 
     def __init__(
@@ -70,8 +66,7 @@ class FOAM(Rule):
 
     def begin(self, g: Tensor, group: Mapping[str, Any]) -> dict[str, Any]:
         """Return m and v of no gradient yet, one element a block."""
-        folded = fold(g, group["level"])
-        return {"exp_avg": torch.zeros_like(folded), "exp_avg_sq": torch.zeros_like(folded)}
+        return zero_moments(fold(g, group["level"]))
 
     def direction(self, g: Tensor, state: dict[str, Any], group: Mapping[str, Any]) -> Tensor:
         """Return u; the means are corrected for their age before R is added to them."""

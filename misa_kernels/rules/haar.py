@@ -12,6 +12,7 @@ from torch.optim.optimizer import ParamsT
 
 from misa_kernels.options import check_count, check_range
 from misa_kernels.rules.base import Rule
+from misa_kernels.rules.moments import adam, zero_moments
 
 
 class HaarAdam(Rule):
@@ -41,17 +42,12 @@ class HaarAdam(Rule):
     Where neighbours agree, u is that of AdamW over √(2^level), as the transform keeps the norm and not the mean.
 
     Args:
-        params: Parameters, or dicts of param groups, of any shape; one axis is transformed, the last.
-        lr: Step size, >= 0. Default 1e-3.
-        betas: Decay of m and of v per update, each in [0, 1). Default (0.9, 0.999).
-        eps: Added to the root, in units of the gradient, >= 0. Default 1e-8.
-        weight_decay: Decoupled decay, >= 0: a weight loses lr · weight_decay of itself per update. Default 0.01.
+        params, lr, betas, eps, weight_decay: As for `torch.optim.AdamW`, with its defaults.
         level: How often the coarse part is halved, a whole number >= 0; 0 is AdamW. Default 2.
         clip: Bound of the size of each scaled detail, > 0; 1 is what AdamW's update has at age 1. Default 1.
 
     Raises:
-        TypeError: For an argument of the wrong kind.
-        ValueError: For one out of range.
+        TypeError, ValueError: For an argument of the wrong kind or out of range.
     """
 
     def __init__(
@@ -77,11 +73,11 @@ class HaarAdam(Rule):
         """Return m and v of no gradient yet, of the coarse part and the rest."""
         width = 2 ** group["level"]
         shape = (*g.shape[:-1], g.shape[-1] // width + g.shape[-1] % width)
-        return {"exp_avg": g.new_zeros(shape), "exp_avg_sq": g.new_zeros(shape)}
+        return zero_moments(g.new_empty(shape))
 
     def direction(self, g: Tensor, state: dict[str, Any], group: Mapping[str, Any]) -> Tensor:
         """Return u; the coarse part and the rest behind it are one tensor to Adam."""
-        (beta1, beta2), t = group["betas"], state["step"]
+        beta2, t = group["betas"][1], state["step"]
         whole = g.shape[-1] >> group["level"] << group["level"]
         coarse, details = g[..., :whole], []
         for _ in range(group["level"]):
@@ -89,10 +85,8 @@ class HaarAdam(Rule):
             coarse = (even + odd) * math.sqrt(0.5)
             details.append((even - odd) * math.sqrt(0.5))
         a = torch.cat([coarse, g[..., whole:]], -1)
-        m = state["exp_avg"].mul_(beta1).add_(a, alpha=1 - beta1)
-        v = state["exp_avg_sq"].mul_(beta2).addcmul_(a, a, value=1 - beta2)
-        s = (v / (1 - beta2**t)).sqrt() + group["eps"]
-        scaled, blocks = m / (1 - beta1**t) / s, coarse.shape[-1]
+        scaled, blocks = adam(a, state, group, t), coarse.shape[-1]
+        s = (state["exp_avg_sq"] / (1 - beta2**t)).sqrt() + group["eps"]
         u, s = scaled[..., :blocks], s[..., :blocks]
         for detail in reversed(details):
             d = (detail / s).clamp(-group["clip"], group["clip"])

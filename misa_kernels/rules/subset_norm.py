@@ -42,16 +42,11 @@ class SubsetNorm(Rule):
     up to lr · √t at age t, while t < 1 / (1 − β₂), of which momentum leaves about a tenth.
 
     Args:
-        params: Parameters, or dicts of param groups, of any shape.
-        lr: Step size, >= 0. Default 1e-3.
-        betas: Decay of m and of v per update, each in [0, 1). Default (0.9, 0.999).
-        eps: Added to the root, in units of the gradient, >= 0. Default 1e-8.
-        weight_decay: Decoupled decay, >= 0: a weight loses lr · weight_decay of itself per update. Default 0.01.
+        params, lr, betas, eps, weight_decay: As for `torch.optim.AdamW`, with its defaults.
         rank: r, a whole number >= 1, of which at most K are used: how many coordinates have momentum; None: all.
 
     Raises:
-        TypeError: For an argument of the wrong kind.
-        ValueError: For one out of range.
+        TypeError, ValueError: For an argument of the wrong kind or out of range.
     """
 
     def __init__(

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
-import os
 from dataclasses import replace
 
 import pytest
 import torch
+from libraries import required
 from torch import nn
 
 from benchmarks.quality import methods, regime, update_rules
@@ -29,19 +28,13 @@ from benchmarks.quality.update_rules import longest_update, verdict
 NEEDS = {"CAME": "came_pytorch", "AdamW, 4 bits": "torchao"}
 
 
-def available(name: str) -> None:
-    package = NEEDS.get(name, "torch")
-    if importlib.util.find_spec(package) is None:
-        (pytest.fail if "CI" in os.environ else pytest.skip)(f"needs {package}")
-
-
 # torchao compiles its update for every shape.
 @pytest.mark.parametrize("where", WHERE)
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=pytest.mark.slow) if "4 bits" in name else name for name in RULES]
 )
 def test_a_rule_gets_as_many_bytes_as_int8_adamw(name: str, where: str) -> None:
-    available(name)
+    required(NEEDS.get(name, "torch"))
     rule, scale = RULES[name], SCALES["5m"]
     model = regime.new_model(scale)
     job = Job("fine-tuning", f"{name}, {where}", "rule", delta_of(rule, where), 0, 0, 1)
@@ -74,7 +67,7 @@ def test_a_run_of_a_rule_trains() -> None:
 
 def test_first_updates_are_in_units_of_lr() -> None:
     assert longest_update(RULES["FOAM"]) == pytest.approx(0.72, abs=0.02)
-    available("CAME")
+    required(NEEDS["CAME"])
     # As published, its statistics of the residual are not corrected for age.
     assert longest_update(RULES["CAME"]) == pytest.approx(11.1, abs=0.2)
 

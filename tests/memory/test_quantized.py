@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-import os
 import re
 from collections.abc import Callable
 from typing import Any
@@ -12,20 +10,13 @@ import peft
 import pytest
 import tiny
 import torch
+from libraries import required
 from torch import Tensor, nn
 
 from misa_kernels import MISA, param_groups
 
 LAYERS, WIDTH, HIDDEN = 2, 64, 128
 QUANTISED = ("q", "gate")
-
-
-def required(name: str) -> Any:
-    """Import a library that is optional elsewhere but not in CI."""
-    try:
-        return importlib.import_module(name)
-    except ImportError:
-        (pytest.fail if "CI" in os.environ else pytest.skip)(f"needs {name}: pip install {name}")
 
 
 def bitsandbytes(make: Callable[[Any, nn.Linear], nn.Linear]) -> nn.Module:

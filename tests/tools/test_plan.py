@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
 import math
-import os
 from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
@@ -12,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from libraries import required
 from offload import away
 from torch import nn
 
@@ -67,14 +66,6 @@ KINDS: list[tuple[str, dict[str, Any]]] = [
 
 def config_of(kind: str, **changes: Any) -> Any:
     return transformers.AutoConfig.for_model(kind, **SIZES | changes)
-
-
-def required(name: str) -> Any:
-    """Import a library that is optional elsewhere but not in CI."""
-    try:
-        return importlib.import_module(name)
-    except ImportError:
-        (pytest.fail if "CI" in os.environ else pytest.skip)(f"needs {name}: pip install {name}")
 
 
 @pytest.mark.parametrize(("kind", "changes"), KINDS)
