@@ -3,7 +3,6 @@
 `from misa_kernels import MISA, param_groups` is all that most programs need.
 """
 
-from misa_kernels import moved as _moved  # noqa: F401
 from misa_kernels.draw.groups import param_groups
 from misa_kernels.draw.sampler import CyclicSampler, Draw, ImportanceSampler, Sampler, UniformSampler
 from misa_kernels.draw.scores import Candidates

@@ -59,7 +59,7 @@ def write(
 
     Args:
         state_dict: What `torch.optim.Optimizer.state_dict` makes of the live state; modified.
-        trained: The live state.
+        trained: What has the live state.
         clock: The position, with all steps skipped so far.
         unheard: What `Scores.unheard` returns.
         given: What the run was given, in the order of `GIVEN`.
@@ -72,7 +72,7 @@ def write(
             group[f"{OWN}{name}"] = group.pop(name)
         # A scheduler writes to an lr that is a tensor.
         group.update({name: value.detach().clone() for name, value in group.items() if isinstance(value, Tensor)})
-    stored = trained.storage_in_state
+    stored = trained.live.storage_in_state
     state_dict["param_groups"][0].update(
         asdict(clock),
         **dict(zip(STORED, (stored.state_dtype, stored.param_precision), strict=True)),

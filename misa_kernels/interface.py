@@ -37,7 +37,7 @@ class Interface(torch.optim.Optimizer):
         What somebody writes counts from the next step on: tensors are taken over, and what is missing begins anew.
         Clearing it, or assigning an empty one, resets the optimizer within its round.
         """
-        return self._run.trained.state
+        return self._run.live.state
 
     @state.setter
     def state(self, value: Any) -> None:
@@ -110,7 +110,7 @@ class Interface(torch.optim.Optimizer):
     @property
     def state_bytes(self) -> int:
         """Bytes of moments and masters, and of all that a `rule` keeps; 0 before the first step."""
-        return self._run.trained.nbytes
+        return self._run.live.nbytes
 
     @property
     def skipped_steps(self) -> int:

@@ -61,14 +61,15 @@ class Meeting:
         if self._has_compared:
             return
         self._has_compared = True
-        assert trained.arena is not None
+        arena, layout = trained.live.arena, trained.live.layout
+        assert arena is not None
         trained.collect()
-        (sq_norm, updates), skipped = trained.arena.read_round(trained.arena.score_sum, trained.arena.updates)
+        (sq_norm, updates), skipped = arena.read_round(arena.score_sum, arena.updates)
         # Of a sharded parameter every rank has another part.
-        slots = [slot for slot, row in trained.rows.items() if not is_sharded(row.param)]
+        slots = [slot for slot, row in trained.live.rows.items() if not is_sharded(row.param)]
         self._agreement.check(
             f"the gradients' squared norms in the first step of round {round}",
-            [(trained.layout.name_of(slot), (sq_norm[slot], int(updates[slot]), skipped)) for slot in slots],
+            [(layout.name_of(slot), (sq_norm[slot], int(updates[slot]), skipped)) for slot in slots],
             "average gradients before step() with misa_kernels.distributed.replicate(model, optimizer), or wrap the "
             "model in DistributedDataParallel(find_unused_parameters=True) before MISA freezes any of it",
         )

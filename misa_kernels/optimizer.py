@@ -263,7 +263,7 @@ def _step(run: Run, grad_scale: Tensor | None, found_inf: Tensor | None) -> None
 
     Properties and methods are asked only where there is something to do: the host's time in a step counts.
     """
-    flags, clock, trained = run.flags, run.clock, run.trained
+    flags, clock, live, trained = run.flags, run.clock, run.live, run.trained
     if run.ended is not None:
         raise RuntimeError(f"step() came after {run.ended}: construct a new MISA to go on training")
     if flags.lent:
@@ -273,7 +273,7 @@ def _step(run: Run, grad_scale: Tensor | None, found_inf: Tensor | None) -> None
             check_place("lr", group["lr"])
     if flags.sentinel is not None and flags.sentinel.requires_grad:
         flags.put_back()
-    if trained.arena is None or trained.state.changed[0]:
+    if live.arena is None or live.state.changed[0]:
         run.allocate()
     if not run.has_met:
         run.meet(together(run.given.process_group, flags.params))

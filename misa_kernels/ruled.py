@@ -15,65 +15,47 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
+from misa_kernels.clock import Clock
 from misa_kernels.kernels import Backend, Row, Step
 from misa_kernels.kernels.foreign import RuledStep, shape_of
 from misa_kernels.kernels.optimizers import PREFIX, Rules
 from misa_kernels.layout import Layout
+from misa_kernels.live import LiveState
 from misa_kernels.memory.storage import Storage
 from misa_kernels.options import ADAMW, ADAMW_ONLY, Options, check_range
 from misa_kernels.reference import Hyper
 from misa_kernels.trained import Trained
 
 
-class Ruled(Trained):
-    """What `Trained` is, for `MISA(rule=...)`; the arguments are the same."""
+class RuledState(LiveState):
+    """What `LiveState` is, with what the optimizers keep in the place of moments.
 
-    def __init__(self, layout: Layout, groups: list[dict[str, Any]], options: Options, *others: Any) -> None:
-        super().__init__(layout, groups, options, *others)
-        assert options.rule is not None
-        given = [set(group) for group in groups]
-        shapes: list[dict[Any, None]] = [{} for _ in groups]
-        for row in map(layout.row, range(len(layout.blocks))):
-            shapes[row.group][shape_of(row), row.param.dtype, row.param.device] = None
-        shown = []
-        for group, own in zip(groups, shapes, strict=True):
-            kinds = own or dict.fromkeys((param.shape, param.dtype, param.device) for param in group["params"])
-            shown.append(([_looking_like(*kind) for kind in kinds if kind[1].is_floating_point], bool(own)))
-        self._rules = Rules(options.rule, groups, shown)
-        self.rule, self.defaults = self._rules.name, self._rules.defaults
-        for number, (group, names) in enumerate(zip(groups, self._rules.names, strict=True)):
-            _check_group(number, group, given[number] - names if shown[number][1] else set(), self.rule)
+    Args:
+        layout: What may be trained.
+        storage: How state is stored.
+        root: Whether scores add up ‖g‖ instead of ‖g‖².
+        clock: Keys the noise of what is converted.
+        groups: The optimizer's live `param_groups`.
+        rules: The optimizers.
+    """
+
+    def __init__(
+        self,
+        layout: Layout,
+        storage: Storage,
+        root: bool,
+        clock: Clock,
+        groups: Sequence[Mapping[str, Any]],
+        rules: Rules,
+    ) -> None:
+        super().__init__(layout, storage, root, clock)
+        self._groups = groups
+        self._rules = rules
 
     @property
     def nbytes(self) -> int:
         """Bytes of masters, residuals and what the optimizers keep, 0 before the first step."""
         return super().nbytes + (0 if self.arena is None else self._rules.nbytes)
-
-    # A step.
-
-    def update(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
-        """Take one optimizer step on all tensors that have a gradient, and show what the optimizers keep of them."""
-        super().update(grad_scale, found_inf)
-        self._show_rules()
-
-    def before_last(self) -> None:
-        """Before the last step of a round, let it note how far it moves each tensor, too."""
-        super().before_last()
-        assert isinstance(self._step, RuledStep)
-        self._step.is_measured = True
-
-    def _hyper_now(self) -> list[Hyper]:
-        # AdamW's, which nothing here reads.
-        return [Hyper(0.0, 0.0, 0.0, 0.0, 0.0)] * len(self._groups)
-
-    def _select(self, device: torch.device, dtypes: Collection[torch.dtype]) -> Backend:
-        return RuledStep
-
-    def _made(self) -> Step:
-        assert self.arena is not None
-        return RuledStep(list(self.rows.values()), self.arena, self._settings(), self._rules)
-
-    # The state.
 
     def _keys(self, own: Mapping[str, Any], slot: int) -> list[str]:
         return [*super()._keys(own, slot), *self._names(own, slot).values()]
@@ -88,7 +70,8 @@ class Ruled(Trained):
         super()._drop(slot)
         self._rules.forget(slot)
 
-    def _show_rules(self) -> None:
+    def show_rules(self) -> None:
+        """Show what the optimizers keep."""
         for slot, row in self.rows.items():
             own = self.state[row.param]
             for key in self._names(own, slot).values():
@@ -100,8 +83,8 @@ class Ruled(Trained):
         super()._restore(row, own)
         self._put(row, own)
 
-    def _take_over_state(self, row: Row, own: Mapping[str, Any], saved: Mapping[str, Any]) -> None:
-        super()._take_over_state(row, own, saved)
+    def _take_over(self, row: Row, own: Mapping[str, Any], saved: Mapping[str, Any]) -> None:
+        super()._take_over(row, own, saved)
         if self._rules.state_of(row.slot).keys() <= self._names(own, row.slot).keys():
             self._put(row, own)
         else:
@@ -112,30 +95,9 @@ class Ruled(Trained):
         super()._begin(row)
         self._rules.put(row.slot, {})
 
-    def forget(self) -> None:
-        """Drop rows, arena and optimizers; what is in `state` counts from now on."""
-        super().forget()
-        self._rules.clear()
-
-    def exchange(self, layout: Layout, kept: Container[tuple[int, int]]) -> None:
-        """Go on with another layout, and let what was counted in groups begin anew; see `Trained.exchange`."""
-        super().exchange(layout, kept)
-        for number in range(len(self._groups)):
-            self._rules.drop_counts(number)
-
-    def load(
-        self,
-        own: Mapping[Tensor, Mapping[str, Any]],
-        storage: Storage,
-        hyperparameters: Sequence[Mapping[str, Any]],
-    ) -> None:
-        """Drop all state and all counts, and take over what was saved; see `Trained.load`."""
-        for number in range(len(self._groups)):
-            self._rules.drop_counts(number)
-        super().load(own, storage, hyperparameters)
-
-    def _check_state(self) -> None:
-        super()._check_state()
+    def check(self) -> None:
+        """Refuse what does not fit; see `LiveState.check`."""
+        super().check()
         for slot, row in self.rows.items():
             own: Mapping[str, Any] = self.state.get(row.param, {})
             for name, kept in self._rules.state_of(slot).items():
@@ -158,6 +120,92 @@ class Ruled(Trained):
             place = "cpu" if name == "step" and stays else device
             kept[name] = tree_map_only(Tensor, partial(Tensor.to, device=place), own[key])
         self._rules.put(row.slot, kept)
+
+    def forget(self) -> None:
+        """Drop rows, arena and optimizers; what is in `state` counts from now on."""
+        super().forget()
+        self._rules.clear()
+
+
+class Ruled(Trained):
+    """What `Trained` is, for `MISA(rule=...)`.
+
+    Args:
+        live: Rows and state.
+        groups: The optimizer's live `param_groups`, which have the hyperparameters of the rule.
+        options: Its other arguments.
+        clock: The position.
+        rules: The optimizers.
+    """
+
+    live: RuledState
+
+    def __init__(
+        self, live: RuledState, groups: list[dict[str, Any]], options: Options, clock: Clock, rules: Rules
+    ) -> None:
+        super().__init__(live, groups, options, clock)
+        self._rules = rules
+        self.rule, self.defaults = rules.name, rules.defaults
+
+    def update(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
+        """Take one optimizer step on all tensors that have a gradient, and show what the optimizers keep of them."""
+        super().update(grad_scale, found_inf)
+        self.live.show_rules()
+
+    def before_last(self) -> None:
+        """Before the last step of a round, let it note how far it moves each tensor, too."""
+        super().before_last()
+        assert isinstance(self._step, RuledStep)
+        self._step.is_measured = True
+
+    def _hyper_now(self) -> list[Hyper]:
+        # AdamW's, which nothing here reads.
+        return [Hyper(0.0, 0.0, 0.0, 0.0, 0.0)] * len(self._groups)
+
+    def _select(self, device: torch.device, dtypes: Collection[torch.dtype]) -> Backend:
+        return RuledStep
+
+    def _made(self) -> Step:
+        assert self.live.arena is not None
+        return RuledStep(list(self.live.rows.values()), self.live.arena, self._settings(), self._rules)
+
+    def exchange(self, layout: Layout, kept: Container[tuple[int, int]]) -> None:
+        """Go on with another layout, and let what was counted in groups begin anew; see `Trained.exchange`."""
+        super().exchange(layout, kept)
+        self._drop_counts()
+
+    def load(
+        self,
+        own: Mapping[Tensor, Mapping[str, Any]],
+        storage: Storage,
+        hyperparameters: Sequence[Mapping[str, Any]],
+    ) -> None:
+        """Drop all state and all counts, and take over what was saved; see `Trained.load`."""
+        self._drop_counts()
+        super().load(own, storage, hyperparameters)
+
+    def _drop_counts(self) -> None:
+        for number in range(len(self._groups)):
+            self._rules.drop_counts(number)
+
+
+def ruled(
+    layout: Layout, groups: list[dict[str, Any]], options: Options, storage: Storage, root: bool, clock: Clock
+) -> Ruled:
+    """Return what updates by `options.rule`, after checks of what that makes of the parameters and of the groups."""
+    assert options.rule is not None
+    given = [set(group) for group in groups]
+    shapes: list[dict[Any, None]] = [{} for _ in groups]
+    for row in map(layout.row, range(len(layout.blocks))):
+        shapes[row.group][shape_of(row), row.param.dtype, row.param.device] = None
+    shown = []
+    for group, own in zip(groups, shapes, strict=True):
+        kinds = own or dict.fromkeys((param.shape, param.dtype, param.device) for param in group["params"])
+        shown.append(([_looking_like(*kind) for kind in kinds if kind[1].is_floating_point], bool(own)))
+    rules = Rules(options.rule, groups, shown)
+    for number, (group, names) in enumerate(zip(groups, rules.names, strict=True)):
+        _check_group(number, group, given[number] - names if shown[number][1] else set(), rules.name)
+    return Ruled(RuledState(layout, storage, root, clock, groups, rules), groups, options, clock, rules)
 
 
 def _looking_like(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:

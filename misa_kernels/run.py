@@ -27,6 +27,7 @@ from misa_kernels.draw.sampler import Draw, ImportanceSampler, Sampler, checked,
 from misa_kernels.draw.scores import Ints
 from misa_kernels.gradients.hooks import Slice, SliceGradients
 from misa_kernels.layout import SCORES, Layout, form_of
+from misa_kernels.live import LiveState
 from misa_kernels.meeting import Meeting
 from misa_kernels.memory.storage import FOREIGN, Storage
 from misa_kernels.monitor import Monitor
@@ -36,7 +37,7 @@ from misa_kernels.outside.recompiles import Recompiles
 from misa_kernels.outside.state import State
 from misa_kernels.outside.tracing import not_traced, refuse_capture
 from misa_kernels.ranks.agreement import refuse_engines, together, wrapper_of
-from misa_kernels.ruled import Ruled
+from misa_kernels.ruled import ruled
 from misa_kernels.scores import Scores
 from misa_kernels.trained import Trained
 
@@ -64,7 +65,8 @@ class Run:
         order: What is known of the order of the layers.
         layout: What can be drawn.
         scores: What is known of it.
-        trained: What is trained now, with its state.
+        live: Rows and state of what is trained now.
+        trained: What updates it.
         active: int64[k], numbers of the active modules, ascending.
         monitor: The record.
         recompiles: Whether `torch.compile` keeps up with the draws.
@@ -96,8 +98,12 @@ class Run:
             raise ValueError("; and ".join([str(error), *self.flags.advice])) from None
         self.scores = Scores(self.layout, self.sampler)
         root = self.sampler.importance_norm == "norm"
-        kind = Trained if given.rule is None else Ruled
-        self.trained = kind(self.layout, groups, given, self.storage, root, self.clock)
+        if given.rule is None:
+            self.live = LiveState(self.layout, self.storage, root, self.clock)
+            self.trained = Trained(self.live, groups, given, self.clock)
+        else:
+            self.trained = ruled(self.layout, groups, given, self.storage, root, self.clock)
+            self.live = self.trained.live
         self.inner_steps = self._resolve_inner_steps()
         self.monitor = Monitor(self.layout.partition, self.scores.candidates, self.clock, self.trained.ages)
         self.recompiles = Recompiles(self.scores.candidates.layer, self.sampler.max_per_layer)
@@ -123,7 +129,7 @@ class Run:
         self.flags.hold(self)
         self.order.watch()
         self._hook()
-        self.scores.show(self.trained.state)
+        self.scores.show(self.live.state)
         self.show(draw.active)
         self.record(draw)
 
@@ -158,7 +164,7 @@ class Run:
     @property
     def skipped_steps(self) -> int:
         """Steps left out for nonfinite gradients since construction; waits for the device."""
-        arena = self.trained.arena
+        arena = self.live.arena
         return self.clock.skipped_steps + (0 if arena is None else int(arena.skipped))
 
     # What a step begins with.
@@ -171,14 +177,14 @@ class Run:
         if not self.trained.is_within_step:
             for group in self.groups:
                 options.check_place("lr", group["lr"])
-        if self.trained.arena is None or self.trained.state.changed[0]:
+        if self.live.arena is None or self.live.state.changed[0]:
             with torch.no_grad():
                 self.allocate()
         self.trained.receive(param)
 
     def allocate(self) -> None:
         """Allocate the state, or take over what somebody wrote to it."""
-        if self.trained.arena is not None:
+        if self.live.arena is not None:
             self._reconcile()
             return
         if not self.clock.steps:
@@ -200,7 +206,7 @@ class Run:
 
     def _reconcile(self) -> None:
         """Take over what somebody else wrote to `state`: a common way to begin anew is to clear it."""
-        state = self.trained.state
+        state = self.live.state
         if not state.changed[0]:
             return
         # Copies that are recorded instead of made would be lost.
@@ -317,7 +323,7 @@ class Run:
         Nothing tells of an exchange, so all that looks at parameters before the first step asks here; until then the
         old ones stay in memory.
         """
-        if self.trained.arena is not None or self.ended is not None:
+        if self.live.arena is not None or self.ended is not None:
             return
         before = self.flags.params
         now = [param for group in self.groups for param in group["params"]]
@@ -393,7 +399,7 @@ class Run:
         always = {(block.index, block.start) for block in layout.partition.dense}
         self.trained.exchange(layout, staying & layout.places_of(active.tolist()) | always)
         self._hook()
-        self.scores.show(self.trained.state)
+        self.scores.show(self.live.state)
         self.show(active)
 
     def staying(self, places: set[tuple[int, int]]) -> set[tuple[int, int]]:
@@ -462,7 +468,7 @@ class Run:
             return
         refuse_capture("release()")
         self.trained.release()
-        for own in self.trained.state.values():
+        for own in self.live.state.values():
             for name in [name for name in own if name not in SCORES]:
                 own.drop(name)
         self._end(why)
@@ -520,7 +526,7 @@ class Run:
             setattr(self.clock, name, saved.position[name])
         self.scores.load(saved.scores, saved.position.get("unheard", ()))
         self.trained.load(saved.own, saved.storage, saved.hyperparameters)
-        self.scores.show(self.trained.state)
+        self.scores.show(self.live.state)
         self.show(saved.active)
         self.record(self.draw())
 
@@ -555,6 +561,6 @@ class Run:
 
     def exchange_state(self, state: Any) -> None:
         """Take a copy of what somebody assigned to `optimizer.state`, as far as it is of the parameters here."""
-        if state is not self.trained.state:
+        if state is not self.live.state:
             known = set(self.flags.params)
-            self.trained.state = State({param: own for param, own in dict(state).items() if param in known})
+            self.live.state = State({param: own for param, own in dict(state).items() if param in known})

@@ -6,9 +6,10 @@ from bisect import bisect_left
 from collections.abc import Collection, Sequence
 from operator import add, attrgetter
 
+import torch
 from torch import Tensor
 
-from misa_kernels.ranks.shards import local
+from misa_kernels.ranks.shards import is_sharded, local
 
 VERSION = attrgetter("_version")
 DTYPE = attrgetter("dtype")
@@ -140,3 +141,28 @@ class Weights:
                 "= param.data.contiguous()"
             )
         return None
+
+
+def place_of(params: Sequence[Tensor], names: Sequence[str]) -> torch.device:
+    """Return the device that holds all weights.
+
+    Args:
+        params: The weights.
+        names: Their names.
+
+    Raises:
+        RuntimeError: If they are on several devices, or on none, or one has no memory.
+    """
+    devices = {param.device for param in params}
+    if len(devices) > 1 or "meta" in {device.type for device in devices}:
+        raise RuntimeError(
+            f"the parameters are on {', '.join(sorted(map(str, devices)))}: MISA needs them on one device that "
+            "holds data"
+        )
+    for param, name in zip(params, names, strict=True):
+        if param.numel() and not (is_sharded(param) or param.untyped_storage().nbytes()):
+            raise RuntimeError(
+                f"{name} has no memory any more, as when FSDP2 had gathered it at "
+                "construction: call reshard() on the model before, or construct before its first forward"
+            )
+    return devices.pop()

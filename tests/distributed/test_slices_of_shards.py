@@ -159,7 +159,7 @@ def held(rank, size):
         shapes[name] = [tuple(value.shape) for value in moments]
         numel[name] = grad.part.to_local().numel()
         assert [value.to_local().numel() for value in moments] == [numel[name]] * 2
-    return shapes, numel, optimizer._run.trained.arena.nbytes
+    return shapes, numel, optimizer._run.live.arena.nbytes
 
 
 def test_each_rank_holds_its_part_of_gradients_and_moments(tmp_path):

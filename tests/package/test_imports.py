@@ -1,11 +1,8 @@
-"""Which part of the package may import which: one way, without a circle, and what moved is found under its old name."""
+"""Which part of the package may import which: one way, without a circle."""
 
 from __future__ import annotations
 
 import ast
-import importlib
-import subprocess
-import sys
 from collections.abc import Iterator
 from graphlib import TopologicalSorter
 from pathlib import Path
@@ -17,15 +14,15 @@ PACKAGE = ROOT / "misa_kernels"
 # From what knows least to what knows all; `reference` is the oracle, which imports nothing of ours. A part imports from
 # parts before it, and its own files from one another.
 ORDER = [
-    ["reference", "clock", "moved"],
+    ["reference", "clock"],
     ["ranks"],
     ["outside"],
     ["gradients"],
     ["memory", "draw"],
     ["kernels"],
     ["options"],
-    ["layout", "release", "monitor"],
-    ["scores"],
+    ["layout", "parts", "release", "monitor"],
+    ["scores", "live"],
     ["trained"],
     ["ruled"],
     ["checkpoint", "meeting"],
@@ -90,64 +87,6 @@ def test_no_circle():
 
 def test_the_oracle_imports_nothing_of_ours():
     assert not list(imports_of(FILES["reference"]))
-
-
-def test_old_names_lead_to_the_new_ones():
-    from misa_kernels.moved import MOVED
-
-    for old, new in MOVED.items():
-        sys.modules.pop(f"misa_kernels.{old}", None)
-        with pytest.warns(DeprecationWarning, match=rf"misa_kernels\.{old} is misa_kernels\.{new} from 0\.2 on"):
-            module = importlib.import_module(f"misa_kernels.{old}")
-        held = importlib.import_module(f"misa_kernels.{new}")
-        public = [name for name in vars(held) if not name.startswith("__")]
-        assert module.__doc__ == held.__doc__ and all(
-            getattr(module, name) is getattr(held, name) for name in public
-        ), old
-
-
-def test_old_names_of_classes_lead_to_the_new_ones():
-    from misa_kernels.moved import RENAMED
-
-    for old, names in RENAMED.items():
-        sys.modules.pop(f"misa_kernels.{old}", None)
-        with pytest.warns(DeprecationWarning):
-            module = importlib.import_module(f"misa_kernels.{old}")
-        new = importlib.import_module(f"misa_kernels.tools.{old}")
-        assert names and all(getattr(module, before) is getattr(new, after) for before, after in names.items())
-
-
-def test_what_the_sampler_held_is_found_where_it_was():
-    with pytest.warns(DeprecationWarning):
-        sys.modules.pop("misa_kernels.sampler", None)
-        held = importlib.import_module("misa_kernels.sampler")
-    names = "Candidates Draw Sampler ImportanceSampler UniformSampler CyclicSampler TIE RULES Bools Ints Floats"
-    functions = "described checked scores admissible fold costliest check_sampler"
-    assert all(hasattr(held, name) for name in f"{names} {functions}".split()) and not hasattr(held, "nothing")
-
-
-def test_an_old_name_warns_where_it_is_imported(tmp_path):
-    script = tmp_path / "script.py"
-    script.write_text(
-        "from misa_kernels.planner.shapes import PRESETS\n"
-        "from misa_kernels.partition import Module\n"
-        "import misa_kernels.plots\n"
-        "from misa_kernels.tools.planner.shapes import PRESETS as NEW\n"
-        "assert PRESETS is NEW and misa_kernels.plots.__doc__\n"
-        "try:\n"
-        "    import misa_kernels.nothing\n"
-        "except ModuleNotFoundError:\n"
-        "    print('none')\n"
-    )
-    done = subprocess.run(
-        [sys.executable, "-W", "always::DeprecationWarning:__main__", str(script)],
-        capture_output=True,
-        text=True,
-        env={"PYTHONPATH": str(ROOT)},
-    )
-    assert done.stdout == "none\n", done.stderr
-    lines = [line for line in done.stderr.splitlines() if "DeprecationWarning" in line]
-    assert [line.split(":")[1] for line in lines] == ["1", "1", "2", "3"], done.stderr
 
 
 def private_names(node: ast.AST) -> set[str]:
