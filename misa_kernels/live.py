@@ -38,7 +38,7 @@ class LiveState:
         clock: Keys the noise of what is converted.
 
     Attributes:
-        layout: As given, or as `exchange` was.
+        layout: As given, or as `move` was.
         storage: As given.
         root: As given.
         state: What the optimizer shows as its `state`.
@@ -241,7 +241,7 @@ class LiveState:
         for name, value in saved.items():
             _take(views[name], value, self.layout.blocks[row.slot])
 
-    # Saved, loaded, exchanged.
+    # Saved, loaded, moved to another layout.
 
     def to_save(self, saved: Mapping[Any, Mapping[str, Any]]) -> dict[Any, dict[str, Any]]:
         """Return a copy of the state, by position of the parameter, for a state dict; waits for the device.
@@ -288,7 +288,7 @@ class LiveState:
             dict.clear(self.state[param])
             self.state[param].put(own)
 
-    def exchange(self, layout: Layout, leave: Sequence[int], same: Container[int]) -> None:
+    def move(self, layout: Layout, leave: Sequence[int], same: Container[int]) -> None:
         """Go on with another layout.
 
         Args:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from misa_kernels.draw.linears import find
 from misa_kernels.draw.sampler import Sampler
-from misa_kernels.draw.scores import HEARING, SILENT, Bools, Floats, Ints
+from misa_kernels.draw.scores import HEARING, SILENT, Bools, Floats, Ints, hear
 from misa_kernels.interface import Interface
 from misa_kernels.kernels.optimizers import RuleFactory
 from misa_kernels.options import (
@@ -234,7 +234,7 @@ class MISA(Interface):
                 "optimizer.state_dict(), and load it into a MISA constructed on the copy"
             )
         rest = run.to_copy(self.state_dict)
-        return type(self)._copied, (self.param_groups, self.defaults, run.given, run.linears(), *rest)
+        return type(self)._copied, (self.param_groups, self.defaults, run.given, run.sliced.layers(run.layout), *rest)
 
     @classmethod
     def _copied(
@@ -362,7 +362,7 @@ def _hear(run: Run, came: Bools, is_vague: bool) -> None:
         is_vague: Whether steps were skipped, so that one that did not come may have been among these.
     """
     known = came | (not is_vague)
-    silent = run.scores.hear(run.active[known], came[known])
+    silent = hear(run.scores.candidates, run.active[known], came[known])
     # Where no gradient ever came that is said, and something else is wrong.
     if silent.size and run.scores.candidates.count.any():
         names = [run.layout.partition.modules[number].name for number in silent]

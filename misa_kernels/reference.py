@@ -271,21 +271,12 @@ def noise32(index: Tensor, key: int) -> Tensor:
     return lowbias32((index & MASK32) ^ keys)
 
 
-def noise_key(seed: int, step: int, parameter: int) -> int:
-    """Return the 32-bit key of one parameter's noise in one step."""
-    key = 0
-    for word in (seed & MASK32, seed >> 32, step, parameter):
-        key = lowbias32((key + 0x9E3779B9 & MASK32) ^ word & MASK32)
-    return key
-
-
-def noise_keys(seed: int, step: int, parameters: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-    """Return `noise_key` of many parameters at once, int64 of the same shape."""
+def noise_key(seed: int, step: int, parameter: Integers) -> Integers:
+    """Return the 32-bit key of one parameter's noise in one step, or those of many parameters, in their shape."""
     key = 0
     for word in (seed & MASK32, seed >> 32, step):
         key = lowbias32((key + 0x9E3779B9 & MASK32) ^ word & MASK32)
-    mixed: npt.NDArray[np.int64] = lowbias32((key + 0x9E3779B9 & MASK32) ^ parameters & MASK32)
-    return mixed
+    return lowbias32((key + 0x9E3779B9 & MASK32) ^ parameter & MASK32)
 
 
 def lowbias32(x: Integers) -> Integers:

@@ -1,9 +1,10 @@
-"""Which rows can be updated within backward: those of modules all of whose gradients are there."""
+"""When, within backward, is a gradient complete, and which rows can be updated then?"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any, cast
 
 from torch import Tensor, nn
 
@@ -12,6 +13,15 @@ from misa_kernels.kernels import Row
 # Gradients of so many bytes are worth a launch, and so is each module where a backward pass has no more than these;
 # else small ones wait for others, or for the end of backward.
 HELD_BYTES, LAUNCHES = 1 << 18, 32
+
+
+def hooked(param: Tensor, hook: Callable[[Tensor], None]) -> Any:
+    """Register a hook for complete gradients; torch takes none while a parameter requires no gradient."""
+    required = param.requires_grad
+    param.requires_grad_(True)
+    handle = cast(Any, param).register_post_accumulate_grad_hook(hook)
+    param.requires_grad_(required)
+    return handle
 
 
 @dataclass(slots=True)

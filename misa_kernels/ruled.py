@@ -169,9 +169,9 @@ class Ruled(Trained):
         assert self.live.arena is not None
         return RuledStep(list(self.live.rows.values()), self.live.arena, self._settings(), self._rules)
 
-    def exchange(self, layout: Layout, kept: Container[tuple[int, int]]) -> None:
-        """Go on with another layout, and let what was counted in groups begin anew; see `Trained.exchange`."""
-        super().exchange(layout, kept)
+    def move(self, layout: Layout, kept: Container[tuple[int, int]]) -> None:
+        """Go on with another layout, and let what was counted in groups begin anew; see `Trained.move`."""
+        super().move(layout, kept)
         self._drop_counts()
 
     def load(

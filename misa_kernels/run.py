@@ -11,21 +11,20 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from operator import is_
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from misa_kernels import checkpoint, kernels, options
+from misa_kernels import advice, checkpoint, kernels, options
 from misa_kernels.clock import Clock
 from misa_kernels.draw import linears
-from misa_kernels.draw.coverage import LONGEST_ROUND, Coverage, modules_a_round, most_modules_a_round, round_length
+from misa_kernels.draw.coverage import LONGEST_ROUND, Coverage, coverage, modules_a_round, round_length
 from misa_kernels.draw.order import recall
-from misa_kernels.draw.rehearsal import costliest, kept_inputs
-from misa_kernels.draw.sampler import Draw, ImportanceSampler, Sampler, checked, described, rounds_held
+from misa_kernels.draw.rehearsal import costliest_draw
+from misa_kernels.draw.sampler import Draw, ImportanceSampler, Sampler, checked, described
 from misa_kernels.draw.scores import Ints
-from misa_kernels.gradients.hooks import Slice, SliceGradients
 from misa_kernels.layout import SCORES, Layout, form_of
 from misa_kernels.live import LiveState
 from misa_kernels.meeting import Meeting
@@ -37,8 +36,10 @@ from misa_kernels.outside.recompiles import Recompiles
 from misa_kernels.outside.state import State
 from misa_kernels.outside.tracing import not_traced, refuse_capture
 from misa_kernels.ranks.agreement import refuse_engines, together, wrapper_of
+from misa_kernels.release import hooked
 from misa_kernels.ruled import ruled
 from misa_kernels.scores import Scores
+from misa_kernels.sliced import SlicedLayers
 from misa_kernels.trained import Trained
 
 if TYPE_CHECKING:
@@ -61,7 +62,7 @@ class Run:
         inner_steps: Steps T in a round.
         clock: The position.
         flags: Who set `requires_grad`.
-        gradients: What makes those of slices.
+        sliced: The layers that make gradients of slices.
         order: What is known of the order of the layers.
         layout: What can be drawn.
         scores: What is known of it.
@@ -90,7 +91,7 @@ class Run:
         self.clock = Clock(int(given.seed))
         self.flags = Flags(groups, known)
         follow = weakref.WeakMethod(self.follow)
-        self.gradients = SliceGradients(lambda: None if (own := follow()) is None else own())
+        self.sliced = SlicedLayers(self.flags, lambda: None if (own := follow()) is None else own())
         refuse_engines(self.flags.params)
         try:
             self.layout = self._lay_out()
@@ -115,15 +116,11 @@ class Run:
         draw = self.draw()
 
         partition = self.layout.partition
-        options.notify(groups, partition, self.storage, given.delta, draw.active.size == len(partition.modules))
-        for advice in self.flags.advice:
-            warn(advice)
+        advice.notify(groups, partition, self.storage, given.delta, draw.active.size == len(partition.modules))
+        for sentence in self.flags.advice:
+            warn(sentence)
         if self.sampler.depth_window is not None and not self.order.is_known:
-            warn(
-                f"depth_window={self.sampler.depth_window} counts the layers of several stacks as they are registered, "
-                f"{self.order.first[0]} first, until the first step shows how they run: make the groups with "
-                "param_groups(model, example=...), or name them in order in param_groups(model, layers=[...])"
-            )
+            advice.notify_of_order(self.sampler.depth_window, self.order.first)
         if given.total_steps is not None and (short := self.coverage(given.total_steps).advice) is not None:
             warn(short)
         self.flags.hold(self)
@@ -149,17 +146,7 @@ class Run:
 
     def coverage(self, total_steps: int) -> Coverage:
         """Return how often a run of so many steps visits each module."""
-        candidates, partition = self.scores.candidates, self.layout.partition
-        return Coverage(
-            total_steps=total_steps,
-            inner_steps=self.inner_steps,
-            modules=len(partition.modules),
-            modules_a_round=modules_a_round(candidates, partition.budget, self.sampler),
-            most_a_round=most_modules_a_round(candidates, self.sampler),
-            delta=partition.budget / partition.total_numel,
-            held_rounds=rounds_held(self.sampler),
-            slicing=partition.slicing,
-        )
+        return coverage(self.layout.partition, self.scores.candidates, self.sampler, total_steps, self.inner_steps)
 
     @property
     def skipped_steps(self) -> int:
@@ -190,7 +177,7 @@ class Run:
         if not self.clock.steps:
             self.flags.compare()
         self.follow()
-        self._look_for_strangers()
+        self.sliced.look_for_strangers(self.layout)
         self._reconcile()
         self.trained.allocate(self.layout.slots_of(self.active.tolist()))
         if self.given.backend == "auto" and self.trained.backend == "reference":
@@ -241,15 +228,7 @@ class Run:
 
     def costliest(self) -> Ints:
         """Return the admissible set that should need the most memory."""
-        partition, sampler = self.layout.partition, self.sampler
-        window, quota = sampler.depth_window, sampler.max_per_layer
-        first: list[int] = []
-        if not self.order.is_known:
-            # Any of the stacks may run first, and with it a window.
-            first = [partition.layers.index(name) for name in self.order.first if name in partition.layers]
-            window = None
-        width, source = kept_inputs(partition, self.order.inputs)
-        return costliest(self.scores.candidates, width, partition.budget, window, quota, source, first)
+        return costliest_draw(self.layout.partition, self.scores.candidates, self.sampler, self.order)
 
     def show(self, active: Ints) -> None:
         """Make a set the active one for all that look: toggle `requires_grad`, show what is active."""
@@ -259,29 +238,13 @@ class Run:
         self.flags.train({index for index in whole if chosen[index]}, sliced)
         self.active = active
         self._slice()
-        self._look_for_strangers()
+        self.sliced.look_for_strangers(self.layout)
         self.scores.activate(active, self.clock.round)
         if self.meeting is not None:
             self.meeting.begin_round()
 
     def _slice(self) -> None:
-        """Let backward make the gradients of the active slices, as far as the user wants them trained."""
-        slices: dict[nn.Parameter, tuple[Slice, list[nn.Module]]] = {}
-        names: dict[nn.Parameter, str] = {}
-        for block in self.layout.slices_of(self.active.tolist()):
-            if block.index in self.flags.sliced and (piece := block.piece) is not None:
-                slices[block.param] = piece, linears.linears_of(block.param)
-                names[block.param] = self.layout.partition.names[block.index]
-        for param in [param for param, (_, modules) in slices.items() if not modules]:
-            del slices[param]
-            sentence = (
-                f"granularity='slice' finds no linear layer with the weight {names[param]}: make the groups with "
-                "param_groups(model), of the model that is trained, and keep that and its layers"
-            )
-            if not self.clock.steps:
-                raise RuntimeError(sentence)
-            self.flags.warn_once("lost", f"{sentence}; no slice of it is trained from now on")
-        self.gradients.train(slices, names)
+        self.sliced.train(self.layout, self.active.tolist(), is_first=not self.clock.steps)
 
     def record(self, draw: Draw) -> None:
         """Begin the record of a round."""
@@ -295,27 +258,6 @@ class Run:
         )
 
     # What the user exchanges, freezes and thaws.
-
-    def _look_for_strangers(self) -> None:
-        """Say once that a layer was wrapped or exchanged, as by an adapter, for what has parameters of its own.
-
-        Slices go on without a sign of it: nobody need switch a weight off that requires no gradient.
-        """
-        if self.layout.partition.slicing is None:
-            return
-        known = set(map(id, self.flags.params))
-        for index, param in enumerate(self.flags.params):
-            for module in linears.successors_of(param):
-                own = [name for name, p in module.named_parameters() if p.requires_grad and id(p) not in known]
-                if own:
-                    self.flags.warn_once(
-                        "strangers",
-                        f"where the layer with the weight {self.layout.partition.names[index]} was, there is a "
-                        f"{type(module).__name__} now, as when adapters are attached, and MISA does not train what it "
-                        f"has of its own, such as {own[0]}: call param_groups(model) on the model as it is now, or "
-                        "leave that to another optimizer",
-                    )
-                    return
 
     def follow(self) -> None:
         """Before the first step: go on with what was exchanged, resized, cast or frozen since then, or refuse it.
@@ -397,7 +339,7 @@ class Run:
         """Bring the state to the layout of now, and train a set in it; of `staying`, what stays keeps its state."""
         layout = self.layout
         always = {(block.index, block.start) for block in layout.partition.dense}
-        self.trained.exchange(layout, staying & layout.places_of(active.tolist()) | always)
+        self.trained.move(layout, staying & layout.places_of(active.tolist()) | always)
         self._hook()
         self.scores.show(self.live.state)
         self.show(active)
@@ -407,7 +349,7 @@ class Run:
         return places if self.given.keep_states == "staying" else set()
 
     def _hook(self) -> None:
-        """With `release_gradients`, hook what may be trained; torch takes no hook of what requires no gradient."""
+        """With `release_gradients`, hook what may be trained."""
         if not self.given.release_gradients:
             return
         run = weakref.ref(self)
@@ -418,10 +360,7 @@ class Run:
                 receiver.receive(param)
 
         for param in self.layout.spans.keys() - self._hooks.keys():
-            required = param.requires_grad
-            param.requires_grad_(True)
-            self._hooks[param] = cast(Any, param).register_post_accumulate_grad_hook(hook)
-            param.requires_grad_(required)
+            self._hooks[param] = hooked(param, hook)
 
     @contextmanager
     def thawed(self) -> Iterator[None]:
@@ -481,7 +420,7 @@ class Run:
     def _end(self, why: str, is_late: bool = False) -> None:
         self.ended = why
         self.order.close()
-        self.gradients.close()
+        self.sliced.close()
         for handle in self._hooks.values():
             handle.remove()
         self.trained.forget()
@@ -541,12 +480,6 @@ class Run:
         """Return what `resume_copy` needs: flags, whether the run was rehearsed, and its state unless it has ended."""
         saved = None if self.ended is not None else state_dict()
         return *self.flags.choices(), self._is_rehearsed, saved
-
-    def linears(self) -> list[nn.Module]:
-        """Return the layers that slices are trained in, which a copy must know before it begins."""
-        if self.layout.partition.slicing is None:
-            return []
-        return [module for param in self.layout.spans for module in linears.linears_of(param)]
 
     def resume_copy(
         self, held: dict[str, Any], shown: set[int], is_rehearsed: bool, state_dict: dict[str, Any] | None

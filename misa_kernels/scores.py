@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from misa_kernels.draw.sampler import Sampler
-from misa_kernels.draw.scores import Bools, Candidates, Floats, Ints, fold, hear, scores
+from misa_kernels.draw.scores import Bools, Candidates, Floats, Ints, fold, scores
 from misa_kernels.layout import SCORES, Layout
 from misa_kernels.outside.state import State
 
@@ -65,10 +65,6 @@ class Scores:
     def fold(self, active: Ints, mean: Floats, applied: Bools) -> int:
         """Fold what a round has measured into G; return how many scores were not finite and not used."""
         return fold(self.candidates, active, mean, applied, self._beta)
-
-    def hear(self, active: Ints, came: Bools) -> Ints:
-        """Note which modules had a gradient in a round; return those that have become silent, see `hear`."""
-        return hear(self.candidates, active, came)
 
     def unheard(self) -> list[int]:
         """Return for a state dict number and rounds of each module that is unheard, one after the other."""

@@ -297,7 +297,7 @@ class Trained:
             ranks=live.layout.ranks,
         )
 
-    def exchange(self, layout: Layout, kept: Container[tuple[int, int]]) -> None:
+    def move(self, layout: Layout, kept: Container[tuple[int, int]]) -> None:
         """Go on with another layout; the state goes into `state` until the next step allocates the arena anew.
 
         Args:
@@ -316,7 +316,7 @@ class Trained:
             self.collect()
             self.live.put_away()
             self.forget()
-        self.live.exchange(layout, leave, same)
+        self.live.move(layout, leave, same)
 
     # The state.
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import MappingProxyType
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -18,6 +18,7 @@ from misa_kernels.memory.arena import host, sent
 from misa_kernels.optimizer import MISA
 from misa_kernels.ranks.agreement import group_of
 from misa_kernels.ranks.shards import is_sharded
+from misa_kernels.release import hooked
 
 # A gradient of so many bytes travels alone and in place; smaller ones are put together up to as many.
 BUCKET_BYTES = 1 << 20
@@ -82,7 +83,7 @@ class Replica:
         self._is_syncing = True
         self.reduced_bytes = 0
         self._is_reduced = False
-        self._hooks = [_hooked(param, self._arrive) for param in self._params if param.is_floating_point()]
+        self._hooks = [hooked(param, self._arrive) for param in self._params if param.is_floating_point()]
         self._hooks.append(optimizer.register_step_pre_hook(self._catch_up))
         known = set(self._params)
         for name, param in model.named_parameters():
@@ -226,12 +227,3 @@ def _buckets(params: Sequence[Tensor], slices: Mapping[Tensor, Slice] = MappingP
         cut[-1].waiting.add(param)
         held += nbytes
     return cut
-
-
-def _hooked(param: Tensor, hook: Any) -> Any:
-    """Register a hook for complete gradients; torch takes none while a parameter requires no gradient."""
-    required = param.requires_grad
-    param.requires_grad_(True)
-    handle = cast(Any, param).register_post_accumulate_grad_hook(hook)
-    param.requires_grad_(required)
-    return handle

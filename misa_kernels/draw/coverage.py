@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from misa_kernels.draw.sampler import Sampler, admissible, windows
+from misa_kernels.draw.partition import Partition
+from misa_kernels.draw.sampler import Sampler, admissible, rounds_held, windows
 from misa_kernels.draw.scores import Candidates
 from misa_kernels.draw.slices import Slicing
 
@@ -81,6 +82,30 @@ class Coverage:
             f"modules {self.visits:.1f} times on average, and should {ENOUGH_VISITS} times or more, or they are hardly "
             f"trained: {', or '.join(remedies)}"
         )
+
+
+def coverage(
+    partition: Partition, candidates: Candidates, sampler: Sampler, total_steps: int, inner_steps: int
+) -> Coverage:
+    """Return how often a run of so many steps visits each module.
+
+    Args:
+        partition: What is sampled.
+        candidates: The same, as a draw sees it.
+        sampler: What draws.
+        total_steps: Optimizer steps of the run.
+        inner_steps: Steps in a round.
+    """
+    return Coverage(
+        total_steps=total_steps,
+        inner_steps=inner_steps,
+        modules=len(partition.modules),
+        modules_a_round=modules_a_round(candidates, partition.budget, sampler),
+        most_a_round=most_modules_a_round(candidates, sampler),
+        delta=partition.budget / partition.total_numel,
+        held_rounds=rounds_held(sampler),
+        slicing=partition.slicing,
+    )
 
 
 def round_length(total_steps: int, modules: int, modules_a_round: float) -> int:

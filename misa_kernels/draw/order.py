@@ -32,24 +32,17 @@ class _Calls:
         self.now: dict[str, int] = {}
         self.most: dict[str, int] = {}
 
-    def begin(self) -> None:
-        if len(self.now) > len(self.most):
-            self.most = self.now
-        self.now = {}
-
-    def note(self, name: str) -> None:
-        self.now.setdefault(name, len(self.now))
-
-
-def _begin(calls: _Calls, _module: nn.Module, _args: Any) -> None:
     # Within a graph of torch.compile nothing is noted, as it would be for ever.
-    if not torch.compiler.is_compiling():
-        calls.begin()
 
+    def begin(self, *_: Any) -> None:
+        if not torch.compiler.is_compiling():
+            if len(self.now) > len(self.most):
+                self.most = self.now
+            self.now = {}
 
-def _note(calls: _Calls, name: str, _module: nn.Module, _args: Any) -> None:
-    if not torch.compiler.is_compiling():
-        calls.note(name)
+    def note(self, name: str, *_: Any) -> None:
+        if not torch.compiler.is_compiling():
+            self.now.setdefault(name, len(self.now))
 
 
 class Order:
@@ -110,8 +103,8 @@ class Order:
         if self.is_known or self._handles or model is None:
             return
         self._calls = calls = _Calls()
-        watched: list[tuple[nn.Module | None, Any]] = [(model, partial(_begin, calls))]
-        watched += [(module(), partial(_note, calls, name)) for name, module in self._modules.items()]
+        watched: list[tuple[nn.Module | None, Any]] = [(model, calls.begin)]
+        watched += [(module(), partial(calls.note, name)) for name, module in self._modules.items()]
         for module, hook in watched:
             # TorchScript runs no hook that is not compiled.
             if module is not None and not isinstance(module, torch.jit.ScriptModule):

@@ -7,9 +7,21 @@ from typing import Any
 
 import numpy as np
 
+from misa_kernels.draw.order import Order
 from misa_kernels.draw.partition import Partition
-from misa_kernels.draw.sampler import check_layers, pack, windows
+from misa_kernels.draw.sampler import Sampler, check_layers, pack, windows
 from misa_kernels.draw.scores import Candidates, Ints
+
+
+def costliest_draw(partition: Partition, candidates: Candidates, sampler: Sampler, order: Order) -> Ints:
+    """Return the admissible set that should need the most memory, of what a sampler draws from; see `costliest`."""
+    window, first = sampler.depth_window, list[int]()
+    if not order.is_known:
+        # Any of the stacks may run first, and with it a window.
+        first = [partition.layers.index(name) for name in order.first if name in partition.layers]
+        window = None
+    width, source = kept_inputs(partition, order.inputs)
+    return costliest(candidates, width, partition.budget, window, sampler.max_per_layer, source, first)
 
 
 def kept_inputs(partition: Partition, inputs: Mapping[str, tuple[int, int]]) -> tuple[Ints, Ints | None]:

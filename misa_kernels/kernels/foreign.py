@@ -61,7 +61,7 @@ class RuledStep(PlainStep):
     ) -> Tensor | None:
         """Update rows; waits for the device where the step may be skipped, as an optimizer cannot be told there."""
         arena, settings, rows = self._arena, self._settings, [row for row, _ in given]
-        grads = [_part(row, grad) for row, grad in given]
+        grads = [row.gradient(grad) for row, grad in given]
         unscale = None if grad_scale is None else 1 / grad_scale.double()
         sq_norms = _sq_norms(grads, arena.device)
         if unscale is not None:
@@ -137,12 +137,6 @@ def shape_of(row: Row) -> tuple[int, ...]:
         return shape
     lines = row.numel // prod(shape[1:])
     return shape[1:] if lines == 1 and len(shape) > 2 else (lines, *shape[1:])
-
-
-def _part(row: Row, grad: Tensor) -> Tensor:
-    """Return the gradient of a row, 1-D, from that of what it is part of."""
-    first = 0 if row.is_slice else row.offset
-    return grad.reshape(-1)[first : first + row.numel]
 
 
 def _sq_norms(tensors: list[Tensor], device: torch.device) -> Tensor:

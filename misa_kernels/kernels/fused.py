@@ -15,7 +15,7 @@ from misa_kernels.kernels.rows import Row, Settings, check_size
 from misa_kernels.kernels.table import ALL, NONE, SKIP, WRITE_BACK, RowTable
 from misa_kernels.memory.arena import Arena, host, sent
 from misa_kernels.ranks.shards import local
-from misa_kernels.reference import Hyper, noise_keys
+from misa_kernels.reference import Hyper, noise_key
 
 DTYPE = attrgetter("dtype")
 
@@ -164,7 +164,7 @@ class FusedStep:
     def _keys_of(self, noise: tuple[int, int]) -> npt.NDArray[np.int64]:
         """Return the key of each row's noise."""
         if noise != self._noise:
-            self._noise, self._keys = noise, noise_keys(*noise, self._index)
+            self._noise, self._keys = noise, noise_key(*noise, self._index)
         return self._keys
 
     def measure(self, weights: Sequence[int], hyper: Sequence[Hyper]) -> Tensor:

@@ -81,7 +81,6 @@ class PlainStep:
         decoded = []
         for row, grad in given:
             views, weight, key = arena.views(row.slot), row.weight(), noise_key(*noise, row.index)
-            first = 0 if row.is_slice else row.offset
             operands = reference.Operands(
                 **{name: storage.decode(name, views, len(weight)) for name in storage.codecs},
                 master=views.get("master"),
@@ -89,7 +88,7 @@ class PlainStep:
                 sq_norm=arena.sq_norm[row.slot],
                 start=row.noise_start,
                 theta=storage.theta(views, weight) if "residual" in views else weight,
-                grad=grad.reshape(-1)[first : first + len(weight)],
+                grad=row.gradient(grad),
                 hyper=hyper[row.group],
                 noise_key=key if storage.param_precision == "stochastic" else None,
             )

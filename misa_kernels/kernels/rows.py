@@ -78,6 +78,11 @@ class Row:
             held.copy_(part)
         return copy
 
+    def gradient(self, grad: Tensor) -> Tensor:
+        """Return the gradient of these elements, 1-D, from that of the whole parameter, or of a slice its own."""
+        first = 0 if self.is_slice else self.offset
+        return grad.reshape(-1)[first : first + self.numel]
+
     def put(self, values: Tensor, start: int = 0) -> None:
         """Make some neighbouring elements of the weight what `weight(start, len(values))` has become.
 

@@ -9,10 +9,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from misa_kernels.draw.scores import Ints
 from misa_kernels.memory.arena import sent
 from misa_kernels.memory.storage import Storage
-
-Integers = npt.NDArray[np.int64]
 
 # Columns of the row table, int64: MisaRow of csrc/misa.h. A gradient pointer of 0 means that there is no gradient
 # this step; the state begins at element `OFFSET` of its pool; `START` is the first element's index in the whole
@@ -79,17 +78,17 @@ class RowTable:
 
     def __init__(
         self,
-        numel: Integers,
-        offset: Integers,
-        group: Integers,
-        start: Integers,
+        numel: Ints,
+        offset: Ints,
+        group: Ints,
+        start: Ints,
         weight_dtypes: Sequence[torch.dtype],
         grad_dtypes: Sequence[torch.dtype],
         state: Mapping[torch.dtype, Mapping[str, Tensor]],
         storage: Storage,
         device: torch.device,
-        width: Integers | None = None,
-        pitch: Integers | None = None,
+        width: Ints | None = None,
+        pitch: Ints | None = None,
     ) -> None:
         self._device, self._state, self._storage = device, state, storage
         self._open()
