@@ -25,7 +25,8 @@ from misa_kernels.draw.order import recall
 from misa_kernels.draw.rehearsal import costliest, kept_inputs
 from misa_kernels.draw.sampler import Draw, ImportanceSampler, Sampler, checked, described, rounds_held
 from misa_kernels.draw.scores import Ints
-from misa_kernels.gradients.hooks import Slice, SliceGradients
+from misa_kernels.gradients.axes import Slice
+from misa_kernels.gradients.hooks import SliceGradients
 from misa_kernels.layout import SCORES, Layout, form_of
 from misa_kernels.meeting import Meeting
 from misa_kernels.memory.storage import FOREIGN, Storage

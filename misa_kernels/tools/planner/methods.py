@@ -17,7 +17,7 @@ from misa_kernels.draw.sampler import ImportanceSampler
 from misa_kernels.draw.scores import Candidates
 from misa_kernels.draw.slices import Matrix, Slicing, axis_of, slicing
 from misa_kernels.draw.streams import Linear, flows
-from misa_kernels.gradients.hooks import Slice
+from misa_kernels.gradients.axes import Slice
 from misa_kernels.kernels.foreign import PIECE
 from misa_kernels.memory.arena import MOVE_ELEMENTS
 from misa_kernels.memory.storage import Storage
