@@ -9,6 +9,9 @@ import torch
 from misa_kernels.kernels.foreign import PIECE
 from misa_kernels.memory.storage import Storage
 
+# What plain PyTorch takes an element where it rounds stochastically, or cuts float32 in two: measured.
+ROUNDING_BYTES = {"master": 0, "split": 13, "stochastic": 49}
+
 
 @dataclass(frozen=True)
 class Setup:
@@ -57,10 +60,6 @@ class Setup:
     def frees_gradients(self) -> bool:
         """Whether MISA frees each gradient within backward."""
         return self.release_gradients and self.rule_bytes is None
-
-
-# What plain PyTorch takes an element where it rounds stochastically, or cuts float32 in two: measured.
-ROUNDING_BYTES = {"master": 0, "split": 13, "stochastic": 49}
 
 
 def own_bytes(options: Setup) -> float:
