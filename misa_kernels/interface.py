@@ -12,7 +12,7 @@ from torch import Tensor
 from misa_kernels.draw.coverage import Coverage
 from misa_kernels.draw.partition import Module, Partition
 from misa_kernels.draw.sampler import Sampler
-from misa_kernels.gradients.hooks import Slice
+from misa_kernels.gradients.axes import Slice
 from misa_kernels.monitor import Monitor
 from misa_kernels.options import check_count
 from misa_kernels.outside.garbage import kept

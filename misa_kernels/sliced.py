@@ -7,7 +7,8 @@ from collections.abc import Callable, Sequence
 from torch import nn
 
 from misa_kernels.draw import linears
-from misa_kernels.gradients.hooks import Slice, SliceGradients
+from misa_kernels.gradients.axes import Slice
+from misa_kernels.gradients.hooks import SliceGradients
 from misa_kernels.layout import Layout
 from misa_kernels.outside.flags import Flags
 

@@ -95,7 +95,7 @@ def triton_kernel(device: str, monkeypatch: pytest.MonkeyPatch) -> Kernel:
 def interpreted() -> ModuleType:
     """A copy of the launcher for the interpreter, which nobody else sees: it is chosen at import."""
     package = importlib.import_module("misa_kernels.kernels")
-    names = ("triton_codec", "triton", "launch")
+    names = ("triton_codec", "triton_table", "triton_rounding", "triton", "triton_close", "launch")
     with patch.dict(os.environ, TRITON_INTERPRET="1"), patch.dict(sys.modules), patch.dict(vars(package)):
         for name in names:
             sys.modules.pop(f"{package.__name__}.{name}", None)

@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from misa_kernels import MISA, CyclicSampler, ImportanceSampler, UniformSampler, param_groups, slices
-from misa_kernels.gradients.hooks import Slice
+from misa_kernels.gradients.axes import Slice
 from misa_kernels.gradients.sliced import SlicedGradient
 
 BACKENDS = ["reference", "cpu"]

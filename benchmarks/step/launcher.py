@@ -112,7 +112,7 @@ class Driver:
 def stubbed(keep: bool = False) -> Iterator[Driver]:
     """Let `backend="triton"` take CPU tensors, compile for a GPU that is not there, and launch nothing."""
     stub, before = Driver(keep), driver._active
-    functions = launch.kernels.step_kernel, launch.kernels.collect_kernel, launch.kernels.close_kernel
+    functions = launch.kernels.step_kernel, launch.collect_kernel, launch.close_kernel
     caches = [function.device_caches for function in functions]
     patches = [
         # A device of type "cpu" is what the interpreter has.

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from misa_kernels.gradients.hooks import Slice
+from misa_kernels.gradients.axes import Slice
 from misa_kernels.gradients.sliced import SlicedGradient, part_of
 from misa_kernels.memory.arena import host, sent
 from misa_kernels.optimizer import MISA

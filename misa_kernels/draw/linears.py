@@ -9,7 +9,7 @@ from typing import NamedTuple
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
-from misa_kernels.gradients.hooks import input_axis
+from misa_kernels.gradients.axes import input_axis
 from misa_kernels.ranks.shards import is_held
 
 # By the weight, for as long as it lives, a list of `_Linear`.

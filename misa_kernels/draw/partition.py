@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from misa_kernels.draw.order import merged
 from misa_kernels.draw.slices import Matrix, Slicing, slicing, starts_of
-from misa_kernels.gradients.hooks import Slice
+from misa_kernels.gradients.axes import Slice
 from misa_kernels.outside.notices import names_of
 from misa_kernels.ranks.shards import is_sharded, local, sharded_axes
 

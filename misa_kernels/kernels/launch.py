@@ -31,6 +31,7 @@ from misa_kernels.kernels.table import (
     WIDTH,
     RowTable,
 )
+from misa_kernels.kernels.triton_close import close_kernel, collect_kernel
 from misa_kernels.kernels.triton_codec import CODECS, INTERPRETED
 from misa_kernels.memory.arena import sent
 from misa_kernels.memory.codec import E4M3
@@ -225,7 +226,7 @@ class TritonTable(RowTable):
 
     def _collect(self) -> None:
         with self._on_device:
-            kernels.collect_kernel[(len(self._chunks),)](
+            collect_kernel[(len(self._chunks),)](
                 self._device_rows, self._ages, self.sq_sums, self.collected, CHUNK=self.chunk, **OPTIONS
             )
 
@@ -234,7 +235,7 @@ class TritonTable(RowTable):
             self._upload(ALL)
             for bucket in self._buckets:
                 weight_dtype, _ = bucket.dtypes
-                kernels.close_kernel[(bucket.programs,)](
+                close_kernel[(bucket.programs,)](
                     *self._first[weight_dtype],
                     moved,
                     bucket.first_program,

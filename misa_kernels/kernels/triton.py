@@ -12,8 +12,31 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from misa_kernels.kernels import table, triton_codec
-from misa_kernels.kernels.triton_codec import BF16, FP32, INTERPRETED, bf16_rounded, bits_of, reciprocal
+from misa_kernels.kernels import triton_codec
+from misa_kernels.kernels.triton_codec import BF16, FP32, bf16_rounded, reciprocal
+from misa_kernels.kernels.triton_rounding import bf16_nearest, join, lowbias32, noise32, split
+from misa_kernels.kernels.triton_table import (
+    BETA1,
+    BETA2,
+    COEFFICIENT,
+    EPS,
+    FIRST_CHUNK,
+    GRAD,
+    GROUP,
+    HYPER_COLUMNS,
+    KEY,
+    LR,
+    NORM,
+    NUMEL,
+    OFFSET,
+    ROW_COLUMNS,
+    SKIP,
+    START,
+    WEIGHT,
+    WEIGHT_DECAY,
+    lines_from,
+    place,
+)
 
 VERSION = tuple(map(int, triton.__version__.split(".")[:2]))
 # The oldest version that the kernels were compiled and tested with; torch 2.10 brings it.
@@ -23,20 +46,6 @@ if VERSION < (3, 6):
 # tutorial of the fused softmax shows. Before 3.3 it took those that are none, so a later version must be looked at.
 LAUNCHES_COMPILED = VERSION <= (3, 9)
 
-# What stands in the tables, see `misa_kernels.kernels.table`.
-WEIGHT, GRAD, NUMEL = tl.constexpr(table.WEIGHT), tl.constexpr(table.GRAD), tl.constexpr(table.NUMEL)
-OFFSET, GROUP, START = tl.constexpr(table.OFFSET), tl.constexpr(table.GROUP), tl.constexpr(table.START)
-KEY, FIRST_CHUNK, ACTION = tl.constexpr(table.KEY), tl.constexpr(table.FIRST_CHUNK), tl.constexpr(table.ACTION)
-WIDTH, PITCH, ROW_COLUMNS = tl.constexpr(table.WIDTH), tl.constexpr(table.PITCH), tl.constexpr(table.ROW_COLUMNS)
-LR, BETA1, BETA2 = tl.constexpr(table.LR), tl.constexpr(table.BETA1), tl.constexpr(table.BETA2)
-EPS, WEIGHT_DECAY = tl.constexpr(table.EPS), tl.constexpr(table.WEIGHT_DECAY)
-HYPER_COLUMNS = tl.constexpr(table.HYPER_COLUMNS)
-# Of `control`, which the last program of the norm launch writes.
-COEFFICIENT, NORM, SKIP = tl.constexpr(table.COEFFICIENT), tl.constexpr(table.NORM), tl.constexpr(table.SKIP)
-MEASURE, ADOPT = tl.constexpr(table.MEASURE), tl.constexpr(table.ADOPT)
-FLUSH, WRITE_BACK = tl.constexpr(table.FLUSH), tl.constexpr(table.WRITE_BACK)
-# Elements of a line above which no chunk has two ends of one.
-LONG_LINE = tl.constexpr(2**15)
 # float64 numbers that `sum_in_order` holds at once: 8 a thread.
 SUM_BLOCK = tl.constexpr(1024)
 
@@ -85,95 +94,6 @@ def powers(base1, base2, exponent):
         base2 = base2 * base2
         exponent = exponent // 2
     return power1, power2
-
-
-@triton.jit
-def bf16_nearest(x):
-    """Round to nearest, ties to even."""
-    if INTERPRETED:
-        # Its own conversion truncates. On a GPU these integers would be 8 of 60 instructions an element.
-        return bf16_rounded(x, 0x7FFF + ((x.to(tl.uint32, bitcast=True) >> 16) & 1))
-    else:
-        return x.to(tl.bfloat16)
-
-
-@triton.jit
-def join(weight, residual):
-    """Return the float32 numbers whose parts `split` gave."""
-    upper = weight.to(tl.int16, bitcast=True).to(tl.int32) << 16
-    return (upper + residual.to(tl.int32)).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def split(theta):
-    """Cut float32 into the nearest bfloat16, ties away from zero, and the 16 bits that are missing, as int16."""
-    bits = bits_of(theta)
-    nan = theta != theta
-    upper = tl.where(nan, (bits >> 16) | 0x40, (bits + 0x8000) >> 16)
-    residual = tl.where(nan, 0, bits).to(tl.uint16)
-    return upper.to(tl.uint16).to(tl.bfloat16, bitcast=True), residual.to(tl.int16, bitcast=True)
-
-
-@triton.jit
-def lowbias32(x):
-    """Hash 32 bits to 32 bits; C. Wellons' constants, https://nullprogram.com/blog/2018/07/31/."""
-    x = x ^ (x >> 16)
-    x = x * 0x7FEB352D
-    x = x ^ (x >> 15)
-    x = x * 0x846CA68B
-    return x ^ (x >> 16)
-
-
-@triton.jit
-def noise32(first, index, key):
-    """Return 32 bits of noise for the elements `first + index`; `first` int64, `index` below 2^32.
-
-    Philox would cost half of the memory time of the step.
-    """
-    low = first.to(tl.uint32) + index.to(tl.uint32)
-    high = (first >> 32).to(tl.uint32)
-    # The upper half of the 64-bit index is one of two scalars: their keys are made once a program.
-    here = tl.where(high != 0, lowbias32(high ^ key), key)
-    beyond = lowbias32((high + 1) ^ key)
-    key = tl.where(low < first.to(tl.uint32), beyond, here)
-    return lowbias32(low ^ key)
-
-
-@triton.jit
-def lines_from(row_ptr, start):
-    """Return what `place` asks of the lines of a weight from its element `start` on, and where that element is.
-
-    A row whose elements are neighbours has a gap of 0, and it is no matter what its lines are. Divisions of 64 bits
-    would spill on sm_100; no pitched row has 2^32 elements.
-
-    Returns:
-        Elements between two lines, position of the element in its line, a number that divides by a line's elements,
-        where a line longer than a chunk ends, and position of the element in the weight.
-    """
-    width = tl.load(row_ptr + WIDTH)
-    gap = tl.load(row_ptr + PITCH) - width
-    width = tl.maximum(width, 1).to(tl.uint32)
-    line = start.to(tl.uint32) // width
-    column = start.to(tl.uint32) - line * width
-    # n // width = 2n * factor / 2^32, rounded up once: exact where n * width < 2^31, T. Granlund and P. L. Montgomery,
-    # https://dl.acm.org/doi/10.1145/178243.178249.
-    factor = (tl.cast(2**31, tl.uint32) + (width - 1)) // width
-    is_long = width > LONG_LINE
-    factor = tl.where(is_long, 0, factor)
-    end = tl.where(is_long, width, 2**31 - 1).to(tl.int32)
-    return gap.to(tl.int32), column.to(tl.int32), factor, end, start + line.to(tl.int64) * gap
-
-
-@triton.jit
-def place(index, gap, column, factor, end, ALIGNED: tl.constexpr):
-    """Return where elements of a weight are, from the first of its chunk on, with what `lines_from` returned.
-
-    Where lines are multiples of 4, so are the neighbours that a thread holds, and all is computed once for these.
-    """
-    column += index
-    line = tl.umulhi((2 * column).to(tl.uint32), factor).to(tl.int32) + (column >= end).to(tl.int32)
-    found = line.to(tl.int64) * gap.to(tl.int64) + index
-    return tl.max_contiguous(tl.multiple_of(found, 4), 4) if ALIGNED else found
 
 
 @triton.jit
@@ -424,147 +344,3 @@ def step_kernel(
                 control_ptr, sum_in_order(partial_ptr, programs), found_inf_ptr, max_grad_norm, skip_nonfinite
             )
             tl.store(arrived_ptr, 0)
-
-
-@triton.jit
-def update_ratio(m, v, denom_scale, eps):
-    """Return m / (√v + ε) with bias corrections, the last update over its step size: csrc/adamw.h, and its bits."""
-    return tl.div_rn(m, denom_scale * tl.sqrt_rn(v) + eps)
-
-
-@triton.jit
-def momentum_flush(theta, ratio, flush_size):
-    """Return θ after what is left in its momentum: csrc/adamw.h, and its bits."""
-    return theta - flush_size * ratio
-
-
-@triton.jit
-def nearest_of(x, DTYPE: tl.constexpr):
-    """Return float32 rounded to a dtype, as float32."""
-    rounded = bf16_nearest(x) if DTYPE == tl.bfloat16 else x.to(DTYPE)
-    return rounded.to(tl.float32)
-
-
-@triton.jit
-def fp16_rounded(x, noise):
-    """Round float32 to one of its two neighbours in float16, the nearer with higher probability; `noise` 16 bits."""
-    nearest = x.to(tl.float16)
-    bits = nearest.to(tl.int16, bitcast=True).to(tl.int32)
-    bits -= (tl.abs(nearest.to(tl.float32)) > tl.abs(x)).to(tl.int32)
-    low = tl.abs(bits.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32))
-    high = tl.abs((bits + 1).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32))
-    finite = tl.abs(x) < float("inf")
-    share = tl.where(finite, tl.div_rn(tl.abs(x) - low, high - low) * 65536, 0.0).to(tl.int32)
-    bits += (share + noise.to(tl.int32) >= 65536).to(tl.int32)
-    return tl.where(finite, bits.to(tl.int16).to(tl.float16, bitcast=True), nearest)
-
-
-@triton.jit(do_not_specialize=["first_program", "chunks"])
-def close_kernel(
-    program_ptr,
-    row_ptr,
-    hyper_ptr,
-    exp_avg_ptr,
-    exp_avg_scale_ptr,
-    exp_avg_sq_ptr,
-    exp_avg_sq_scale_ptr,
-    master_ptr,
-    residual_ptr,
-    age_ptr,
-    moved_ptr,
-    first_program,
-    chunks,
-    WEIGHT_DTYPE: tl.constexpr,
-    M_CODEC: tl.constexpr,
-    V_CODEC: tl.constexpr,
-    ALIGNED: tl.constexpr,
-    PITCHED: tl.constexpr,
-    BLOCK: tl.constexpr,
-    BLOCKS: tl.constexpr,
-):
-    """Do with one chunk what the action of its row says, when a round ends; see `RowTable.close`.
-
-    The arguments are those of `step_kernel`, and `moved_ptr`, float64[2, chunks], where `MEASURE` puts the sums of
-    squares of the last update and of the weight, or None; `chunks` counts those of all rows.
-    """
-    program_ptr += 2 * (tl.program_id(0) + first_program)
-    row_ptr += ROW_COLUMNS * tl.load(program_ptr)
-    action = tl.load(row_ptr + ACTION).to(tl.int32)
-    if action == 0:
-        return
-    number = tl.load(program_ptr + 1)
-    start = number.to(tl.int64) * (BLOCK * BLOCKS)
-    chunk = tl.load(row_ptr + FIRST_CHUNK) + number
-    state = tl.load(row_ptr + OFFSET) + start
-    weight_ptr = tl.load(row_ptr + WEIGHT).to(tl.pointer_type(WEIGHT_DTYPE))
-    if PITCHED:
-        gap, column, factor, end, begun = lines_from(row_ptr, start)
-        weight_ptr += begun
-    else:
-        weight_ptr += start
-    remaining = tl.minimum(tl.maximum(tl.load(row_ptr + NUMEL) - start, 0), BLOCK * BLOCKS).to(tl.int32)
-    age = tl.load(age_ptr + chunk)
-    # Limits instead of branches: what is not wanted is neither read nor written.
-    written = tl.where(age > 0, remaining, 0)
-    with_moments = tl.where((action & (MEASURE | FLUSH)) != 0, written, 0)
-    flushed = tl.where((action & FLUSH) != 0, written, 0)
-    adopted = tl.where((action & ADOPT) != 0, written, 0)
-    left = tl.where((action & WRITE_BACK) != 0, written, 0)
-    if ALIGNED:
-        weight_ptr = tl.multiple_of(weight_ptr, 8 if PITCHED and WEIGHT_DTYPE != tl.float32 else 16)
-        remaining, written = tl.multiple_of(remaining, 4), tl.multiple_of(written, 4)
-        with_moments = tl.multiple_of(with_moments, 4)
-        adopted, left = tl.multiple_of(adopted, 4), tl.multiple_of(left, 4)
-    if ALIGNED or exp_avg_scale_ptr is not None:
-        state = tl.multiple_of(state, 16)
-    hyper_ptr += HYPER_COLUMNS * tl.load(row_ptr + GROUP)
-    lr = tl.load(hyper_ptr + LR)
-    beta1 = tl.load(hyper_ptr + BETA1)
-    beta1_t, beta2_t = powers(beta1, tl.load(hyper_ptr + BETA2), tl.maximum(age, 1))
-    step_size = lr / (1 - beta1_t)
-    flush_size = (lr * beta1 / (1 - beta1) / (1 - beta1_t)).to(tl.float32)
-    denom_scale = (1 / tl.sqrt(1 - beta2_t)).to(tl.float32)
-    eps = tl.load(hyper_ptr + EPS).to(tl.float32)
-    first = tl.load(row_ptr + START) + start
-    key = tl.load(row_ptr + KEY).to(tl.uint32)
-
-    updates = tl.zeros((BLOCK,), tl.float32)
-    weights = tl.zeros((BLOCK,), tl.float32)
-    for i in range(BLOCKS):
-        begin = i * BLOCK
-        index = triton_codec.neighbours(begin, BLOCK, 4)
-        held_at = weight_ptr + (place(index, gap, column, factor, end, ALIGNED) if PITCHED else index)
-        stored = tl.load(held_at, mask=index < remaining, other=0.0)
-        weight = stored.to(tl.float32)
-        weights = tl.fma(weight, weight, weights)
-        m = triton_codec.load(exp_avg_ptr, exp_avg_scale_ptr, state, begin, with_moments, BLOCK, M_CODEC, ALIGNED)
-        v = triton_codec.load(exp_avg_sq_ptr, exp_avg_sq_scale_ptr, state, begin, with_moments, BLOCK, V_CODEC, ALIGNED)
-        ratio = tl.where(index < with_moments, update_ratio(m, v, denom_scale, eps), 0.0)
-        updates = tl.fma(ratio, ratio, updates)
-        theta = weight
-        if master_ptr is not None:
-            held = tl.load(master_ptr + state + index, mask=index < written, other=0.0)
-            theta = tl.where((nearest_of(held, WEIGHT_DTYPE) == weight) & (index < written), held, weight)
-            tl.store(master_ptr + state + index, theta, mask=index < adopted)
-        if residual_ptr is not None:
-            theta = join(stored, tl.load(residual_ptr + state + index, mask=index < written, other=0))
-        theta = tl.where(index < flushed, momentum_flush(theta, ratio, flush_size), theta)
-        if WEIGHT_DTYPE == tl.bfloat16:
-            theta = bf16_rounded(theta, noise32(first, index, key) & 0xFFFF)
-        elif WEIGHT_DTYPE == tl.float16:
-            theta = fp16_rounded(theta, noise32(first, index, key) & 0xFFFF)
-        tl.store(held_at, theta, mask=index < left)
-    if moved_ptr is not None:
-        tl.store(moved_ptr + chunk, step_size * step_size * tl.sum(updates.to(tl.float64)))
-        tl.store(moved_ptr + chunks + chunk, tl.sum(weights.to(tl.float64)))
-
-
-@triton.jit
-def collect_kernel(row_ptr, age_ptr, sq_sum_ptr, collected_ptr, CHUNK: tl.constexpr):
-    """Write age and ‖g‖² summed over the chunks of one row into its line of float64[rows, 2]."""
-    row = tl.program_id(0)
-    row_ptr += ROW_COLUMNS * row
-    first_chunk = tl.load(row_ptr + FIRST_CHUNK)
-    chunks = tl.maximum((tl.load(row_ptr + NUMEL) + CHUNK - 1) // CHUNK, 1)
-    tl.store(collected_ptr + 2 * row, tl.load(age_ptr + first_chunk).to(tl.float64))
-    tl.store(collected_ptr + 2 * row + 1, sum_in_order(sq_sum_ptr + first_chunk, chunks))

@@ -6,28 +6,21 @@ writes it.
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import numpy.typing as npt
 
 from misa_kernels.monitor import Monitor
+from misa_kernels.tools.grids import COLOURS, DOT, by_round, heatmap, height_of, kinds_of, matrices
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Okabe and Ito's palette, which the colour-blind can tell apart, and markers for print in grey.
-COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#000000", "#999999")
+# For print in grey, beside the colours.
 MARKERS = "os^Dv*PX"
-# Smallest cell, in points, that can hold a dot.
-DOT = 3.0
-# Cells that the columns or rows of a matrix are drawn in.
-CELLS = 600
 
 
 def importance(monitor: Monitor, axes: Axes | None = None) -> Figure:
@@ -46,10 +39,10 @@ def importance(monitor: Monitor, axes: Axes | None = None) -> Figure:
     from matplotlib import colormaps
     from matplotlib.colors import LogNorm
 
-    axes = _axes(10, _height(monitor)) if axes is None else axes
+    axes = _axes(10, height_of(monitor)) if axes is None else axes
     if monitor.parts:
         now = monitor.current.importance
-        marked = _matrices(
+        marked = matrices(
             monitor,
             axes,
             {i: score for i, score in enumerate(now.tolist()) if score > 0},
@@ -59,20 +52,22 @@ def importance(monitor: Monitor, axes: Axes | None = None) -> Figure:
         )
         axes.set_title("Importance of the slices" + (", and those trained now (lines)" if marked else ""))
         return _figure(axes)
-    scores = np.ma.masked_invalid(_by_round(monitor, lambda record: record.importance))
+    scores = np.ma.masked_invalid(by_round(monitor, lambda record: record.importance))
     scores = np.ma.masked_less_equal(scores, 0)
     cells = {"cmap": colormaps["cividis"].with_extremes(bad="#e4e4e4"), "norm": LogNorm() if scores.count() else None}
-    order, cell = _heatmap(monitor, axes, scores, cells, "importance: mean ‖g‖² over rounds (grey: no score yet)")
+    order, cell = heatmap(monitor, axes, scores, cells, "importance: mean ‖g‖² over rounds (grey: no score yet)")
     axes.set_title("Importance of the modules at each draw" + (", and those drawn (dots)" if cell >= DOT else ""))
     if cell >= DOT:
         row = {number: row for row, number in enumerate(order)}
         dots = [(record.round, row[number]) for record in monitor.rounds for number in record.active]
-        style: dict[str, Any] = {
-            "markersize": min(0.55 * cell, 4.0),
-            "markeredgewidth": 0.5,
-            "markeredgecolor": "black",
-        }
-        axes.plot(*zip(*dots, strict=True), "o", color="white", **style)
+        axes.plot(
+            *zip(*dots, strict=True),
+            "o",
+            color="white",
+            markersize=min(0.55 * cell, 4.0),
+            markeredgewidth=0.5,
+            markeredgecolor="black",
+        )
     return _figure(axes)
 
 
@@ -90,7 +85,7 @@ def selections(monitor: Monitor, axes: Axes | None = None) -> Figure:
     from matplotlib.colors import ListedColormap
     from matplotlib.ticker import MaxNLocator
 
-    axes = _axes(10, _height(monitor)) if axes is None else axes
+    axes = _axes(10, height_of(monitor)) if axes is None else axes
     # Without the pale end, which would not show on white.
     blues = colormaps["Blues"]
     if monitor.parts:
@@ -99,15 +94,15 @@ def selections(monitor: Monitor, axes: Axes | None = None) -> Figure:
         # A colour for each number.
         colours = ListedColormap(blues(np.linspace(0.35, 1, min(most, 256))))
         cells = {"cmap": colours, "vmin": 0.5, "vmax": most + 0.5}
-        marked = _matrices(monitor, axes, count, cells, f"rounds that train it, of {most} (grey: none)", is_sum=True)
+        marked = matrices(monitor, axes, count, cells, f"rounds that train it, of {most} (grey: none)", is_sum=True)
         axes.set_title("What is trained of each matrix" + (", and what is now (lines)" if marked else ""))
         if (bar := axes.images[0].colorbar) is not None:
             bar.set_ticks(MaxNLocator(integer=True, min_n_ticks=1))
         return _figure(axes)
-    active = _by_round(monitor, lambda record: np.isin(np.arange(len(monitor.names)), record.active))
+    active = by_round(monitor, lambda record: np.isin(np.arange(len(monitor.names)), record.active))
     colours = ListedColormap(blues(np.linspace(0.4, 1, 256)))
     share = np.ma.masked_array(np.nanmean(active, axis=1, keepdims=True) * np.ones_like(active), active != 1)
-    _heatmap(
+    heatmap(
         monitor, axes, 100 * share, {"cmap": colours, "vmin": 0.0}, "share of these rounds that train the module, %"
     )
     axes.set_title("Modules trained in each round")
@@ -125,7 +120,7 @@ def gradient_norms(monitor: Monitor, axes: Axes | None = None) -> Figure:
 
     axes = _axes(8, 5) if axes is None else axes
     seen: dict[str, dict[int, list[float]]] = {}
-    kinds = _kinds(monitor)
+    kinds = kinds_of(monitor)
     for record in monitor.rounds:
         for number, norm in zip(record.active, record.grad_norm, strict=False):
             if np.isfinite(norm):
@@ -133,11 +128,8 @@ def gradient_norms(monitor: Monitor, axes: Axes | None = None) -> Figure:
     for i, kind in enumerate(kind for kind in dict.fromkeys(kinds) if kind in seen):
         layers = sorted(seen[kind])
         norms = [np.median(seen[kind][layer]) for layer in layers]
-        style: dict[str, Any] = {
-            "color": COLOURS[i % 8],
-            "marker": MARKERS[i % 8],
-            "linestyle": ("-", "--", ":", "-.")[i // 8 % 4],
-        }
+        line = ("-", "--", ":", "-.")[i // 8 % 4]
+        style: dict[str, Any] = {"color": COLOURS[i % 8], "marker": MARKERS[i % 8], "linestyle": line}
         axes.plot(layers, norms, label=kind, markersize=5, linewidth=1.4, **style)
     axes.set_yscale("log")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
@@ -233,134 +225,3 @@ def _figure(axes: Axes) -> Figure:
     # Of a subfigure the whole.
     figure: Figure = axes.figure.figure
     return figure
-
-
-def _height(monitor: Monitor) -> float:
-    rows = len({part.matrix for part in monitor.parts}) or len(monitor.names)
-    return min(max(2.0 + 0.14 * rows, 5.0), 11.0)
-
-
-def _kinds(monitor: Monitor) -> list[str]:
-    """Return what each module is called within its layer: `q_proj`, or as much more as tells kinds apart."""
-    kinds = []
-    for name, layer in zip(monitor.names, monitor.layer, strict=True):
-        own = re.sub(r"\[(rows |:, )?\d+:.*", "", name)
-        if layer >= 0:
-            own = own.removeprefix(monitor.layers[layer]).lstrip(".") or "layer"
-        kinds.append(re.sub(r"\d+", "#", own))
-    short = {kind: kind.rsplit(".", 1)[-1] for kind in kinds}
-    return [short[kind] for kind in kinds] if len({*short.values()}) == len(short) else kinds
-
-
-def _by_round(monitor: Monitor, value: Any) -> npt.NDArray[np.float64]:
-    """Return a number for each module (row) in each round (column); NaN in rounds that have no record."""
-    first = monitor.rounds[0].round
-    found = np.full((len(monitor.names), monitor.rounds[-1].round - first + 1), np.nan)
-    for record in monitor.rounds:
-        found[:, record.round - first] = value(record)
-    return found
-
-
-def _heatmap(
-    monitor: Monitor, axes: Axes, values: npt.NDArray[np.float64], cells: dict[str, Any], meaning: str
-) -> tuple[list[int], float]:
-    """Draw modules × rounds; return the module of each row from the bottom, and a cell's shorter side in points."""
-    from matplotlib.ticker import MaxNLocator
-
-    first, rounds = monitor.rounds[0].round, values.shape[1]
-    ends = first - 0.5, first + rounds - 0.5
-    order, points = _grid(axes, values, _kinds(monitor), monitor.layer.tolist(), ends, cells, meaning)
-    axes.set_ylabel(axes.get_ylabel().replace("matrix", "module"))
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-    axes.set_xlabel("round")
-    return order, min(points)
-
-
-def _matrices(
-    monitor: Monitor, axes: Axes, value: Mapping[int, float], cells: dict[str, Any], meaning: str, is_sum: bool
-) -> bool:
-    """Draw matrices × their columns or rows, of a value for some slices; return whether the active ones are marked.
-
-    Args:
-        monitor: Of a run in slices.
-        axes: Where to draw.
-        value: By the number of the slice.
-        cells: How they are coloured.
-        meaning: Of the colours.
-        is_sum: Whether the values of slices that overlap are added; else their mean is shown.
-    """
-    own: dict[str, list[int]] = {}
-    for number, part in enumerate(monitor.parts):
-        own.setdefault(part.matrix, []).append(number)
-    kinds, values = _kinds(monitor), np.full((len(own), CELLS), np.nan)
-    for row, numbers in enumerate(own.values()):
-        size = monitor.parts[numbers[0]].size
-        total, count = np.zeros(size), np.zeros(size)
-        for number in numbers:
-            if number in value:
-                reach = slice(*monitor.parts[number][2:4])
-                total[reach] += value[number]
-                count[reach] += 1
-        line = np.where(count > 0, total if is_sum else total / np.maximum(count, 1), np.nan)
-        # A slice below a cell is seen, too.
-        values[row] = np.fmax.reduceat(line, np.arange(CELLS) * size // CELLS)
-    first = [numbers[0] for numbers in own.values()]
-    words = [f"{kinds[i]}\n{'columns' if monitor.parts[i].axis else 'rows'}" for i in first]
-    layers = [int(monitor.layer[i]) for i in first]
-    cells = cells | {"cmap": cells["cmap"].with_extremes(bad="#e4e4e4")}
-    order, points = _grid(axes, np.ma.masked_invalid(values), words, layers, (0.0, 100.0), cells, meaning)
-    axes.set_xlabel("columns or rows of the matrix, %")
-    if points[1] > 2 * DOT:
-        axes.hlines(np.arange(1, len(order)) - 0.5, 0, 100, color="white", linewidth=0.8, zorder=1)
-    if points[1] < DOT:
-        return False
-    place = {matrix: row for row, matrix in enumerate(list(own)[i] for i in order)}
-    for part in (monitor.parts[i] for i in monitor.current.active):
-        ends = [100 * part.first / part.size, 100 * part.last / part.size]
-        style: dict[str, Any] = {"linewidth": min(0.3 * points[1], 4.0), "solid_capstyle": "butt"}
-        axes.plot(ends, [place[part.matrix]] * 2, color=COLOURS[5], **style)
-    return True
-
-
-def _grid(
-    axes: Axes,
-    values: npt.NDArray[np.float64],
-    kinds: Sequence[str],
-    layers: Sequence[int],
-    ends: tuple[float, float],
-    cells: dict[str, Any],
-    meaning: str,
-) -> tuple[list[int], tuple[float, float]]:
-    """Draw a group of rows for each kind, in it layer 0 at the bottom.
-
-    Returns:
-        The number of each row from the bottom, and the sides of a cell in points.
-    """
-    place = {kind: i for i, kind in enumerate(dict.fromkeys(kinds))}
-    order = sorted(range(len(kinds)), key=lambda i: (-place[kinds[i]], layers[i], i))
-    box, dpi = axes.get_window_extent(), axes.figure.dpi
-    points = 72 / dpi * np.array([box.width / values.shape[1], box.height / len(order)])
-    # Cells below a pixel would vanish here and there: their mean does not.
-    smooth = "auto" if points.min() < 72 / dpi else "nearest"
-    extent = (*ends, -0.5, len(order) - 0.5)
-    image = axes.imshow(values[order], extent=extent, aspect="auto", origin="lower", interpolation=smooth, **cells)
-    ticks: dict[int, str] = {}
-    for kind, group in groupby(range(len(order)), lambda row: kinds[order[row]]):
-        rows = list(group)
-        axes.axhline(rows[0] - 0.5, color="white", linewidth=1.4)
-        axes.axhline(rows[0] - 0.5, color="#666666", linewidth=0.6)
-        axes.annotate(
-            kind, (0, np.mean(rows)), xycoords=axes.get_yaxis_transform(), xytext=(-28, 0), textcoords="offset points",
-            ha="right", va="center",
-        )  # fmt: skip
-        # The bottom row of each layer, as far as the labels have room.
-        bottoms = {layers[order[row]]: row for row in reversed(rows)}
-        known = sorted(layer for layer in bottoms if layer >= 0)
-        room = max(1, int(len(rows) * points[1] // 9))
-        ticks |= {bottoms[layer]: str(layer) for layer in known[:: -(-len(known) // room) or 1]}
-    axes.set_yticks(list(ticks), list(ticks.values()), fontsize=7)
-    longest = max(len(line) for kind in place for line in kind.split("\n"))
-    axes.set_ylabel("kind of matrix, and its layer (0 nearest the input)", labelpad=24 + 6.5 * longest)
-    if np.ma.count(values):
-        axes.figure.colorbar(image, ax=axes, pad=0.015, fraction=0.04, aspect=40, label=meaning)
-    return order, (float(points[0]), float(points[1]))

@@ -174,7 +174,7 @@ CLOSED += [(torch.float32, Storage("bf16")), (torch.bfloat16, Storage("int8+int4
 @pytest.mark.parametrize("weight, storage", CLOSED, ids=str)
 @pytest.mark.parametrize("measured, pitched", [(True, True), (False, False), (False, True)])
 def test_the_end_of_a_round_needs_no_stack(tmp_path, capability, weight, storage, measured, pitched):
-    kernel, buffers = launch.kernels.close_kernel, storage.buffers(weight)
+    kernel, buffers = launch.close_kernel, storage.buffers(weight)
     pointers = codegen.ARGUMENTS | {"moved_ptr": "*fp64", "chunks": "i32"}
     pointers |= {f"{key}_ptr": codegen.POINTERS[kind.dtype] for key, kind in buffers.items()}
     constants = {"WEIGHT_DTYPE": launch.TRITON_DTYPES[weight], "ALIGNED": True, **launch.codecs(storage)}

@@ -16,7 +16,8 @@ from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
-from misa_kernels.gradients.hooks import Slice, SliceGradients, input_axis
+from misa_kernels.gradients.axes import Slice, input_axis
+from misa_kernels.gradients.hooks import SliceGradients
 from misa_kernels.gradients.sliced import SlicedGradient
 
 transformers.logging.set_verbosity_error()

@@ -228,7 +228,7 @@ def test_columns_and_flags_have_one_order_in_all_languages():
     formats = [values("MisaFormat")[f"STATE_{name.upper()}"] for name in native.STATE_DTYPES]
     assert formats == list(range(len(native.STATE_DTYPES)))
 
-    kernels = pytest.importorskip("misa_kernels.kernels.triton")
+    kernels = pytest.importorskip("misa_kernels.kernels.triton_table")
     for name in (*columns, "ROW_COLUMNS", *map(str.upper, hyper.split(", ")), "HYPER_COLUMNS"):
         if hasattr(kernels, name):
             assert getattr(kernels, name).value == getattr(table, name), name

@@ -26,7 +26,8 @@ from benchmarks.quality.pretrained import LONG
 from benchmarks.quality.pretrained import TASKS as TEXTS
 from benchmarks.quality.regime_runs import TASKS
 from misa_kernels.__main__ import COMMANDS, main
-from misa_kernels.tools.planner.methods import SLICES, Setup, memory
+from misa_kernels.tools.planner.draws import SLICES
+from misa_kernels.tools.planner.methods import Setup, memory
 from misa_kernels.tools.planner.shapes import PRESETS
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -39,7 +40,7 @@ FOLDERS = [
     *(ROOT / "misa_kernels" / room for room in ("draw", "memory", "gradients", "kernels", "outside", "ranks", "rules")),
 ]
 # Modules all of whose public names are for users.
-PLANNER = ("shapes", "model", "methods", "states", "step", "fsdp", "cards")
+PLANNER = ("shapes", "model", "training", "draws", "methods", "states", "step", "fsdp", "cards")
 MODULES = ("tools.plots", *(f"tools.planner.{name}" for name in PLANNER))
 names = [str(page.relative_to(ROOT)) for page in EVERYWHERE]
 

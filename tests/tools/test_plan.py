@@ -19,20 +19,12 @@ from misa_kernels import MISA, ImportanceSampler, badam, lisa, param_groups, sli
 from misa_kernels.__main__ import main
 from misa_kernels.tools.planner import shapes
 from misa_kernels.tools.planner.cards import CARDS, capacity_bytes
+from misa_kernels.tools.planner.draws import SLICES, costliest_set, slices_of
 from misa_kernels.tools.planner.fsdp import adamw_fsdp2, misa_fsdp2
-from misa_kernels.tools.planner.methods import (
-    METHODS,
-    SLICES,
-    Setup,
-    advice,
-    costliest_set,
-    fit,
-    memory,
-    slices_of,
-    weights_and_states,
-)
+from misa_kernels.tools.planner.methods import METHODS, advice, fit, memory, weights_and_states
 from misa_kernels.tools.planner.shapes import LINEARS, PRESETS, LlamaShape, from_config, read
 from misa_kernels.tools.planner.states import RELEASED
+from misa_kernels.tools.planner.training import Setup
 
 GIB = 2**30
 # One sequence holds fewer tokens than the model is wide, as in the large ones.

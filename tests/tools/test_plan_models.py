@@ -19,19 +19,12 @@ from benchmarks.memory import PeakMemory
 from misa_kernels import MISA, param_groups, slices
 from misa_kernels.__main__ import main
 from misa_kernels.tools.planner import dry
-from misa_kernels.tools.planner.methods import (
-    METHODS,
-    SLICES,
-    Setup,
-    costliest_names,
-    fit,
-    memory,
-    slices_of,
-    work_of_rule,
-)
+from misa_kernels.tools.planner.draws import SLICES, costliest_names, slices_of
+from misa_kernels.tools.planner.methods import METHODS, fit, memory
 from misa_kernels.tools.planner.model import Model, build, load
 from misa_kernels.tools.planner.shapes import LlamaShape, from_config
 from misa_kernels.tools.planner.states import RELEASED
+from misa_kernels.tools.planner.training import Setup, work_of_rule
 
 SIZES = {
     "vocab_size": 96,

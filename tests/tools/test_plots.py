@@ -13,6 +13,7 @@ from torch import nn
 from misa_kernels import MISA, UniformSampler, lisa, param_groups
 from misa_kernels.monitor import Part, Round
 from misa_kernels.tools import plots
+from misa_kernels.tools.grids import kinds_of
 
 if importlib.util.find_spec("matplotlib") is None and not os.environ.get("CI"):
     pytest.skip("needs matplotlib", allow_module_level=True)
@@ -221,6 +222,6 @@ def test_a_run_without_layers_or_rounds_is_drawn(tmp_path):
 def test_kinds_that_share_their_last_name_are_told_apart():
     names = ["layers.0.mlp.up", "layers.0.experts.0.up", "layers.0.experts.11.up", "layers.0.mlp.up[rows 0:8]"]
     monitor = SimpleNamespace(names=names, layer=np.zeros(4, dtype=int), layers=["layers.0"])
-    assert plots._kinds(monitor) == ["mlp.up", "experts.#.up", "experts.#.up", "mlp.up"]
+    assert kinds_of(monitor) == ["mlp.up", "experts.#.up", "experts.#.up", "mlp.up"]
     monitor.names = ["layers.0.mlp.up[:, 8:16]", "layers.0.mlp.up[16:24]", *names[1:3]]
-    assert plots._kinds(monitor) == ["mlp.up", "mlp.up", "experts.#.up", "experts.#.up"]
+    assert kinds_of(monitor) == ["mlp.up", "mlp.up", "experts.#.up", "experts.#.up"]

@@ -18,20 +18,12 @@ from typing import Any
 
 from misa_kernels.tools import plots
 from misa_kernels.tools.planner.cards import CARDS, RESERVED_BYTES, capacity_bytes
-from misa_kernels.tools.planner.methods import (
-    METHODS,
-    SLICES,
-    Setup,
-    advice,
-    fit,
-    is_released,
-    memory,
-    slices_of,
-    weights_and_states,
-)
+from misa_kernels.tools.planner.draws import SLICES, slices_of
+from misa_kernels.tools.planner.methods import METHODS, advice, fit, is_released, memory, weights_and_states
 from misa_kernels.tools.planner.model import Model, load
 from misa_kernels.tools.planner.shapes import PRESETS, LlamaShape
 from misa_kernels.tools.planner.step import Memory
+from misa_kernels.tools.planner.training import Setup
 
 GIB = 2**30
 EXAMPLES = f"""examples:

@@ -3,27 +3,23 @@
 from __future__ import annotations
 
 import math
-import warnings
-from collections.abc import Mapping, Set
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import replace
 
-import numpy as np
 import torch
 from torch import nn
 
-from misa_kernels.draw.matrices import Widths
-from misa_kernels.draw.rehearsal import costliest
-from misa_kernels.draw.sampler import ImportanceSampler
-from misa_kernels.draw.scores import Candidates
-from misa_kernels.draw.slices import Matrix, Slicing, axis_of, slicing
-from misa_kernels.draw.streams import Linear, flows
-from misa_kernels.gradients.hooks import Slice
-from misa_kernels.kernels.foreign import PIECE
+from misa_kernels.gradients.axes import Slice
 from misa_kernels.memory.arena import MOVE_ELEMENTS
-from misa_kernels.memory.storage import Storage
-from misa_kernels.optimizer import MISA
-from misa_kernels.presets import slices
 from misa_kernels.release import HELD_BYTES, LAUNCHES
+from misa_kernels.tools.planner.draws import (
+    DELTA_STEP,
+    SLICES,
+    by_layer,
+    costliest_names,
+    costliest_set,
+    slices_of,
+)
 from misa_kernels.tools.planner.fsdp import unsharded
 from misa_kernels.tools.planner.model import Model
 from misa_kernels.tools.planner.shapes import LINEARS, LlamaShape
@@ -37,9 +33,10 @@ from misa_kernels.tools.planner.states import (
     states_of,
 )
 from misa_kernels.tools.planner.step import AVERAGED_BYTES, NF4_BYTES, Memory, Workload, count
+from misa_kernels.tools.planner.training import Setup as Setup
+from misa_kernels.tools.planner.training import own_bytes, state_bytes, work_of_rule
 from misa_kernels.tools.planner.trial import held
 
-SLICES = "MISA, slices"
 # What each row of a plan is, and what it assumes.
 METHODS = {
     "AdamW": "all weights, float32 moments and, for bfloat16 weights, float32 masters",
@@ -56,181 +53,12 @@ METHODS = {
     "MISA": "the costliest set of matrices it may draw",
     SLICES: "a range of columns or rows of each of these matrices",
 }
-# LISA (arXiv 2403.17919), section 4: two layers at a time beside embedding and head.
-LISA_LAYERS = 2
-# `fit` looks for delta in steps of this.
-DELTA_STEP = 1e-4
-
-
-@dataclass(frozen=True)
-class Setup:
-    """What is trained on, and how.
-
-    Attributes:
-        batch: Sequences in a step on one GPU.
-        sequence: Tokens of each.
-        dtype: Of the weights, "bfloat16" or "float32".
-        checkpointing: Whether layers keep their inputs alone.
-        loss_chunk: Tokens whose logits are held at once; 0 for all, as in transformers' own loss.
-        delta: MISA's δ.
-        depth_window: MISA's, see `ImportanceSampler`.
-        state_dtype: MISA's.
-        param_precision: MISA's.
-        release_gradients: Whether MISA and the methods in `RELEASED` free each gradient within backward.
-        rank: Of LoRA's and QLoRA's adapters.
-        world_size: GPUs over which FSDP2 shards weights, gradients and states.
-        offload_activations: Whether what the forward pass keeps for backward lies in host memory, as with torch's
-            `save_on_cpu`, TRL's `activation_offloading` and torchtune's `OffloadActivations`; weights are not moved.
-        rule_bytes: Bytes of state that the rule of `MISA(rule=...)` keeps for a trained parameter; None: MISA's own
-            AdamW.
-    """
-
-    batch: int = 1
-    sequence: int = 2048
-    dtype: str = "bfloat16"
-    checkpointing: bool = True
-    loss_chunk: int = 0
-    delta: float = 0.03
-    depth_window: int | None = None
-    state_dtype: str = "fp32"
-    param_precision: str = "master"
-    release_gradients: bool = False
-    rank: int = 16
-    world_size: int = 1
-    offload_activations: bool = False
-    rule_bytes: float | None = None
-
-    @property
-    def frees_gradients(self) -> bool:
-        """Whether MISA frees each gradient within backward."""
-        return self.release_gradients and self.rule_bytes is None
-
-
-# What plain PyTorch takes an element where it rounds stochastically, or cuts float32 in two: measured.
-ROUNDING_BYTES = {"master": 0, "split": 13, "stochastic": 49}
-
-
-def own_bytes(options: Setup) -> float:
-    """Return the bytes of state for a trained parameter of MISA."""
-    own = state_bytes(options, options.state_dtype, options.param_precision)
-    if options.rule_bytes is None:
-        return own
-    return own - Storage(options.state_dtype).moment_bytes(getattr(torch, options.dtype)) + options.rule_bytes
-
-
-def work_of_rule(options: Setup, numel: int, largest: int, columns: int = 0) -> int:
-    """Return the bytes that a step by a rule of the user's works with, that of the rule itself apart.
-
-    Source: `RuledStep`: a copy of what is trained before the last step of a round, gradients in float32, copies of what
-    stands in for 16-bit weights without masters, and of the weights of columns; and what their rounding takes.
-
-    Args:
-        options: How it is trained.
-        numel: Parameters that are.
-        largest: Of one tensor of them.
-        columns: Of slices of columns.
-    """
-    if options.rule_bytes is None:
-        return 0
-    if options.dtype != "bfloat16":
-        return 4 * numel + 4 * columns
-    widened = 4 * (1 + (options.param_precision != "master"))
-    return numel * (4 + widened) + 2 * columns + ROUNDING_BYTES[options.param_precision] * min(PIECE, largest)
-
-
-def state_bytes(options: Setup, state_dtype: str = "fp32", param_precision: str = "master") -> float:
-    """Return the bytes of state for a trained parameter of MISA, or with the defaults of float32 AdamW.
-
-    Source: `Storage.buffers`, which the optimizer allocates by.
-    """
-    buffers = Storage(state_dtype, param_precision).buffers(getattr(torch, options.dtype))
-    return sum(kind.entries / kind.elements * kind.dtype.itemsize for kind in buffers.values())
 
 
 def is_released(method: str, options: Setup) -> bool:
     """Whether a method of others frees each gradient within backward: if its package can, APOLLO's on one GPU alone."""
     can = method in RELEASED and (options.world_size == 1 or method not in APOLLO_RANKS)
     return options.release_gradients and can
-
-
-def costliest_set(shape: LlamaShape, delta: float, depth_window: int | None) -> dict[int, set[str]]:
-    """Return the matrices of each layer in the admissible draw that needs the most memory.
-
-    Source: `misa_kernels.draw.rehearsal.costliest`, with which `MISA.rehearse` makes the first round.
-
-    Raises:
-        ValueError: If the largest matrix does not fit into δ N.
-    """
-    budget, largest = math.floor(delta * shape.numel), shape.largest
-    if largest > budget:
-        least = math.ceil(largest / shape.numel / DELTA_STEP) * DELTA_STEP
-        raise ValueError(
-            f"delta={delta:g} must leave room for the largest matrix, {largest:,} of {shape.numel:,} parameters: "
-            f"give {least:.4f} or more"
-        )
-    candidates = Candidates.fresh(
-        numel=np.array([*shape.matrix_numel.values()] * shape.layers),
-        layer=np.repeat(np.arange(shape.layers), len(LINEARS)),
-    )
-    width = np.array([columns for _, columns in shape.matrices.values()] * shape.layers)
-    active: dict[int, set[str]] = {}
-    for number in costliest(candidates, width, budget, depth_window).tolist():
-        active.setdefault(number // len(LINEARS), set()).add(LINEARS[number % len(LINEARS)])
-    return active
-
-
-def slices_of(shape: LlamaShape | Model, delta: float) -> tuple[dict[str, Slice], Slicing]:
-    """Return a slice of each matrix that MISA trains in slices, and what is said of all of them.
-
-    Of a shape the names are those of `LINEARS` behind the number of the layer, as in "0.down_proj". Wherever a slice
-    lies, it needs the same memory.
-
-    Source: `misa_kernels.draw.slices.slicing`, which the optimizer draws by.
-
-    Raises:
-        ValueError: If δ N has no room for a line of each of them, or nothing can be sliced.
-    """
-    if isinstance(shape, Model):
-        names = {id(param): name for name, param in shape.module.named_parameters()}
-        with warnings.catch_warnings(record=True) as said:
-            warnings.simplefilter("always")
-            optimizer = MISA(shape.groups, delta=delta, **slices())
-        pieces = {names[id(param)]: piece for param, piece in optimizer.trained.items() if piece is not None}
-        found = optimizer.coverage(total_steps=1).slicing
-        optimizer.release()
-        for sentence in (str(each.message) for each in said if "granularity='slice'" in str(each.message)):
-            shape.note(f"{SLICES}: {sentence.partition(': ')[0]}.")
-        assert found is not None
-        return pieces, found
-    linears = [
-        Linear(
-            f"{'self_attn' if name in LINEARS[:4] else 'mlp'}.{name}", Widths(frozenset(size[1:]), frozenset(size[:1]))
-        )
-        for name, size in shape.matrices.items()
-    ]
-    norms = [shape.hidden] * shape.norms + [shape.head_width] * 2 * shape.qk_norm
-    matrices = []
-    for size, flow in zip(shape.matrices.values(), flows(linears, norms), strict=True):
-        axis = axis_of(flow.part, 1)
-        matrices.append(Matrix(flow.part, axis, size[axis], size[1 - axis]))
-    found = slicing(
-        matrices * shape.layers,
-        [matrix.size * matrix.line for matrix in matrices] * shape.layers,
-        math.floor(delta * shape.numel),
-        "auto",
-    )
-    named = [f"{layer}.{name}" for layer in range(shape.layers) for name in LINEARS]
-    each = zip(named, matrices * shape.layers, found.widths, strict=True)
-    return {name: Slice(matrix.axis, 0, width) for name, matrix, width in each if width}, found
-
-
-def by_layer(pieces: Mapping[str, Slice]) -> dict[int, dict[str, Slice]]:
-    """Return the slices of a shape by layer and by the name of the matrix within it."""
-    found: dict[int, dict[str, Slice]] = {}
-    for name, piece in pieces.items():
-        layer, _, linear = name.partition(".")
-        found.setdefault(int(layer), {})[linear] = piece
-    return found
 
 
 def memory(method: str, shape: LlamaShape | Model, options: Setup) -> Memory:
@@ -248,17 +76,15 @@ def memory(method: str, shape: LlamaShape | Model, options: Setup) -> Memory:
     """
     if isinstance(shape, Model):
         return _of_model(method, shape, options)
-    everything: Mapping[int, Set[str]] = dict.fromkeys(range(shape.layers), frozenset(LINEARS))
-    wide, tokens = state_bytes(options), options.batch * options.sequence
-    matrices = sum(shape.matrix_numel.values())
+    tokens, matrices = options.batch * options.sequence, sum(shape.matrix_numel.values())
     run = Workload(
         shape=shape,
         tokens=tokens,
-        element=2 if options.dtype == "bfloat16" else 4,
+        element=options.element,
         chunk=min(options.loss_chunk or tokens, tokens),
         checkpointing=options.checkpointing,
         ranks=options.world_size,
-        state_bytes=wide,
+        state_bytes=state_bytes(options),
         offloaded=options.offload_activations,
     )
     if method in WHOLE:
@@ -267,7 +93,7 @@ def memory(method: str, shape: LlamaShape | Model, options: Setup) -> Memory:
         ]
         run = replace(
             run,
-            active=everything,
+            active=dict.fromkeys(range(shape.layers), frozenset(LINEARS)),
             dense=True,
             outside=True,
             state_elements=shape.numel,
@@ -279,44 +105,45 @@ def memory(method: str, shape: LlamaShape | Model, options: Setup) -> Memory:
         )
     elif method in ("LoRA", "QLoRA"):
         # peft makes adapters float32 unless autocast_adapter_dtype=False.
-        run = replace(run, rank=options.rank, adapter_element=4, quantised=method == "QLoRA", state_bytes=8)
-        run = replace(run, state_elements=shape.lora_numel(options.rank))
+        run = replace(
+            run,
+            rank=options.rank,
+            adapter_element=4,
+            quantised=method == "QLoRA",
+            state_elements=shape.lora_numel(options.rank),
+            state_bytes=8,
+        )
     elif method == "BAdam":
         run = replace(run, active={0: set(LINEARS)}, state_elements=matrices)
     elif method == "LISA":
+        # arXiv 2403.17919, section 4: two layers at a time beside embedding and head.
         active = {0: set(LINEARS), shape.layers - 1: set(LINEARS)}
         trained = len(active) * matrices + shape.outside_numel - shape.hidden
         run = replace(run, active=active, outside=True, state_elements=trained)
-    elif method == SLICES:
-        pieces, cut = slices_of(shape, options.delta)
-        sliced = by_layer(pieces)
-        sizes = [shape.slice_numel(linear, piece) for own in sliced.values() for linear, piece in own.items()]
-        axes = [piece.axis for own in sliced.values() for piece in own.values()]
-        columns = sum(numel for numel, axis in zip(sizes, axes, strict=True) if axis == 1)
-        run = replace(
-            run,
-            sliced=sliced,
-            # Allocated once, for the budget.
-            state_elements=cut.trained,
-            state_bytes=own_bytes(options),
-            released=options.frees_gradients,
-            waiting=HELD_BYTES,
-            alone=LAUNCHES,
-            round_end=max(4 * min(MOVE_ELEMENTS, max(sizes)), work_of_rule(options, cut.trained, max(sizes), columns)),
-        )
     else:
-        # Allocated once, for any draw.
-        elements = min(math.floor(options.delta * shape.numel), shape.layers * matrices)
+        # States are allocated once, for the budget or any draw.
+        if method == SLICES:
+            pieces, cut = slices_of(shape, options.delta)
+            sliced = by_layer(pieces)
+            sizes = [
+                (shape.slice_numel(name, piece), piece.axis) for own in sliced.values() for name, piece in own.items()
+            ]
+            largest, columns = max(numel for numel, _ in sizes), sum(numel for numel, axis in sizes if axis == 1)
+            run = replace(run, sliced=sliced, state_elements=cut.trained)
+        else:
+            largest, columns = shape.largest, 0
+            elements = min(math.floor(options.delta * shape.numel), shape.layers * matrices)
+            active = costliest_set(shape, options.delta, options.depth_window)
+            run = replace(run, active=active, state_elements=elements)
+        # States of modules that stay move through a buffer.
+        moved = 4 * min(MOVE_ELEMENTS, largest)
         run = replace(
             run,
-            active=costliest_set(shape, options.delta, options.depth_window),
-            state_elements=elements,
             state_bytes=own_bytes(options),
             released=options.frees_gradients,
             waiting=HELD_BYTES,
             alone=LAUNCHES,
-            # States of modules that stay move through a buffer.
-            round_end=max(4 * min(MOVE_ELEMENTS, shape.largest), work_of_rule(options, elements, shape.largest)),
+            round_end=max(moved, work_of_rule(options, run.state_elements, largest, columns)),
         )
     return count(run)
 
@@ -328,7 +155,7 @@ def _of_model(method: str, model: Model, options: Setup) -> Memory:
         raise ValueError(
             f"dtype={options.dtype!r} must be the model's, {model.dtype!r}: build it in that of its training"
         )
-    narrow, wide = options.dtype == "bfloat16", state_bytes(options)
+    wide, element = state_bytes(options), options.element
     rank, released, waiting, round_end, ranks, paged = 0, False, 0.0, 0.0, options.world_size, 0.0
     sliced: Mapping[str, Slice] = {}
     updating: dict[str, float] = {}
@@ -380,8 +207,8 @@ def _of_model(method: str, model: Model, options: Setup) -> Memory:
     # peft makes adapters float32 unless autocast_adapter_dtype=False.
     weights, working = sum(param.nbytes for param in params.values()) + 4 * bool(rank) * elements, 0.0
     if method == "QLoRA":
-        whole = [math.prod(features) * (2 if narrow else 4) for features in linears]
-        weights -= sum(whole) * (1 - NF4_BYTES / (2 if narrow else 4))
+        whole = [math.prod(features) * element for features in linears]
+        weights -= sum(whole) * (1 - NF4_BYTES / element)
         # One at a time is whole again, at worst when the peak is there.
         working = max(whole, default=0)
     if ranks > 1:
@@ -407,28 +234,12 @@ def _of_model(method: str, model: Model, options: Setup) -> Memory:
     )
 
 
-def costliest_names(model: Model, delta: float, depth_window: int | None) -> set[str]:
-    """Return the names of the matrices in the admissible draw of MISA that needs the most memory.
-
-    Raises:
-        ValueError: As `MISA`, where the largest module does not fit into δ N.
-    """
-    with warnings.catch_warnings():
-        # It asks for an example, which the user of a plan does not have.
-        warnings.filterwarnings("ignore", "rehearse.. cannot know|depth_window=")
-        optimizer = MISA(model.groups, delta=delta, sampler=ImportanceSampler(depth_window=depth_window))
-        optimizer.rehearse()
-    names = {name for name, param in model.module.named_parameters() if param.requires_grad}
-    optimizer.release()
-    return names
-
-
 def weights_and_states(numel: float, options: Setup) -> dict[str, tuple[float, float, float]]:
     """Return the bytes of weights, gradients and states of what needs no more than the number of parameters.
 
     Of AdamW paged two bytes a parameter lie in host memory beside them.
     """
-    element, narrow = (2, True) if options.dtype == "bfloat16" else (4, False)
+    element, narrow = options.element, options.dtype == "bfloat16"
     trained = {
         "AdamW": (numel, state_bytes(options), False),
         "AdamW 8-bit": (numel, BITSANDBYTES_BYTES, options.release_gradients),
@@ -488,7 +299,7 @@ def advice(shape: LlamaShape | Model, options: Setup, peaks: Mapping[str, float]
         flags += " and without --rule-bytes" * (options.rule_bytes is not None)
         return first + f"MISA fits with {flags}, up to --delta {largest:g}."
     why = "MISA fits with no delta"
-    weights = (2 if narrow else 4) * shape.numel / options.world_size
+    weights = options.element * shape.numel / options.world_size
     if weights > cap_bytes:
         why = f"The {options.dtype} weights alone, {weights / 2**30:.1f} GiB, do not fit"
     if peaks["QLoRA"] <= cap_bytes:

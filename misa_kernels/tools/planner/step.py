@@ -18,7 +18,7 @@ from collections.abc import Mapping, Set
 from dataclasses import dataclass, field
 from typing import Literal
 
-from misa_kernels.gradients.hooks import Slice
+from misa_kernels.gradients.axes import Slice
 from misa_kernels.tools.planner.fsdp import unsharded
 from misa_kernels.tools.planner.shapes import LINEARS, LlamaShape
 

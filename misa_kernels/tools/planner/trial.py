@@ -13,7 +13,8 @@ from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
 
 from misa_kernels.draw.linears import linears_of
-from misa_kernels.gradients.hooks import Slice, SliceGradients, input_axis
+from misa_kernels.gradients.axes import Slice, input_axis
+from misa_kernels.gradients.hooks import SliceGradients
 from misa_kernels.tools.planner.dry import META, Held, TooLongError, step
 from misa_kernels.tools.planner.model import Model, reason_of
 
