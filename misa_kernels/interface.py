@@ -16,6 +16,7 @@ from misa_kernels.gradients.axes import Slice
 from misa_kernels.monitor import Monitor
 from misa_kernels.options import check_count
 from misa_kernels.outside.garbage import kept
+from misa_kernels.resume import load
 from misa_kernels.run import Run
 
 if TYPE_CHECKING:
@@ -209,7 +210,7 @@ class Interface(torch.optim.Optimizer):
         saved = dict(state_dict)
         for hook in self._optimizer_load_state_dict_pre_hooks.values():
             saved = hook(self, saved) or saved
-        self._run.load(saved)
+        load(self._run, saved)
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
 

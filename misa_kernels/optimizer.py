@@ -28,6 +28,7 @@ from misa_kernels.outside.flags import LISTED
 from misa_kernels.outside.garbage import kept
 from misa_kernels.outside.tracing import not_traced
 from misa_kernels.ranks.agreement import together
+from misa_kernels.resume import complete, prepare_to_save, resume_copy, to_copy
 from misa_kernels.run import Run
 
 if TYPE_CHECKING:
@@ -157,8 +158,8 @@ class MISA(Interface):
         self.defaults.update(self._run.trained.defaults)
         # Of an optimizer that nobody holds any more the model shows nothing.
         weakref.finalize(self, self._run.abandon).atexit = False
-        self.register_state_dict_pre_hook(lambda optimizer: cast(MISA, optimizer)._run.prepare_to_save())
-        self.register_state_dict_post_hook(lambda optimizer, saved: cast(MISA, optimizer)._run.complete(saved))
+        self.register_state_dict_pre_hook(lambda optimizer: prepare_to_save(cast(MISA, optimizer)._run))
+        self.register_state_dict_post_hook(lambda optimizer, saved: complete(cast(MISA, optimizer)._run, saved))
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -233,7 +234,7 @@ class MISA(Interface):
                 "a MISA with process_group=... cannot be copied or pickled, as the group cannot: save "
                 "optimizer.state_dict(), and load it into a MISA constructed on the copy"
             )
-        rest = run.to_copy(self.state_dict)
+        rest = to_copy(run, self.state_dict)
         return type(self)._copied, (self.param_groups, self.defaults, run.given, run.sliced.layers(run.layout), *rest)
 
     @classmethod
@@ -253,7 +254,7 @@ class MISA(Interface):
             # Said when the original was constructed.
             warnings.simplefilter("ignore", UserWarning)
             optimizer._begin(groups, defaults, options, held["laid_out"])
-            optimizer._run.resume_copy(held, *rest)
+            resume_copy(optimizer._run, held, *rest)
         return optimizer
 
 

@@ -7,9 +7,8 @@ Its parameters know it, too, and it knows nothing of the optimizer, where the st
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from operator import is_
 from typing import TYPE_CHECKING, Any
 
@@ -17,13 +16,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from misa_kernels import advice, checkpoint, kernels, options
+from misa_kernels import advice, kernels, options
 from misa_kernels.clock import Clock
 from misa_kernels.draw import linears
 from misa_kernels.draw.coverage import LONGEST_ROUND, Coverage, coverage, modules_a_round, round_length
 from misa_kernels.draw.order import recall
 from misa_kernels.draw.rehearsal import costliest_draw
-from misa_kernels.draw.sampler import Draw, ImportanceSampler, Sampler, checked, described
+from misa_kernels.draw.sampler import Draw, ImportanceSampler, Sampler, checked
 from misa_kernels.draw.scores import Ints
 from misa_kernels.layout import SCORES, Layout, form_of
 from misa_kernels.live import LiveState
@@ -73,6 +72,7 @@ class Run:
         recompiles: Whether `torch.compile` keeps up with the draws.
         meeting: What the ranks that train together compare; None before the first step, or where there are none.
         room: After `rehearse()`, memory of the gradients that another draw may have; until the end of the first step.
+        is_rehearsed: Whether the first round trains the costliest set.
         has_met: Whether it was found out in the first step who trains together.
         ended: Why the run has ended, as the rest of a sentence; None while it lasts.
     """
@@ -94,7 +94,7 @@ class Run:
         self.sliced = SlicedLayers(self.flags, lambda: None if (own := follow()) is None else own())
         refuse_engines(self.flags.params)
         try:
-            self.layout = self._lay_out()
+            self.layout = self.lay_out()
         except ValueError as error:
             raise ValueError("; and ".join([str(error), *self.flags.advice])) from None
         self.scores = Scores(self.layout, self.sampler)
@@ -111,7 +111,7 @@ class Run:
         self.meeting: Meeting | None = None
         self.room: Tensor | None = None
         self.ended: str | None = None
-        self.has_met = self._is_rehearsed = False
+        self.has_met = self.is_rehearsed = False
         self._hooks: dict[Tensor, Any] = {}
         draw = self.draw()
 
@@ -130,7 +130,8 @@ class Run:
         self.show(draw.active)
         self.record(draw)
 
-    def _lay_out(self) -> Layout:
+    def lay_out(self) -> Layout:
+        """Return what can be drawn, as groups, flags and the order of the layers are now."""
         flags = self.flags
         known = self.order.names if self.order.is_told else ()
         return Layout(self.groups, self.given, self.sampler, self.storage, flags.chosen, flags.counted, known)
@@ -172,26 +173,26 @@ class Run:
     def allocate(self) -> None:
         """Allocate the state, or take over what somebody wrote to it."""
         if self.live.arena is not None:
-            self._reconcile()
+            self.reconcile()
             return
         if not self.clock.steps:
             self.flags.compare()
         self.follow()
         self.sliced.look_for_strangers(self.layout)
-        self._reconcile()
+        self.reconcile()
         self.trained.allocate(self.layout.slots_of(self.active.tolist()))
         if self.given.backend == "auto" and self.trained.backend == "reference":
             params = [block.param for block in self.layout.blocks]
             if (reason := kernels.why_plain(params, self.storage)) is not None:
                 self.flags.warn_once("backend", reason)
-        if self._is_rehearsed and not self.clock.steps:
+        if self.is_rehearsed and not self.clock.steps:
             partition = self.layout.partition
             numel = partition.budget - int(self.scores.candidates.numel[self.active].sum())
             params = [block.param for module in partition.modules for block in module.blocks]
             most = max(params, key=Tensor.element_size)
             self.room = torch.empty(numel, dtype=most.dtype, device=most.device)
 
-    def _reconcile(self) -> None:
+    def reconcile(self) -> None:
         """Take over what somebody else wrote to `state`: a common way to begin anew is to clear it."""
         state = self.live.state
         if not state.changed[0]:
@@ -281,7 +282,7 @@ class Run:
             linears.exchange(before, now)
             options.check_cast([dtype for _, dtype in self.layout.form], now, self.layout.partition)
         self.flags.compare()
-        layout, earlier, places = self._lay_out(), self.layout, self.layout.places_of(self.active.tolist())
+        layout, earlier, places = self.lay_out(), self.layout, self.layout.places_of(self.active.tolist())
         self.flags.settle()
         self.flags.exchange(now)
         self.move(layout)
@@ -290,7 +291,7 @@ class Run:
         if layout.is_like(earlier) and needed <= layout.partition.budget:
             self.settle(places, self.active)
         else:
-            self.settle(self.staying(places), self.costliest() if self._is_rehearsed else draw.active)
+            self.settle(self.staying(places), self.costliest() if self.is_rehearsed else draw.active)
         self.record(draw)
 
     def learn_order(self) -> bool:
@@ -311,7 +312,7 @@ class Run:
         """Return the layout of what the user wants trained now; None if there is none, as when all of it is frozen."""
         while True:
             try:
-                layout = self._lay_out()
+                layout = self.lay_out()
             except (TypeError, ValueError) as error:
                 if refused := self.flags.refuse():
                     warn(f"{refused}, thawed in mid-run, stays frozen: {error}")
@@ -393,7 +394,7 @@ class Run:
                 f"rehearse() cannot know which of {len(self.order.first)} stacks of layers runs first, so later rounds "
                 "may need more memory than the first: make the groups with param_groups(model, example=...)"
             )
-        self._is_rehearsed = True
+        self.is_rehearsed = True
         self.scores.candidates.last_round[:] = -1
         self.show(self.costliest())
         self.monitor.rounds.clear()
@@ -425,72 +426,6 @@ class Run:
             handle.remove()
         self.trained.forget()
         self.flags.give_back(is_late)
-
-    # Saved states, and copies.
-
-    @not_traced
-    def prepare_to_save(self) -> None:
-        """Bring weights, masters and `state` into agreement."""
-        refuse_capture("state_dict()")
-        self.follow()
-        if self.ended is None:
-            self._reconcile()
-            self.trained.adopt()
-
-    @not_traced
-    def complete(self, state_dict: dict[str, Any]) -> None:
-        """Make a state dict, as torch makes it, independent of the arena, and add the position of the run."""
-        clock = replace(self.clock, skipped_steps=self.skipped_steps)
-        order = self.order.names if self.order.is_told else None
-        checkpoint.write(state_dict, self.trained, clock, self.scores.unheard(), self._described(), order)
-
-    def _described(self) -> tuple[int, str, float]:
-        return self.inner_steps, described(self.sampler), float(self.given.delta)
-
-    @not_traced
-    @torch.no_grad()
-    def load(self, state_dict: dict[str, Any]) -> None:
-        """Resume from a saved state; see `MISA.load_state_dict`."""
-        if self.ended is not None:
-            raise RuntimeError(f"load_state_dict() came after {self.ended}: construct a new MISA and load into that")
-        refuse_capture("load_state_dict()")
-        self.follow()
-        saved = checkpoint.read(state_dict, self.groups, self.layout, self.scores, self.trained.rule)
-        if saved.order is not None and saved.order != self.layout.partition.layers:
-            self._reorder(saved.order)
-        made = f" ('auto' with total_steps={self.given.total_steps})" if self.given.inner_steps == "auto" else ""
-        saved.warn_of_differences(self.storage, self._described(), made)
-
-        for name in checkpoint.NUMBERS:
-            setattr(self.clock, name, saved.position[name])
-        self.scores.load(saved.scores, saved.position.get("unheard", ()))
-        self.trained.load(saved.own, saved.storage, saved.hyperparameters)
-        self.scores.show(self.live.state)
-        self.show(saved.active)
-        self.record(self.draw())
-
-    def _reorder(self, names: Sequence[str]) -> None:
-        """Number the layers as another run has seen them run; modules and state stay as they are."""
-        self.order.take(names)
-        places = self.layout.places_of(self.active.tolist())
-        self.move(self._lay_out())
-        self.settle(places, self.active)
-
-    def to_copy(self, state_dict: Callable[[], dict[str, Any]]) -> tuple[Any, ...]:
-        """Return what `resume_copy` needs: flags, whether the run was rehearsed, and its state unless it has ended."""
-        saved = None if self.ended is not None else state_dict()
-        return *self.flags.choices(), self._is_rehearsed, saved
-
-    def resume_copy(
-        self, held: dict[str, Any], shown: set[int], is_rehearsed: bool, state_dict: dict[str, Any] | None
-    ) -> None:
-        """Go on as the run whose `to_copy` this is, being new and on copies of its parameters."""
-        self._is_rehearsed = is_rehearsed
-        if state_dict is None:
-            self.release()
-        else:
-            self.load(state_dict)
-        self.flags.choose(held, shown)
 
     def exchange_state(self, state: Any) -> None:
         """Take a copy of what somebody assigned to `optimizer.state`, as far as it is of the parameters here."""

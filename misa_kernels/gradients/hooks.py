@@ -32,12 +32,12 @@ class SliceGradients:
         follow: Called where a layer has another weight than expected; it may call `train`.
 
     Attributes:
-        arrivals: Tells of gradients that have come.
+        messenger: Tells of gradients that have come.
     """
 
     def __init__(self, follow: Callable[[], None] | None = None) -> None:
-        self._trained: dict[nn.Parameter, _Trained] = {}
-        self.arrivals = _Arrivals()
+        self._trained: dict[nn.Parameter, _SlicedWeight] = {}
+        self.messenger = _Messenger()
         self._follow = follow
 
     def train(
@@ -69,7 +69,7 @@ class SliceGradients:
             guard_hooks()
         for weight, (piece, modules) in slices.items():
             if weight not in self._trained:
-                self._trained[weight] = _Trained(weight, piece, (names or {}).get(weight), self)
+                self._trained[weight] = _SlicedWeight(weight, piece, (names or {}).get(weight), self)
             self._trained[weight].hook(modules)
             self._trained[weight].move(piece)
 
@@ -77,14 +77,14 @@ class SliceGradients:
         """Remove all hooks, and the gradients of slices."""
         self.train({})
 
-    def now(self, module: nn.Module) -> _Trained | None:
+    def now(self, module: nn.Module) -> _SlicedWeight | None:
         """Return what is trained of a module's weight, which was exchanged."""
         if self._follow is not None:
             self._follow()
         return next((trained for trained in self._trained.values() if trained.has(module)), None)
 
 
-class _Arrivals:
+class _Messenger:
     """Tells those who wait for a weight's gradient, one gradient later than it is there.
 
     They may write to the weight, which its layer still needs for the gradient of its input: that is made right behind
@@ -115,7 +115,7 @@ class _Arrivals:
                 hook(weight)
 
 
-class _Trained:
+class _SlicedWeight:
     """A slice that gets gradients.
 
     Args:
@@ -126,7 +126,7 @@ class _Trained:
     """
 
     def __init__(self, weight: nn.Parameter, piece: Slice, name: str | None, owner: SliceGradients) -> None:
-        self._owner, self._arrivals = weakref.ref(owner), owner.arrivals
+        self._owner, self._messenger = weakref.ref(owner), owner.messenger
         self.weight, self.piece = weight, piece
         self._name = name
         # A module holds its hook, and so this: weakly, to be freed when it goes.
@@ -257,7 +257,7 @@ class _Trained:
             weight.grad.part.add_(made.part)
         else:
             weight.grad = weight.grad + made
-        self._arrivals.note(weight)
+        self._messenger.note(weight)
 
     def _say(self) -> None:
         # Export calls layers with stand-ins of their weights.
@@ -284,7 +284,7 @@ class _Hook:
         trained: The slice.
     """
 
-    def __init__(self, trained: _Trained | None = None) -> None:
+    def __init__(self, trained: _SlicedWeight | None = None) -> None:
         self._own = trained
 
     @not_traced

@@ -27,6 +27,7 @@ ORDER = [
     ["ruled"],
     ["checkpoint", "meeting"],
     ["run"],
+    ["resume"],
     ["interface"],
     ["optimizer", "presets", "rules"],
     ["distributed", "tools"],
