@@ -7,7 +7,6 @@ equal share of each, so that every layer moves a little.
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -174,21 +173,15 @@ def _too_little(matrices: Sequence[Matrix], without: Matrix, budget: int) -> str
 
 
 def _lines(matrices: Sequence[Matrix | None], widths: Sequence[int]) -> tuple[str, ...]:
-    kinds = Counter(
-        (matrix.part or "other", matrix.axis, matrix.size)
-        for matrix, width in zip(matrices, widths, strict=True)
-        if matrix is not None and width
-    )
+    kinds: dict[tuple[str, int, int], list[int]] = {}
+    for matrix, width in zip(matrices, widths, strict=True):
+        if matrix is not None and width:
+            kinds.setdefault((matrix.part or "other", matrix.axis, matrix.size), []).append(width)
     lines = []
-    for (part, axis, size), count in kinds.items():
-        own = {
-            width
-            for matrix, width in zip(matrices, widths, strict=True)
-            if matrix is not None and width and (matrix.part or "other", matrix.axis, matrix.size) == (part, axis, size)
-        }
+    for (part, axis, size), own in kinds.items():
         low, high = min(own), max(own)
-        width = f"{low}" if low == high else f"{low} to {high}"
-        lines.append(f"{count} x {part}: {width} of {size} {'columns' if axis else 'rows'}")
+        span = f"{low}" if low == high else f"{low} to {high}"
+        lines.append(f"{len(own)} x {part}: {span} of {size} {'columns' if axis else 'rows'}")
     return tuple(lines)
 
 
