@@ -20,7 +20,7 @@ MOVED = {
     "sampler": "draw.sampler",
 }
 # Where else to look for what an old module held, and what has another name now.
-APART = {"sampler": ("draw.scores", "draw.rehearsal", "draw.limits")}
+APART = {"sampler": ("draw.scores", "draw.rehearsal", "draw.limits", "draw.probability")}
 RENAMED = {"planner.step": {"Run": "Workload"}, "planner.methods": {"Options": "Setup"}}
 
 

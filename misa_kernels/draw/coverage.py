@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from misa_kernels.draw.sampler import Sampler, admissible, windows
+from misa_kernels.draw.packing import admissible, windows
+from misa_kernels.draw.sampler import Sampler
 from misa_kernels.draw.scores import Candidates
 from misa_kernels.draw.slices import Slicing
 
