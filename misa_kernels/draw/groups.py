@@ -19,7 +19,8 @@ from misa_kernels.draw.roles import EXPERTS, MATRICES, places_of
 from misa_kernels.draw.slices import axis_of
 from misa_kernels.draw.spots import BEFORE, BEHIND, UNSURE, spots_of
 from misa_kernels.draw.tree import Layer, Node, layers_of, nodes_of
-from misa_kernels.outside.flags import chosen_of
+from misa_kernels.outside.chosen import choice_of
+from misa_kernels.outside.copies import Marks
 from misa_kernels.outside.garbage import kept
 from misa_kernels.outside.notices import warn
 
@@ -118,7 +119,7 @@ def param_groups(
         raise ValueError(f"experts={experts!r} must be 'each' (an expert is a module) or 'whole' (a stack of them is)")
     nodes = nodes_of(model)
     places = places_of(nodes)
-    chosen = chosen_of([place.name for place in places], [place.param for place in places])
+    chosen = choice_of(Marks([place.name for place in places], [place.param for place in places])).flags
     trained = {id(place.param) for place, is_chosen in zip(places, chosen, strict=True) if is_chosen}
     meant = _meant({"sampled": sampled, "dense": dense, "frozen": frozen}, model, trained)
     stack = layers_of(nodes[0]) if layers is None else _given(layers, model)
