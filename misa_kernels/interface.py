@@ -169,7 +169,7 @@ class Interface(torch.optim.Optimizer):
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget gradients; where somebody switched the whole model on, switch off what is not active in this round."""
-        self._run.put_back()
+        self._run.flags.put_back()
         super().zero_grad(set_to_none)
 
     def thawed(self) -> AbstractContextManager[None]:

@@ -24,8 +24,8 @@ from misa_kernels.options import (
     check_rules_own,
     copied_groups,
 )
-from misa_kernels.outside.flags import LISTED
 from misa_kernels.outside.garbage import kept
+from misa_kernels.outside.notices import listed
 from misa_kernels.outside.tracing import not_traced
 from misa_kernels.ranks.agreement import together
 from misa_kernels.resume import complete, prepare_to_save, resume_copy, to_copy
@@ -367,14 +367,13 @@ def _hear(run: Run, came: Bools, is_vague: bool) -> None:
     # Where no gradient ever came that is said, and something else is wrong.
     if silent.size and run.scores.candidates.count.any():
         names = [run.layout.partition.modules[number].name for number in silent]
-        more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
         otherwise = ""
         if run.layout.partition.slicing is not None:
             # Their gradients come from hooks on layers, which other code may not call.
             otherwise = ", draw with granularity='module' what is used otherwise than by calling its layer"
         run.flags.warn_once(
             "silent",
-            f"{', '.join(names[:LISTED])}{more} had no gradient, or zeros only, in {SILENT} rounds in which they were "
+            f"{listed(names)} had no gradient, or zeros only, in {SILENT} rounds in which they were "
             f"active, so such modules are drawn one at a time and once in {HEARING} rounds until one comes: freeze "
             "with requires_grad_(False), before param_groups(model) or within `with optimizer.thawed():`, what is not "
             f"in use{otherwise}, or wait, as each is drawn again as before from its first gradient on",

@@ -376,11 +376,6 @@ class Run:
             self._slice()
         self.follow()
 
-    def put_back(self) -> None:
-        """Switch off what somebody switched on that is not active; see `Flags.put_back`."""
-        if self.ended is None:
-            self.flags.put_back()
-
     # The costliest round, and the end.
 
     @not_traced

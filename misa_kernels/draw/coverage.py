@@ -7,8 +7,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from misa_kernels.draw.packing import admissible, windows
 from misa_kernels.draw.partition import Partition
-from misa_kernels.draw.sampler import Sampler, admissible, rounds_held, windows
+from misa_kernels.draw.sampler import Sampler, rounds_held
 from misa_kernels.draw.scores import Candidates
 from misa_kernels.draw.slices import Slicing
 

@@ -19,7 +19,8 @@ from misa_kernels.draw.roles import EXPERTS, MATRICES, places_of
 from misa_kernels.draw.slices import axis_of
 from misa_kernels.draw.spots import BEFORE, BEHIND, UNSURE, spots_of
 from misa_kernels.draw.tree import Layer, Node, layers_of, nodes_of
-from misa_kernels.outside.flags import chosen_of
+from misa_kernels.outside.chosen import choice_of
+from misa_kernels.outside.copies import Marks
 from misa_kernels.outside.garbage import kept
 from misa_kernels.outside.notices import warn
 
@@ -27,6 +28,7 @@ from misa_kernels.outside.notices import warn
 _MUCH = 0.2
 
 
+@kept()
 def param_groups(
     model: nn.Module,
     mode: Literal["finetune", "pretrain"] = "finetune",
@@ -115,24 +117,11 @@ def param_groups(
         raise ValueError(f"mode={mode!r} must be 'finetune' (the rest is frozen) or 'pretrain' (the rest is dense)")
     if experts not in ("each", "whole"):
         raise ValueError(f"experts={experts!r} must be 'each' (an expert is a module) or 'whole' (a stack of them is)")
-    with kept():
-        return _grouped(model, mode, experts, {"sampled": sampled, "dense": dense, "frozen": frozen}, layers, example)
-
-
-def _grouped(
-    model: nn.Module,
-    mode: str,
-    experts: str,
-    lists: Mapping[str, Iterable[nn.Module | nn.Parameter]],
-    layers: Iterable[nn.Module] | None,
-    example: Any,
-) -> Groups:
-    """Return the groups; see `param_groups`."""
     nodes = nodes_of(model)
     places = places_of(nodes)
-    chosen = chosen_of([place.name for place in places], [place.param for place in places])
+    chosen = choice_of(Marks([place.name for place in places], [place.param for place in places])).flags
     trained = {id(place.param) for place, is_chosen in zip(places, chosen, strict=True) if is_chosen}
-    meant = _meant(lists, model, trained)
+    meant = _meant({"sampled": sampled, "dense": dense, "frozen": frozen}, model, trained)
     stack = layers_of(nodes[0]) if layers is None else _given(layers, model)
     trace = None if example is None else Trace(model, example)
     kinds, spots, order = spots_of(nodes, places, stack, trace, is_ordered=layers is not None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
+from dataclasses import fields
 from numbers import Integral, Real
 from typing import Any
 
@@ -72,3 +73,20 @@ def check(sampler: object, options: Iterable[str]) -> None:
         is_valid, rule = RULES[name]
         if not is_valid(value):
             raise ValueError(f"{name}={value!r} must be {rule}")
+
+
+def check_own(sampler: Any) -> None:
+    """Refuse options of one of our samplers that break their rules, or do not go together."""
+    # A subclass may have options of its own.
+    check(sampler, [field.name for field in fields(sampler) if field.name in RULES])
+    for name in ("max_per_layer", "depth_window"):
+        if sampler.granularity == "slice" and getattr(sampler, name) is not None:
+            raise ValueError(
+                f"{name}={getattr(sampler, name)!r} must be None with granularity='slice', which trains a slice of "
+                "every layer at once: leave it out, or draw modules with granularity='module'"
+            )
+    if sampler.max_per_layer is not None and sampler.granularity == "layer":
+        raise ValueError(
+            f"max_per_layer={sampler.max_per_layer!r} must be None with granularity='layer', whose candidates are "
+            "whole layers: leave it out, or draw modules with granularity='module'"
+        )

@@ -6,16 +6,17 @@ import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import count, pairwise, repeat
-from typing import Any, Literal, NamedTuple
+from itertools import count, pairwise
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
+from misa_kernels.draw.members import Member, layer_order, members, nothing_to_sample
 from misa_kernels.draw.order import merged
 from misa_kernels.draw.slices import Matrix, Slicing, slicing, starts_of
 from misa_kernels.gradients.axes import Slice
 from misa_kernels.outside.notices import names_of
-from misa_kernels.ranks.shards import is_sharded, local, sharded_axes
+from misa_kernels.ranks.shards import is_sharded, sharded_axes
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +42,7 @@ class Block:
     @property
     def pitch(self) -> int:
         """Elements from one line of a slice of columns to the next; 0 where it is contiguous."""
-        return self.param.shape[1] if self.axis == 1 and self.width else 0
+        return self.param.shape[1] if self.width else 0
 
     @property
     def width(self) -> int:
@@ -54,7 +55,7 @@ class Block:
     @property
     def numel(self) -> int:
         """Number of parameters."""
-        width = 0 if self.axis is None else self.width
+        width = self.width
         return len(self.param) * width if width else self.stop - self.start
 
     @property
@@ -184,19 +185,19 @@ def partition(
     """
     params = [param for group in groups for param in group["params"]]
     chosen = [param.requires_grad for param in params] if chosen is None else chosen
-    members = list(_members(groups, delta, chosen))
-    layers = merged(_layer_order(members, groups), {layer: number for number, layer in enumerate(order)})
-    position = {layer: number for number, layer in enumerate(layers)}
-    counts = chosen if counted is None else counted
-    total_numel = sum(member.numel for member in members if counts[member.place])
+    counted = chosen if counted is None else counted
+    found = list(members(groups, delta, chosen))
+    layers = merged(layer_order(found, groups), {layer: number for number, layer in enumerate(order)})
+    position: dict[str | None, int] = {None: -1} | {layer: number for number, layer in enumerate(layers)}
+    total_numel = sum(member.numel for member in found if counted[member.place])
     budget = math.floor(delta * total_numel)
 
-    sampled = [member for member in members if member.role == "sampled"]
+    sampled = [member for member in found if member.role == "sampled"]
     plan = _slicing(sampled, budget, slices) if granularity == "slice" and sampled else None
-    modules = [] if plan is None else list(_slices(sampled, plan, position))
+    modules: list[Module] = []
     split: list[Module] = []
     too_large: list[Module] = []
-    for module in _modules(sampled, position, granularity) if plan is None else ():
+    for module in _slices(sampled, plan, position) if plan else _modules(sampled, position, granularity):
         if module.numel <= budget:
             modules.append(module)
             continue
@@ -206,161 +207,33 @@ def partition(
     if too_large:
         raise ValueError(_too_large(too_large, delta, total_numel, granularity, oversized))
     if not modules:
-        raise ValueError(_nothing_to_sample(members, groups, chosen))
-    dense = [member for member in members if member.role == "dense"]
+        raise ValueError(nothing_to_sample(found, groups, chosen))
+    dense = [member for member in found if member.role == "dense"]
     # Without a layer in a group that names them, it lies behind the last.
     before_end = (member for member in dense if member.layer is not None or "layers" not in groups[member.group])
-    reached = [-1 if member.layer is None else position[member.layer] for member in before_end]
     return Partition(
         modules=modules,
         dense=[Block(member.param, member.place, 0, 0, member.numel) for member in dense],
-        frozen=[member.param for member in members if member.role == "frozen"]
+        frozen=[member.param for member in found if member.role == "frozen"]
         + [member.param for member, width in zip(sampled, plan.widths if plan else (), strict=False) if not width],
         names=names_of(groups),
         total_numel=total_numel,
         budget=budget,
         layers=layers,
-        dense_layer=min(reached, default=None),
+        dense_layer=min((position[member.layer] for member in before_end), default=None),
         split=[module.name for module in split],
         slicing=plan,
     )
 
 
-class _Member(NamedTuple):
-    """A parameter of a group, and what the group says of it.
-
-    Args:
-        param: The parameter.
-        place: Its position in the optimizer's order.
-        numel: Its elements.
-        group: Number of the group.
-        role: "sampled", "dense" or "frozen".
-        names: Those of the modules that its equal row blocks belong to.
-        layer: Name of its layer, None if it is unknown or there is none.
-        slices: Part and axis if it may be sliced, else None.
-    """
-
-    param: nn.Parameter
-    place: int
-    numel: int
-    group: int
-    role: str
-    names: tuple[str, ...]
-    layer: str | None
-    slices: tuple[str | None, int] | None
-
-
-def _members(groups: Sequence[Mapping[str, Any]], delta: float, chosen: Sequence[bool]) -> Iterator[_Member]:
-    """Yield every parameter once, at its first place, after checking what its group says."""
-    names = names_of(groups)
-    seen: set[int] = set()
-    index = -1
-    for g, group in enumerate(groups):
-        role, size = group.get("role"), len(group["params"])
-        if role not in (None, "sampled", "dense", "frozen"):
-            raise ValueError(
-                f"role={role!r} of group {g} must be 'sampled', 'dense' or 'frozen': give it one of these or none"
-            )
-        for key in ("modules", "layers", "slices", "thawed"):
-            if key in group and len(group[key]) != size:
-                raise ValueError(
-                    f"{key!r} of group {g} has {len(group[key])} entries and must have one for each of its "
-                    f"{size} parameters: make the groups with param_groups(model)"
-                )
-        # Where somebody thaws what a group calls frozen, it has another role.
-        meant = group["thawed"] if role == "frozen" and "thawed" in group else repeat(role)
-        entries = group["modules"] if "modules" in group else names[index + 1 :]
-        layers = group["layers"] if "layers" in group else repeat(None)
-        slices = group["slices"] if "slices" in group else repeat(None)
-        for param, thawed, entry, layer, cut in zip(group["params"], meant, entries, layers, slices, strict=False):
-            index += 1
-            if id(param) in seen:
-                continue
-            seen.add(id(param))
-            own_role = thawed if chosen[index] else role
-            if own_role != "frozen":
-                own_role = _role(param, names[index], own_role, delta, chosen[index])
-            modules = (entry,) if isinstance(entry, str) else tuple(entry)
-            if own_role == "sampled" and len(modules) != 1 and (not modules or _rows(param) % len(modules)):
-                raise ValueError(
-                    f"{names[index]} has {_rows(param)} rows and {len(modules)} names in 'modules', which "
-                    "must divide the rows equally: give it one name, or one for each of its row blocks"
-                )
-            if own_role == "sampled" and len(modules) > 1 and is_sharded(param):
-                raise ValueError(
-                    f"{names[index]} is sharded and holds {len(modules)} modules, and must be one to be sharded: make "
-                    "the groups with param_groups(model, experts='whole')"
-                )
-            if layer is None and own_role == "sampled" and "layers" in group:
-                layer = modules[0]
-            yield _Member(param, index, param.numel(), g, own_role, modules, layer, cut)
-
-
-def _role(param: nn.Parameter, name: str, role: str | None, delta: float, is_chosen: bool) -> str:
-    """Return how a parameter is trained, after refusing what cannot be."""
-    if role in ("sampled", "dense") and not (param.is_floating_point() or param.is_complex()):
-        raise TypeError(f"{name} is {param.dtype} and must be of a floating dtype to be {role}: freeze it")
-    if role == "frozen" or not is_chosen or not param.numel():
-        return "frozen"
-    if role is None:
-        role = "sampled" if param.ndim >= 2 else "dense" if delta == 1 else "frozen"
-    if role == "frozen":
-        return role
-    if param.is_complex():
-        raise TypeError(f"{name} is {param.dtype} and must be real to be {role}: freeze it")
-    is_plain = type(param) is nn.Parameter
-    # Tensors made of inner ones, such as torchao's. Plain subclasses, such as bitsandbytes', pass.
-    if not is_plain and hasattr(param, "__tensor_flatten__") and not is_sharded(param):
-        raise TypeError(
-            f"{name} is a {type(param).__name__} and must be a plain tensor or a DTensor to be {role}: freeze it"
-        )
-    if not (param if is_plain else local(param)).is_contiguous():
-        raise ValueError(
-            f"{name} has strides {param.stride()} for shape {tuple(param.shape)} and must be contiguous to "
-            f"be {role}: set param.data = param.data.contiguous()"
-        )
-    return role
-
-
-def _layer_order(members: Sequence[_Member], groups: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Return the layers as they first appear among sampled parameters, the others between them.
-
-    A layer without a sampled one follows the one that precedes it in its own group: among the norms a
-    layer keeps its place even if the user froze its matrices, and thaws them later.
-    """
-    sampled = dict.fromkeys(
-        member.layer
-        for member in members
-        if member.layer is not None and member.role == "sampled" and groups[member.group].get("role") != "frozen"
-    )
-    # A linked list, from each layer to the next one; None stands before the first and behind the last.
-    following: dict[str | None, str | None] = dict(zip([None, *sampled], [*sampled, None], strict=True))
-    group = -1
-    last: str | None = None
-    for member in members:
-        if member.group != group:
-            group, last = member.group, None
-        if member.layer is not None:
-            if member.layer not in following:
-                following[member.layer] = following[last]
-                following[last] = member.layer
-            last = member.layer
-    layers: list[str] = []
-    layer = following[None]
-    while layer is not None:
-        layers.append(layer)
-        layer = following[layer]
-    return layers
-
-
-def _slicing(sampled: Sequence[_Member], budget: int, reach: str) -> Slicing:
+def _slicing(sampled: Sequence[Member], budget: int, reach: str) -> Slicing:
     """Return how wide the slices are that a budget makes of sampled parameters."""
     shared = Counter(name for member in sampled for name in member.names)
     matrices = [_matrix(member, shared[member.names[0]] > 1) for member in sampled]
     return slicing(matrices, [member.numel for member in sampled], budget, reach)
 
 
-def _matrix(member: _Member, is_part: bool) -> Matrix | None:
+def _matrix(member: Member, is_part: bool) -> Matrix | None:
     """Return how a parameter may be sliced; None where it is part of a module, or more than one."""
     if member.slices is None or is_part or len(member.names) > 1:
         return None
@@ -373,12 +246,12 @@ def _matrix(member: _Member, is_part: bool) -> Matrix | None:
     return Matrix(part, axis, member.param.shape[axis], member.param.shape[1 - axis])
 
 
-def _slices(sampled: Sequence[_Member], plan: Slicing, position: Mapping[str, int]) -> Iterator[Module]:
+def _slices(sampled: Sequence[Member], plan: Slicing, position: Mapping[str | None, int]) -> Iterator[Module]:
     """Give the slices of each sliced parameter, one behind the other."""
     for member, width in zip(sampled, plan.widths, strict=True):
         if not width or member.slices is None:
             continue
-        param, axis, layer = member.param, member.slices[1], -1 if member.layer is None else position[member.layer]
+        param, axis = member.param, member.slices[1]
         if axis in sharded_axes(param):
             what, other = ("columns", "rows") if axis else ("rows", "columns")
             raise ValueError(
@@ -389,10 +262,10 @@ def _slices(sampled: Sequence[_Member], plan: Slicing, position: Mapping[str, in
         for number, first in enumerate(starts_of(param.shape[axis], width)):
             ends = f"{first}:{first + width}"
             block = Block(param, member.place, number, *Slice(axis, first, first + width).extent_in(param), axis)
-            yield Module(f"{member.names[0]}[{':, ' if axis else ''}{ends}]", layer, (block,))
+            yield Module(f"{member.names[0]}[{':, ' if axis else ''}{ends}]", position[member.layer], (block,))
 
 
-def _modules(sampled: Sequence[_Member], position: Mapping[str, int], granularity: str) -> list[Module]:
+def _modules(sampled: Sequence[Member], position: Mapping[str | None, int], granularity: str) -> list[Module]:
     """Join the row blocks of sampled parameters by name, in order of first appearance."""
     found: dict[str, tuple[int, list[Block]]] = {}
     for member in sampled:
@@ -405,19 +278,18 @@ def _modules(sampled: Sequence[_Member], position: Mapping[str, int], granularit
                 )
             names = (member.layer,)
         size = member.numel // len(names)
-        layer = -1 if member.layer is None else position[member.layer]
         for number, name in enumerate(names):
             block = Block(member.param, member.place, number, number * size, (number + 1) * size)
-            lowest, blocks = found.get(name, (layer, []))
+            lowest, blocks = found.get(name, (position[member.layer], []))
             blocks.append(block)
-            found[name] = min(lowest, layer), blocks
+            found[name] = min(lowest, position[member.layer]), blocks
     return [Module(name, lowest, tuple(blocks)) for name, (lowest, blocks) in found.items()]
 
 
 def _split(module: Module, budget: int) -> list[Module]:
     """Cut a module that is one whole tensor into as few and as equal row blocks as fit; [] if none do."""
     block = module.blocks[0]
-    rows = _rows(block.param)
+    rows = len(block.param) if block.param.ndim else 1
     row_numel = block.param.numel() // rows
     is_whole = len(module.blocks) == 1 and module.numel == block.param.numel()
     if not is_whole or row_numel > budget or is_sharded(block.param):
@@ -432,37 +304,6 @@ def _split(module: Module, budget: int) -> list[Module]:
         )
         for number, (start, stop) in enumerate(cuts)
     ]
-
-
-def _rows(param: nn.Parameter) -> int:
-    return len(param) if param.ndim else 1
-
-
-def _nothing_to_sample(members: Sequence[_Member], groups: Sequence[Mapping[str, Any]], chosen: Sequence[bool]) -> str:
-    """Return the error where no parameter is sampled, which also tells what is trained, and what thawing would help."""
-    names = names_of(groups)
-    error = (
-        f"none of the {len(members)} parameters can be sampled, and one must be: pass weight matrices "
-        "with requires_grad=True, without a role or with the role 'sampled'"
-    )
-    if not (dense := [names[member.place] for member in members if member.role == "dense"]):
-        return error
-    meant = [role for group in groups for role in group.get("thawed", [group.get("role")] * len(group["params"]))]
-    frozen = [
-        names[member.place]
-        for member in members
-        if not chosen[member.place]
-        and (meant[member.place] == "sampled" or meant[member.place] is None and member.param.ndim >= 2)
-    ]
-    thaw = f", that is, set it for {_listed(frozen)}" if frozen else ""
-    return (
-        f"{error}{thaw}; or use torch.optim.AdamW, since there is nothing to sample where all that is trained is "
-        f"dense, here {_listed(dense)}"
-    )
-
-
-def _listed(names: Sequence[str]) -> str:
-    return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
 
 
 def _too_large(modules: Sequence[Module], delta: float, total: int, granularity: str, oversized: str) -> str:

@@ -13,13 +13,10 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 
-from misa_kernels.draw import limits
+from misa_kernels.draw.limits import check, check_own
+from misa_kernels.draw.packing import admissible, check_layers, pack, windows
+from misa_kernels.draw.probability import at_perplexity, log_softmax, perplexity_of
 from misa_kernels.draw.scores import Candidates, Floats, Ints, scores
-
-# Scores this near to the largest, relatively, tie with it: rounding in G and its correction ranks nothing.
-TIE = 1e-12
-# What samplers are by default in options that they did not have before 0.3.
-_NEW = ", slices='auto', hold_rounds='auto'"
 
 
 @dataclass(frozen=True, eq=False)
@@ -134,7 +131,7 @@ class ImportanceSampler(Sampler):
     hold_rounds: int | Literal["auto", "run"] = "auto"
 
     def __post_init__(self) -> None:
-        _check_own(self)
+        check_own(self)
         if self.eta == "auto" and self.exponent_clip is not None:
             raise ValueError(
                 f"exponent_clip={self.exponent_clip!r} must be None with eta='auto', which bounds p by "
@@ -154,13 +151,17 @@ class ImportanceSampler(Sampler):
         heard = candidates.heard(round)
         eligible = heard[_eligible(candidates.layer[heard], self.depth_window, round, seed)]
         log_p, eta = self._log_probability(candidates, eligible, budget)
-        first = np.append(held(self, candidates, round), self._first(candidates, eligible, budget, ties))
+        # Before the weighted draw enters what is held, and what has waited longest.
+        waiting = eligible[np.lexsort((-ties[eligible], candidates.last_round[eligible]))][: self.least_recent]
+        share = max(math.floor(self.least_recent_share * budget), int(candidates.numel[waiting[:1]].sum()))
+        longest = pack(waiting, candidates, share, self.max_per_layer)
+        first = np.append(held(self, candidates, round), longest)
         # In descending order of keys: draws from p, one by one, each restricted to what is left and fits.
         order = eligible[np.argsort(-(log_p + gumbel[eligible]), kind="stable")]
         active = np.sort(pack(np.append(first, order), candidates, budget, self.max_per_layer))
         probability = np.zeros(candidates.numel.size)
         probability[eligible] = np.exp(log_p)
-        return Draw(active, probability, _perplexity(log_p), eta)
+        return Draw(active, probability, perplexity_of(log_p), eta)
 
     def _log_probability(self, candidates: Candidates, eligible: Ints, budget: int) -> tuple[Floats, float]:
         """Return log p of the eligible candidates, and eta; the unscored count as the mean of the scored."""
@@ -171,16 +172,9 @@ class ImportanceSampler(Sampler):
         if self.eta == "auto":
             fitting = budget / float(candidates.numel[eligible].mean())
             most = admissible(candidates.layer[eligible], self.max_per_layer)
-            return _log_probability_at(self.perplexity * min(max(fitting, 1.0), most), score)
+            return at_perplexity(self.perplexity * min(max(fitting, 1.0), most), score)
         clip = math.inf if self.exponent_clip is None else self.exponent_clip
-        return _log_softmax(np.minimum(self.eta * score, clip)), float(self.eta)
-
-    def _first(self, candidates: Candidates, eligible: Ints, budget: int, ties: Floats) -> Ints:
-        """Return what enters before the weighted draw: the longest waiting."""
-        numel, last_round = candidates.numel, candidates.last_round
-        waiting = eligible[np.lexsort((-ties[eligible], last_round[eligible]))][: self.least_recent]
-        share = max(math.floor(self.least_recent_share * budget), int(numel[waiting[:1]].sum()))
-        return pack(waiting, candidates, share, self.max_per_layer)
+        return log_softmax(np.minimum(self.eta * score, clip)), float(self.eta)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -195,18 +189,12 @@ class UniformSampler(Sampler):
     hold_rounds: int | Literal["auto", "run"] = "auto"
 
     def __post_init__(self) -> None:
-        _check_own(self)
+        check_own(self)
 
     def draw(self, candidates: Candidates, budget: int, round: int, seed: int) -> Draw:
         """Draw the active set of a round; arguments and errors as for `ImportanceSampler.draw`."""
-        uniform = ImportanceSampler(
-            eta=0.0,
-            least_recent=0,
-            depth_window=self.depth_window,
-            max_per_layer=self.max_per_layer,
-            granularity=self.granularity,
-            hold_rounds=self.hold_rounds,
-        )
+        options: dict[str, Any] = {option.name: getattr(self, option.name) for option in fields(UniformSampler)}
+        uniform = ImportanceSampler(eta=0.0, least_recent=0, **options)
         return uniform.draw(candidates, budget, round, seed)
 
 
@@ -220,7 +208,7 @@ class CyclicSampler(Sampler):
     hold_rounds: int | Literal["auto", "run"] = "auto"
 
     def __post_init__(self) -> None:
-        _check_own(self)
+        check_own(self)
 
     def draw(self, candidates: Candidates, budget: int, round: int, seed: int) -> Draw:
         """Go on where the last round ended, up to the first candidate that does not fit; the last is followed by 0.
@@ -246,8 +234,9 @@ class CyclicSampler(Sampler):
 
 def described(sampler: Sampler) -> str:
     """Return what tells one sampler from another, the same in every process."""
+    name = repr(sampler) if is_dataclass(sampler) else type(sampler).__qualname__
     # Options of 0.3 that are as all were before it: a state of 0.2 is one of the same sampler.
-    return repr(sampler).replace(_NEW, "") if is_dataclass(sampler) else type(sampler).__qualname__
+    return name.replace(", slices='auto', hold_rounds='auto'", "")
 
 
 def rounds_held(sampler: Sampler) -> int | None:
@@ -283,25 +272,7 @@ def check_sampler(sampler: Any) -> None:
             f"sampler={sampler!r} {lacks} and must be None or a sampler object: ImportanceSampler(), or one of a "
             "subclass of misa_kernels.Sampler"
         )
-    limits.check(sampler, options)
-
-
-def _check_own(sampler: ImportanceSampler | UniformSampler | CyclicSampler) -> None:
-    # A subclass may have options of its own.
-    limits.check(sampler, [field.name for field in fields(sampler) if field.name in limits.RULES])
-    for name in ("max_per_layer", "depth_window"):
-        if sampler.granularity == "slice" and getattr(sampler, name, None) is not None:
-            raise ValueError(
-                f"{name}={getattr(sampler, name)!r} must be None with granularity='slice', which trains a slice of "
-                "every layer at once: leave it out, or draw modules with granularity='module'"
-            )
-    if isinstance(sampler, CyclicSampler):
-        return
-    if sampler.max_per_layer is not None and sampler.granularity == "layer":
-        raise ValueError(
-            f"max_per_layer={sampler.max_per_layer!r} must be None with granularity='layer', whose candidates are "
-            "whole layers: leave it out, or draw modules with granularity='module'"
-        )
+    check(sampler, options)
 
 
 def checked(draw: Draw, candidates: Candidates, budget: int, sampler: Sampler) -> Draw:
@@ -329,49 +300,6 @@ def checked(draw: Draw, candidates: Candidates, budget: int, sampler: Sampler) -
     return draw
 
 
-def admissible(layer: Ints, max_per_layer: int | None) -> int:
-    """Return how many of the candidates in these layers, int64[E], the quota lets in at a time."""
-    if max_per_layer is None:
-        return layer.size
-    return int(np.minimum(np.unique(layer, return_counts=True)[1], max_per_layer).sum())
-
-
-def windows(layer: Ints, depth_window: int | None) -> list[Ints]:
-    """Cut the L layers that hold candidates into ceil(L / W) runs, as equal as can be, from the input up."""
-    layers = np.unique(layer)
-    return np.array_split(layers, math.ceil(layers.size / (depth_window or layers.size)))
-
-
-def check_layers(layer: Ints, depth_window: int | None, max_per_layer: int | None) -> None:
-    """Refuse options that are about layers where a candidate has none."""
-    unknown = int(np.count_nonzero(layer < 0))
-    for option, value in (("max_per_layer", max_per_layer), ("depth_window", depth_window)):
-        if unknown and value is not None:
-            raise ValueError(
-                f"{option}={value!r} must be None where layers are unknown, here for {unknown} of {layer.size} "
-                "candidates: make the groups with param_groups(model), which names the layers"
-            )
-
-
-def pack(order: Ints, candidates: Candidates, room: int, max_per_layer: int | None) -> Ints:
-    """Go through `order`, take what still fits into `room` parameters and its layer's quota, and skip the others.
-
-    A candidate that occurs again, or has a rival that was taken, is passed over.
-    """
-    quota = math.inf if max_per_layer is None else max_per_layer
-    # By what stands for them and their rivals.
-    taken: dict[int, int] = {}
-    of_layer: dict[int, int] = {}
-    sizes, layers = candidates.numel[order].tolist(), candidates.layer[order].tolist()
-    rivals = candidates.rival[order].tolist() if candidates.rival.size else order.tolist()
-    for b, rival, size, layer in zip(order.tolist(), rivals, sizes, layers, strict=True):
-        if size <= room and rival not in taken and of_layer.get(layer, 0) < quota:
-            taken[rival] = b
-            of_layer[layer] = of_layer.get(layer, 0) + 1
-            room -= size
-    return np.array(list(taken.values()), dtype=np.int64)
-
-
 def _rng(seed: int, stream: int) -> np.random.Generator:
     return np.random.Generator(np.random.Philox(key=np.array([seed, stream], dtype=np.uint64)))
 
@@ -383,42 +311,3 @@ def _eligible(layer: Ints, depth_window: int | None, round: int, seed: int) -> I
     # Rounds use the streams below 2**63.
     window = all_windows[_rng(seed, 2**63 + cycle).permutation(len(all_windows))[turn]]
     return np.flatnonzero(np.isin(layer, window))
-
-
-def _log_softmax(w: Floats) -> Floats:
-    """Return w - log sum exp w, finite even where exp w underflows."""
-    shifted: Floats = w - w.max()
-    return shifted - math.log(float(np.exp(shifted).sum()))
-
-
-def _perplexity(log_p: Floats) -> float:
-    """Return exp(H(p)), H(p) = -sum p log p."""
-    # Not a dot product: BLAS would wake its threads for each of the 25 calls of a solve.
-    return math.exp(-float((np.exp(log_p) * log_p).sum()))
-
-
-def _log_probability_at(perplexity: float, score: Floats) -> tuple[Floats, float]:
-    """Return log p = eta s - log sum exp(eta s), and the eta with exp(H(p)) = clip(perplexity, k, E).
-
-    E is the number of scores and k how many tie at the maximum: exp(H(p)) falls from E to k as eta grows.
-    With gaps a = (max s - s) / (max s - min s) and t = eta (max s - min s), the solution lies between
-    t = log(E / perplexity), for KL(p || uniform) <= t, and t = 1000 / min(a > 0), where all but the k have
-    probability 0 in float64; that is the t of perplexity k. Bisection on log t, since |dH / d log t| =
-    Var(log p) is below 1 + (log E)^2 / 4 whatever the scores.
-    """
-    gap = score.max() - score
-    gap[gap <= TIE * score.max()] = 0.0
-    tied = int(np.count_nonzero(gap == 0.0))
-    if max(perplexity, tied) >= score.size:
-        return np.full(score.size, -math.log(score.size)), 0.0
-    spread = float(gap.max())
-    gap /= spread
-    high = 1000 / float(gap[gap > 0].min())
-    low = math.log1p((score.size - perplexity) / perplexity) if perplexity > tied else high
-    while high > 1.000001 * low:
-        middle = math.sqrt(low * high)
-        if _perplexity(_log_softmax(-middle * gap)) > perplexity:
-            low = middle
-        else:
-            high = middle
-    return _log_softmax(-high * gap), high / spread

@@ -32,7 +32,7 @@ class Marks:
     """
 
     def __init__(self, names: Sequence[str], params: Sequence[Tensor]) -> None:
-        self._params = params
+        self.names, self.params = names, params
         self._keys = [hash((name, param.shape)) for name, param in zip(names, params, strict=True)]
         self._whole = _joined(self._keys)
         self._chosen, self._frozen = b"", frozenset[int]()
@@ -67,7 +67,7 @@ class Marks:
     @cached_property
     def _order(self) -> list[int]:
         """Return the positions in an order that the keys alone give."""
-        return sorted(range(len(self._params)), key=self._keys.__getitem__)
+        return sorted(range(len(self.params)), key=self._keys.__getitem__)
 
     def _round(self, on: Collection[int]) -> tuple[int, int]:
         return self._whole, _joined([self._keys[index] for index in on])
@@ -75,7 +75,7 @@ class Marks:
     def _probe(self, on: Collection[int], chosen: Sequence[bool], written: Collection[int]) -> Tensor | None:
         """Return an element of each of some that are off and not frozen: nothing writes to them in a round."""
         still = (i for i in self._order if chosen[i] and i not in on and self._keys[i] not in written)
-        off = islice((self._params[i] for i in still), PROBED)
+        off = islice((self.params[i] for i in still), PROBED)
         plain = [param for param in off if param.numel() and not (param.is_meta or is_sharded(param))]
         if len({(param.device, param.dtype) for param in plain}) != 1:
             return None

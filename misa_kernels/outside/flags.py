@@ -7,8 +7,7 @@ chose. It is remembered here, for the next MISA on these parameters too, and giv
 from __future__ import annotations
 
 import copy
-import weakref
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import compress, count
 from operator import attrgetter
@@ -16,17 +15,13 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from misa_kernels.outside.copies import Marks, is_irregular
-from misa_kernels.outside.notices import names_of, warn
+from misa_kernels.outside.chosen import choice_of, enlist
+from misa_kernels.outside.copies import Marks
+from misa_kernels.outside.notices import listed, names_of, warn
 
 REQUIRES_GRAD = attrgetter("requires_grad")
-# Names that a warning lists.
-LISTED = 3
 # What a copy of an optimizer goes on with.
 COPIED = ("chosen", "counted", "laid_out", "due", "is_suspended", "_presumed", "_drawn", "_on")
-
-# The runs that have parameters. Who has one is asked of them: to note it with each of 100,000 takes 0.2 s.
-_runs: list[weakref.ref[Any]] = []
 
 
 class Seen(NamedTuple):
@@ -89,44 +84,16 @@ class Flags:
         self._said: set[str] = set()
         self.due = False
         self._refused: list[int] = []
-        self._run: weakref.ref[Any] | None = None
-        self._others = _runs_of(self.params)
-        self.chosen = _chosen_by(self.params, self._others)
-        # Those not chosen of which that is a guess: whoever thaws the whole model means them, too.
-        self._presumed: set[int] = set()
-        self.advice = self._advice() if known is None else []
-        self.counted = list(self.chosen)
-        if known is not None:
-            self.chosen, self.counted = map(list, known)
+        choice = choice_of(self._marks, self._layers)
+        self._others = choice.runs
+        self._presumed = choice.presumed if known is None else set()
+        self.advice = choice.advice if known is None else []
+        self.chosen, self.counted = map(list, known or (choice.flags, choice.flags))
         self.settle()
 
     def _now(self) -> set[int]:
         """Return the positions of what requires a gradient."""
         return set(compress(count(), map(REQUIRES_GRAD, self.params)))
-
-    def _advice(self) -> list[str]:
-        """Return what to warn of, after taking the user's flags from a round in which these may have been copied."""
-        if self._others:
-            return [
-                f"MISA takes {len(self.params)} parameters over from an earlier one on the same model, which is "
-                "released and can step no more: call release() on it first"
-            ]
-        copied, is_certain = self._marks.recall(self._on) or (self.chosen, True)
-        if copied != self.chosen and is_certain:
-            self.chosen = copied
-            return [
-                "this model is a copy of one that MISA trained at that moment, so what was off in the round counts as "
-                "trainable again: copy and save models within `with optimizer.thawed():`"
-            ]
-        if copied != self.chosen or is_irregular(self.params, self._names, self._layers, self.chosen):
-            self._presumed = {index for index, flag in enumerate(self.chosen) if not flag}
-            return [
-                f"{sum(self.chosen)} of {len(self.chosen)} parameters require a gradient, other ones in each layer, as "
-                "in a model that was copied or saved while MISA trained it, and the others will never be trained: "
-                "call model.requires_grad_(True) before param_groups(model), and copy and save models within "
-                "`with optimizer.thawed():`"
-            ]
-        return []
 
     def hold(self, run: Any) -> None:
         """Take the parameters for a run, and release the runs that have them now."""
@@ -135,8 +102,7 @@ class Flags:
         if self._others:
             self._others.clear()
             self._on = self._now()
-        self._run = weakref.ref(run)
-        _runs[:] = [*(other for other in _runs if other() is not None), self._run]
+        enlist(run)
 
     def exchange(self, params: Sequence[Tensor]) -> None:
         """Go on with other tensors in the place of the parameters."""
@@ -253,7 +219,11 @@ class Flags:
             # A run that has ended within has given them back.
             if not (self.lent or self._has_ended):
                 self._take_shown()
-                self._take_back()
+                for index, param in enumerate(self.params):
+                    if index in self._on:
+                        _set(param, True)
+                    else:
+                        self._switch_off(index, self.sliced)
 
     def _take_shown(self) -> None:
         """Take over what the user has made of the flags that are lent."""
@@ -267,15 +237,6 @@ class Flags:
         # What was frozen in this round, and is thawed again, goes on.
         self._on = self._on - changed | changed & now & self._drawn
         self.sliced -= changed
-
-    def _take_back(self) -> None:
-        for index, param in enumerate(self.params):
-            if index in self._on:
-                _set(param, True)
-            elif index in self.sliced:
-                _set(param, False)
-            else:
-                self._switch_off(index)
 
     def choices(self) -> tuple[dict[str, Any], set[int]]:
         """Return what a copy of the optimizer is given with `choose`: attributes, and positions of what is on."""
@@ -306,6 +267,7 @@ class Flags:
                 everything on since then, or something else instead of what was on, means it and keeps it.
         """
         self._has_ended = True
+        self.sentinel = None
         flags = self.chosen_now()
         if is_late and not self.lent:
             now = self._now()
@@ -313,8 +275,6 @@ class Flags:
                 flags = list(map(REQUIRES_GRAD, self.params))
         for param, flag in zip(self.params, flags, strict=True):
             _set(param, flag)
-        if self._run in _runs:
-            _runs.remove(self._run)
 
     def _seen(self, are_all_meant: bool = False) -> Seen:
         """Compare the flags with what was set; all that is drawn being off says nothing, unless `are_all_meant`."""
@@ -326,24 +286,20 @@ class Flags:
             # Wholesale, as GANs and frameworks do: no statement about what the user had frozen, if they had.
             presumed = [i for i in on if i in self._presumed]
             return Seen([], presumed, [i for i in on if i not in self._presumed], is_whole=True)
+        if self._on.isdisjoint(now) and not are_all_meant:
+            frozen = []
         if frozen:
+            # Nobody freezes the two matrices of a layer that happen to be active.
             left = {self._layers[index] for index in self._on & now}
-            if self._on.isdisjoint(now) and not are_all_meant:
-                frozen = []
-            else:
-                # Nobody freezes the two matrices of a layer that happen to be active.
-                whole = {self._layers[index] for index in frozen} - left - {None}
-                meant = set(frozen)
-                frozen = [i for i, flag in enumerate(self.chosen) if flag and (i in meant or self._layers[i] in whole)]
+            whole = {self._layers[index] for index in frozen} - left - {None}
+            meant = set(frozen)
+            frozen = [i for i, flag in enumerate(self.chosen) if flag and (i in meant or self._layers[i] in whole)]
         return Seen(frozen, [i for i in on if not self.chosen[i]], [i for i in on if self.chosen[i]])
 
     def _put_back(self, stray: list[int]) -> None:
         for index in stray:
-            if index in self.sliced:
-                # Backward has made all of a gradient of which the slice is wanted.
-                _set(self.params[index], False)
-            else:
-                self._switch_off(index)
+            # Backward has made all of a gradient of which the slice is wanted.
+            self._switch_off(index, self.sliced)
         if stray:
             self.warn_once(
                 "stray",
@@ -352,48 +308,21 @@ class Flags:
                 "frozen, and for what reads the flags, use `with optimizer.thawed():`",
             )
 
-    def _switch_off(self, index: int) -> None:
-        param = self.params[index]
-        _set(param, False)
-        param.grad = None
+    def _switch_off(self, index: int, kept: Collection[int] = ()) -> None:
+        """Switch a parameter off, and drop its gradient unless it is one of those kept."""
+        _set(self.params[index], False)
+        if index not in kept:
+            self.params[index].grad = None
         self._on.discard(index)
 
-    def _listed(self, indices: Sequence[int]) -> str:
-        names = ", ".join(self._names[index] for index in indices[:LISTED])
-        return names if len(indices) <= LISTED else f"{names} and {len(indices) - LISTED} more"
+    def _listed(self, indices: Iterable[int]) -> str:
+        return listed([self._names[index] for index in indices])
 
     def warn_once(self, about: str, sentence: str) -> None:
         """Warn, if nothing was said about this before."""
         if about not in self._said:
             self._said.add(about)
             warn(sentence)
-
-
-def chosen_of(names: Sequence[str], params: Sequence[Tensor]) -> list[bool]:
-    """Return whether the user wants each parameter trained, whatever MISA has set on it or on what it is a copy of."""
-    runs = _runs_of(params)
-    if not runs:
-        on = {index for index, param in enumerate(params) if param.requires_grad}
-        copied, is_certain = Marks(names, params).recall(on) or ([], False)
-        if is_certain:
-            return copied
-    return _chosen_by(params, runs)
-
-
-def _runs_of(params: Sequence[Tensor]) -> list[Any]:
-    """Return the living runs that have some of these parameters."""
-    runs = [run for run in (reference() for reference in _runs) if run is not None]
-    wanted = set(map(id, params)) if runs else set()
-    return [run for run in runs if not wanted.isdisjoint(map(id, run.flags.params))]
-
-
-def _chosen_by(params: Sequence[Tensor], runs: Sequence[Any]) -> list[bool]:
-    if not runs:
-        return list(map(REQUIRES_GRAD, params))
-    known = {
-        id(param): flag for run in runs for param, flag in zip(run.flags.params, run.flags.chosen_now(), strict=True)
-    }
-    return [known.get(id(param), param.requires_grad) for param in params]
 
 
 def _set(param: Tensor, flag: bool) -> None:

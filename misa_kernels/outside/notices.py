@@ -18,6 +18,12 @@ def warn(sentence: str) -> None:
     warnings.warn(sentence, stacklevel=level)
 
 
+def listed(names: Sequence[str], most: int = 3) -> str:
+    """Return names as part of a sentence: the first ones, and how many more there are."""
+    shown = ", ".join(names[:most])
+    return shown if len(names) <= most else f"{shown} and {len(names) - most} more"
+
+
 def names_of(groups: Sequence[Mapping[str, Any]]) -> list[str]:
     """Return the name of every parameter, or its place where the groups have no names."""
     names: list[str] = []
