@@ -16,8 +16,8 @@ from misa_kernels.gradients.axes import Slice
 from misa_kernels.monitor import Monitor
 from misa_kernels.options import check_count
 from misa_kernels.outside.garbage import kept
-from misa_kernels.resume import load
-from misa_kernels.run import Run
+from misa_kernels.run.resume import load
+from misa_kernels.run.run import Run
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup

@@ -28,8 +28,8 @@ from misa_kernels.outside.garbage import kept
 from misa_kernels.outside.notices import listed
 from misa_kernels.outside.tracing import not_traced
 from misa_kernels.ranks.agreement import together
-from misa_kernels.resume import complete, prepare_to_save, resume_copy, to_copy
-from misa_kernels.run import Run
+from misa_kernels.run.resume import complete, prepare_to_save, resume_copy, to_copy
+from misa_kernels.run.run import Run
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup

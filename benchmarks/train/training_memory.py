@@ -31,7 +31,7 @@ from benchmarks.train.llama import SHAPES, Llama
 from benchmarks.train.trainers import Plan
 from misa_kernels import MISA, slices
 from misa_kernels.gradients.axes import Slice
-from misa_kernels.release import HELD_BYTES, LAUNCHES
+from misa_kernels.run.arrivals import HELD_BYTES, LAUNCHES
 from misa_kernels.tools.planner.draws import by_layer, slices_of
 from misa_kernels.tools.planner.step import Workload, count
 

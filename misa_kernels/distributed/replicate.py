@@ -18,7 +18,7 @@ from misa_kernels.memory.arena import host, sent
 from misa_kernels.optimizer import MISA
 from misa_kernels.ranks.agreement import group_of
 from misa_kernels.ranks.shards import is_sharded
-from misa_kernels.release import hooked
+from misa_kernels.run.arrivals import hooked
 
 # A gradient of so many bytes travels alone and in place; smaller ones are put together up to as many.
 BUCKET_BYTES = 1 << 20

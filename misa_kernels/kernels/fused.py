@@ -39,7 +39,7 @@ class FusedStep:
         self._is_noisy = settings.storage.noisy
         self._params = [local(row.param) for row in rows]
         self._grad_dtypes = [getattr(row.param, "grad_dtype", None) or row.param.dtype for row in rows]
-        # An empty part has a gradient with an address, see `parts.py`.
+        # An empty part has a gradient with an address, see `run/parts.py`.
         sizes = [row.numel if row.is_slice else p.numel() for row, p in zip(rows, self._params, strict=True)]
         self._numels = [size or 4 for size in sizes]
         self._index = np.array([row.index for row in rows], dtype=np.int64)

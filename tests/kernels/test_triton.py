@@ -227,7 +227,7 @@ def test_what_was_written_to_the_state_outlasts_a_capture(capturing, backend):
     optimizer.step()
     optimizer.state[model.weight]["exp_avg"] = torch.full((5, 6), 7.0)
     # Where copies are recorded, the memory stays as it is.
-    with capturing(), patch("misa_kernels.trained._take", lambda *args: None):
+    with capturing(), patch("misa_kernels.run.live._take", lambda *args: None):
         with pytest.raises(RuntimeError, match="captured in a CUDA graph"):
             optimizer.step()
         # Nothing of it is on the device.

@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "misa_kernels"
 # From what knows least to what knows all; `reference` is the oracle, which imports nothing of ours. A part imports from
-# parts before it, and its own files from one another.
+# parts before it, and its own files from one another; those of `run` have an order, too.
 ORDER = [
     ["reference", "clock"],
     ["ranks"],
@@ -21,19 +21,22 @@ ORDER = [
     ["memory", "draw"],
     ["kernels"],
     ["options"],
-    ["advice", "layout", "parts", "release", "monitor"],
-    ["scores", "live", "sliced"],
-    ["trained"],
-    ["ruled"],
-    ["checkpoint", "meeting"],
-    ["run"],
-    ["resume"],
+    ["advice", "monitor"],
+    ["run", "run.layout", "run.parts", "run.arrivals"],
+    ["run.scores", "run.live", "run.sliced"],
+    ["run.trained"],
+    ["run.ruled"],
+    ["run.checkpoint", "run.meeting"],
+    ["run.run"],
+    ["run.resume"],
     ["interface"],
     ["optimizer", "presets", "rules"],
     ["distributed", "tools"],
     ["integrations"],
     ["__init__", "__main__"],
 ]
+# Of a file. About 300 are a smell; one that grows beyond this answers two questions.
+LINES = 430
 LEVEL = {part: level for level, parts in enumerate(ORDER) for part in parts}
 
 
@@ -59,11 +62,16 @@ def imports_of(path: Path) -> Iterator[str]:
 
 
 def part_of(module: str) -> str:
-    return module.split(".")[0]
+    return module if module in LEVEL else module.split(".")[0]
 
 
 def test_every_part_has_its_place():
     assert {part_of(module) for module in FILES} == set(LEVEL)
+
+
+def test_no_file_is_longer_than_a_reader_wants():
+    lines = {module: len(path.read_text().splitlines()) for module, path in FILES.items()}
+    assert max(lines.values()) <= LINES, sorted(lines.items(), key=lambda item: -item[1])[:5]
 
 
 @pytest.mark.parametrize("module", FILES)

@@ -11,7 +11,7 @@ from torch import nn
 
 from misa_kernels.gradients.axes import Slice
 from misa_kernels.memory.arena import MOVE_ELEMENTS
-from misa_kernels.release import HELD_BYTES, LAUNCHES
+from misa_kernels.run.arrivals import HELD_BYTES, LAUNCHES
 from misa_kernels.tools.planner.draws import (
     DELTA_STEP,
     SLICES,

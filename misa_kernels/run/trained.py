@@ -15,15 +15,15 @@ from torch import Tensor
 from misa_kernels.clock import Clock
 from misa_kernels.kernels import Backend, Row, Settings, Step, prepare, select
 from misa_kernels.kernels.table import ADOPT, ALL, FLUSH, NONE, WRITE_BACK
-from misa_kernels.layout import Layout
-from misa_kernels.live import LiveState
 from misa_kernels.memory.storage import Storage
 from misa_kernels.options import Options
 from misa_kernels.outside.tracing import refuse_capture
 from misa_kernels.outside.weights import Weights, place_of
-from misa_kernels.parts import gradient_here, gradient_of
 from misa_kernels.reference import Hyper
-from misa_kernels.release import Arrivals
+from misa_kernels.run.arrivals import Arrivals
+from misa_kernels.run.layout import Layout
+from misa_kernels.run.live import LiveState
+from misa_kernels.run.parts import gradient_here, gradient_of
 
 # `map` runs it without the interpreter.
 GRAD = attrgetter("grad")

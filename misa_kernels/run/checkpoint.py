@@ -16,14 +16,14 @@ import numpy.typing as npt
 from torch import Tensor
 
 from misa_kernels.clock import Clock
-from misa_kernels.layout import SCORES, Layout
 from misa_kernels.memory.codec import FORMATS
 from misa_kernels.memory.storage import FOREIGN, PRECISIONS, Storage
 from misa_kernels.options import check_hyperparameters
 from misa_kernels.outside.notices import warn
 from misa_kernels.outside.wrappers import is_same, unwrapped
-from misa_kernels.scores import Scores
-from misa_kernels.trained import Trained
+from misa_kernels.run.layout import SCORES, Layout
+from misa_kernels.run.scores import Scores
+from misa_kernels.run.trained import Trained
 
 # Kept in the first group of a saved state: the position of the run, how the moments are stored, and what the run may
 # have been given otherwise. A draw depends on nothing but seed, round, scores and `Scores.unheard`, which is kept here,

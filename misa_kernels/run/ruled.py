@@ -19,12 +19,12 @@ from misa_kernels.clock import Clock
 from misa_kernels.kernels import Backend, Row, Step
 from misa_kernels.kernels.foreign import RuledStep, shape_of
 from misa_kernels.kernels.optimizers import PREFIX, Rules
-from misa_kernels.layout import Layout
-from misa_kernels.live import LiveState
 from misa_kernels.memory.storage import Storage
 from misa_kernels.options import ADAMW, ADAMW_ONLY, Options, check_range
 from misa_kernels.reference import Hyper
-from misa_kernels.trained import Trained
+from misa_kernels.run.layout import Layout
+from misa_kernels.run.live import LiveState
+from misa_kernels.run.trained import Trained
 
 
 class RuledState(LiveState):

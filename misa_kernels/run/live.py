@@ -19,13 +19,13 @@ from torch.utils._pytree import tree_map
 from misa_kernels.clock import Clock
 from misa_kernels.draw.partition import Block
 from misa_kernels.kernels import Row
-from misa_kernels.layout import NUMBERS, SCORES, Layout
 from misa_kernels.memory.arena import Arena
 from misa_kernels.memory.storage import KEYS, MOMENTS, Storage, convert
 from misa_kernels.outside.state import State
-from misa_kernels.parts import here
 from misa_kernels.ranks.shards import like, local
 from misa_kernels.reference import noise_key
+from misa_kernels.run.layout import NUMBERS, SCORES, Layout
+from misa_kernels.run.parts import here
 
 
 class LiveState:

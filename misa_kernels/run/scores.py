@@ -13,8 +13,8 @@ from torch import Tensor
 
 from misa_kernels.draw.sampler import Sampler
 from misa_kernels.draw.scores import Bools, Candidates, Floats, Ints, fold, scores
-from misa_kernels.layout import SCORES, Layout
 from misa_kernels.outside.state import State
+from misa_kernels.run.layout import SCORES, Layout
 
 # The scores that a draw knows, by their names in `Candidates`.
 KNOWN = {"importance": "importance", "importance_count": "count", "last_round": "last_round"}

@@ -8,10 +8,10 @@ from misa_kernels.clock import Clock
 from misa_kernels.draw.partition import Partition
 from misa_kernels.draw.sampler import Sampler, described
 from misa_kernels.draw.scores import Ints
-from misa_kernels.layout import Layout
 from misa_kernels.ranks.agreement import Agreement
 from misa_kernels.ranks.shards import is_sharded
-from misa_kernels.trained import Trained
+from misa_kernels.run.layout import Layout
+from misa_kernels.run.trained import Trained
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup

@@ -9,8 +9,8 @@ from torch import nn
 from misa_kernels.draw import linears
 from misa_kernels.gradients.axes import Slice
 from misa_kernels.gradients.hooks import SliceGradients
-from misa_kernels.layout import Layout
 from misa_kernels.outside.flags import Flags
+from misa_kernels.run.layout import Layout
 
 
 class SlicedLayers:

@@ -24,9 +24,6 @@ from misa_kernels.draw.order import recall
 from misa_kernels.draw.rehearsal import costliest_draw
 from misa_kernels.draw.sampler import Draw, ImportanceSampler, Sampler, checked
 from misa_kernels.draw.scores import Ints
-from misa_kernels.layout import SCORES, Layout, form_of
-from misa_kernels.live import LiveState
-from misa_kernels.meeting import Meeting
 from misa_kernels.memory.storage import FOREIGN, Storage
 from misa_kernels.monitor import Monitor
 from misa_kernels.outside.flags import Flags
@@ -35,11 +32,14 @@ from misa_kernels.outside.recompiles import Recompiles
 from misa_kernels.outside.state import State
 from misa_kernels.outside.tracing import not_traced, refuse_capture
 from misa_kernels.ranks.agreement import refuse_engines, together, wrapper_of
-from misa_kernels.release import hooked
-from misa_kernels.ruled import ruled
-from misa_kernels.scores import Scores
-from misa_kernels.sliced import SlicedLayers
-from misa_kernels.trained import Trained
+from misa_kernels.run.arrivals import hooked
+from misa_kernels.run.layout import SCORES, Layout, form_of
+from misa_kernels.run.live import LiveState
+from misa_kernels.run.meeting import Meeting
+from misa_kernels.run.ruled import ruled
+from misa_kernels.run.scores import Scores
+from misa_kernels.run.sliced import SlicedLayers
+from misa_kernels.run.trained import Trained
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup

@@ -3,7 +3,7 @@
 `states/before_0_2.pt` was written by the code of commit 25b560f, with its library for CPUs, by
 
     git worktree add ../before 25b560f && cp misa_kernels/*.so ../before/misa_kernels/
-    PYTHONPATH=../before python tests/test_resume_before.py
+    PYTHONPATH=../before python tests/run/test_resume_before.py
 
 No machine is in it: gradients are fractions of powers of 2, whose squares add up exactly in any order, from a generator
 whose stream NumPy has frozen.
@@ -26,7 +26,7 @@ import misa_kernels
 from misa_kernels import MISA, ImportanceSampler, lisa
 from misa_kernels.kernels import native
 
-FILE = Path(__file__).parent / "states" / "before_0_2.pt"
+FILE = Path(__file__).parents[1] / "states" / "before_0_2.pt"
 NUMBERS = ("round", "round_step", "steps", "seed", "skipped_steps")
 # Saved amid the fourth round of four steps, and taken on over the ends of three more.
 BEFORE, AFTER = 14, 11

@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
-from misa_kernels import checkpoint
 from misa_kernels.draw.sampler import described
 from misa_kernels.outside.tracing import not_traced, refuse_capture
-from misa_kernels.run import Run
+from misa_kernels.run import checkpoint
+from misa_kernels.run.run import Run
 
 
 @not_traced
