@@ -37,7 +37,10 @@ EVERYWHERE = [*PAGES, ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROO
 FOLDERS = [
     ROOT,
     *(ROOT / name for name in ("docs", "csrc", "misa_kernels", "misa_kernels/tools", "benchmarks/results")),
-    *(ROOT / "misa_kernels" / room for room in ("draw", "memory", "gradients", "kernels", "outside", "ranks", "rules")),
+    *(
+        ROOT / "misa_kernels" / room
+        for room in ("run", "draw", "memory", "gradients", "kernels", "outside", "ranks", "rules")
+    ),
 ]
 # Modules all of whose public names are for users.
 PLANNER = ("shapes", "model", "training", "draws", "methods", "states", "step", "fsdp", "cards")
