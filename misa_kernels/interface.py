@@ -1,4 +1,4 @@
-"""What torch, frameworks and users find on an optimizer beside its steps: properties, flags, loading, copies."""
+"""What torch, frameworks and users find on an optimizer beside its steps: properties, flags, loading, reset, copies."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from misa_kernels.gradients.axes import Slice
 from misa_kernels.monitor import Monitor
 from misa_kernels.options import check_count
 from misa_kernels.outside.garbage import kept
-from misa_kernels.run.resume import load
+from misa_kernels.run.resume import load, reset
 from misa_kernels.run.run import Run
 
 if TYPE_CHECKING:
@@ -213,6 +213,22 @@ class Interface(torch.optim.Optimizer):
         load(self._run, saved)
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
+
+    @kept()
+    def reset_state(self) -> None:
+        """Forget what gradients have told: moments, masters, scores, counts, the record of rounds, gradients.
+
+        What is left is what an optimizer has that was constructed just now, at this step and with these
+        hyperparameters: a set is drawn anew from equal scores, and the round begins again. So nothing in it depends on
+        data that shall be forgotten but the weights themselves; 16-bit weights keep no bits beside. Where their memory
+        was, zeros are written. Under several ranks call it on all of them.
+
+        Raises:
+            RuntimeError: After `release()`, between `backward()` and `step()` with `release_gradients`, or within the
+                capture of a CUDA graph; nothing is changed.
+        """
+        reset(self._run)
+        self.zero_grad()
 
     def __copy__(self) -> NoReturn:
         """Refuse: two optimizers of the same parameters would undo each other's rounds."""

@@ -186,6 +186,14 @@ class Arena:
         )
         torch.empty(min(most, 4 * MOVE_ELEMENTS), dtype=torch.uint8, device=self.device)
 
+    def erase(self) -> None:
+        """Overwrite all state with zeros, also where nothing is lent."""
+        for pool in self.pools.values():
+            for buffer in pool.buffers.values():
+                buffer.zero_()
+        for numbers in (self.age, self.updates, self.score_sum, self.sq_norm, self.skipped):
+            numbers.zero_()
+
     @property
     def nbytes(self) -> int:
         """Bytes of moments, masters and residuals, lent or not."""

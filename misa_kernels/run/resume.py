@@ -1,4 +1,4 @@
-"""How is a run saved, resumed from a saved state, and copied? What such a state holds is in `checkpoint.py`."""
+"""How is a run saved, resumed from a saved state, begun anew, copied? What a state holds is in `checkpoint.py`."""
 
 from __future__ import annotations
 
@@ -53,6 +53,31 @@ def load(run: Run, state_dict: dict[str, Any]) -> None:
     run.scores.show(run.live.state)
     run.show(saved.active)
     run.record(run.draw())
+
+
+@not_traced
+@torch.no_grad()
+def reset(run: Run) -> None:
+    """Forget all that gradients have told, and begin the round anew; see `MISA.reset_state`."""
+    if run.ended is not None:
+        raise RuntimeError(f"reset_state() came after {run.ended}: construct a new MISA, which knows nothing yet")
+    refuse_capture("reset_state()")
+    if run.trained.is_within_step:
+        raise RuntimeError(
+            "reset_state() came between backward() and step() with release_gradients=True, when some weights are "
+            "updated and others are not: call it after step()"
+        )
+    run.follow()
+    if run.live.arena is not None:
+        run.live.arena.erase()
+    run.trained.load({}, run.storage, [{} for _ in run.groups])
+    run.scores.forget()
+    run.scores.show(run.live.state)
+    run.monitor.rounds.clear()
+    run.clock.round_step = run.clock.skipped_steps = 0
+    draw = run.draw()
+    run.show(draw.active)
+    run.record(draw)
 
 
 def _given(run: Run) -> tuple[int, str, float]:

@@ -44,6 +44,11 @@ class Scores:
         }
         self._spread("module", np.arange(len(modules)))
 
+    def forget(self) -> None:
+        """Let nothing be known of any module."""
+        known = self.candidates
+        known.importance[:], known.count[:], known.last_round[:], known.unheard[:] = 0.0, 0, -1, 0
+
     def carry(self, other: Scores) -> Ints:
         """Take over what is known of modules of the same name.
 
