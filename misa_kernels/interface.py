@@ -91,7 +91,7 @@ class Interface(torch.optim.Optimizer):
     @property
     def backend(self) -> str | None:
         """What runs the steps: "triton", "cuda", "cpu", "reference", or "rule"; None before the first step."""
-        return self._run.trained.backend
+        return self._run.updater.backend
 
     @property
     def max_grad_norm(self) -> float | None:
@@ -220,8 +220,9 @@ class Interface(torch.optim.Optimizer):
 
         What is left is what an optimizer has that was constructed just now, at this step and with these
         hyperparameters: a set is drawn anew from equal scores, and the round begins again. So nothing in it depends on
-        data that shall be forgotten but the weights themselves; 16-bit weights keep no bits beside. Where their memory
-        was, zeros are written. Under several ranks call it on all of them.
+        data that shall be forgotten but the weights themselves; 16-bit weights keep no bits beside. Zeros are written
+        where moments, masters and scores were; the memory of gradients and of what a rule kept is given back as it is.
+        Under several ranks call it on all of them.
 
         Raises:
             RuntimeError: After `release()`, between `backward()` and `step()` with `release_gradients`, or within the

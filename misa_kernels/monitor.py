@@ -14,8 +14,8 @@ import numpy as np
 import numpy.typing as npt
 
 from misa_kernels.clock import Clock
+from misa_kernels.draw.candidates import Candidates
 from misa_kernels.draw.partition import Partition
-from misa_kernels.draw.scores import Candidates
 
 Table = dict[str, npt.NDArray[Any]]
 

@@ -11,11 +11,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from misa_kernels.draw.candidates import HEARING, SILENT, Bools, Floats, Ints, hear
 from misa_kernels.draw.linears import find
 from misa_kernels.draw.sampler import Sampler
-from misa_kernels.draw.scores import HEARING, SILENT, Bools, Floats, Ints, hear
 from misa_kernels.interface import Interface
-from misa_kernels.kernels.optimizers import RuleFactory
+from misa_kernels.kernels.user_rules import RuleFactory
 from misa_kernels.options import (
     Options,
     check_adamw_only,
@@ -155,7 +155,7 @@ class MISA(Interface):
             check_hyperparameters(group)
         self._run = Run(self.param_groups, options, known)
         # Of a rule, which schedulers ask for, too.
-        self.defaults.update(self._run.trained.defaults)
+        self.defaults.update(self._run.updater.defaults)
         # Of an optimizer that nobody holds any more the model shows nothing.
         weakref.finalize(self, self._run.abandon).atexit = False
         self.register_state_dict_pre_hook(lambda optimizer: prepare_to_save(cast(MISA, optimizer)._run))
@@ -235,7 +235,13 @@ class MISA(Interface):
                 "optimizer.state_dict(), and load it into a MISA constructed on the copy"
             )
         rest = to_copy(run, self.state_dict)
-        return type(self)._copied, (self.param_groups, self.defaults, run.given, run.sliced.layers(run.layout), *rest)
+        return type(self)._copied, (
+            self.param_groups,
+            self.defaults,
+            run.given,
+            run.slice_layers.layers(run.layout),
+            *rest,
+        )
 
     @classmethod
     def _copied(
@@ -260,11 +266,11 @@ class MISA(Interface):
 
 @not_traced
 def _step(run: Run, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
-    """Take a step, which may be the last of its round; see `Trained.update` for the arguments.
+    """Take a step, which may be the last of its round; see `Updater.update` for the arguments.
 
     Properties and methods are asked only where there is something to do: the host's time in a step counts.
     """
-    flags, clock, live, trained = run.flags, run.clock, run.live, run.trained
+    flags, clock, live, updater = run.flags, run.clock, run.live, run.updater
     if run.ended is not None:
         raise RuntimeError(f"step() came after {run.ended}: construct a new MISA to go on training")
     if flags.lent:
@@ -275,19 +281,19 @@ def _step(run: Run, grad_scale: Tensor | None, found_inf: Tensor | None) -> None
     if flags.sentinel is not None and flags.sentinel.requires_grad:
         flags.put_back()
     if live.arena is None or live.state.changed[0]:
-        run.allocate()
+        run.make_ready()
     if not run.has_met:
         run.meet(together(run.given.process_group, flags.params))
     is_last = clock.round_step + 1 >= run.inner_steps
     if is_last:
-        trained.before_last()
-    trained.update(grad_scale, found_inf)
+        updater.before_last()
+    updater.update(grad_scale, found_inf)
     clock.steps, clock.round_step = clock.steps + 1, clock.round_step + 1
     if run.room is not None:
-        trained.rehearse()
+        updater.rehearse()
         run.room = None
     if run.meeting is not None:
-        run.meeting.compare_gradients(trained, clock.round)
+        run.meeting.compare_gradients(updater, clock.round)
     if is_last:
         end_round(run)
 
@@ -299,29 +305,29 @@ def end_round(run: Run) -> None:
     run.recompiles.check(run.clock.round)
     run.flags.compare(is_idle=not counts.any())
     # Where nothing of what is drawn may be trained, the round goes on for another one.
-    is_held, layout, before = run.flags.is_suspended, None, run.layout.places_of(run.active.tolist())
+    is_paused, layout, before = run.flags.is_suspended, None, run.layout.places_of(run.active.tolist())
     is_due = run.learn_order() or run.flags.due
-    if is_due and not is_held:
+    if is_due and not is_paused:
         layout = run.lay_out_anew()
-        is_held = layout is None
-    if not is_held:
+        is_paused = layout is None
+    if not is_paused:
         # Zeros alone are none: an expert of a stacked weight has these where no token comes to it.
         _hear(run, (counts > 0) & (sums != 0), skipped > 0)
     if layout is not None:
         run.move(layout)
     draw = run.draw()
-    active = run.active if is_held else draw.active
+    active = run.active if is_paused else draw.active
     if run.meeting is not None:
         run.meeting.compare_draw(active, run.layout.partition, run.clock.round)
-    if is_held:
-        run.trained.switch([], [])
+    if is_paused:
+        run.updater.switch([], [])
         run.scores.publish(active)
     elif layout is not None:
         run.settle(run.staying(before), active)
     else:
         keep = set(run.active.tolist()) & set(active.tolist()) if run.given.keep_states == "staying" else set()
         leave, enter = ([n for n in numbers.tolist() if n not in keep] for numbers in (run.active, active))
-        run.trained.switch(run.layout.slots_of(leave), run.layout.slots_of(enter))
+        run.updater.switch(run.layout.slots_of(leave), run.layout.slots_of(enter))
         run.show(active)
     run.record(draw)
 
@@ -332,7 +338,7 @@ def _fold(run: Run) -> tuple[Floats, Ints, int]:
     Returns:
         Scores and updates of each active module in this round, float64[k] and int64[k], and the steps skipped in it.
     """
-    read, skipped = run.trained.read_round()
+    read, skipped = run.updater.read_round()
     active, layout, ended = run.active, run.layout, run.monitor.current
     sums, update, weight = (layout.sum(row)[active] for row in read[[0, 3, 4]])
     counts, age = (layout.max(row.astype(np.int64))[active] for row in read[1:3])

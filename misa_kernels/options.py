@@ -14,7 +14,7 @@ from torch import Tensor
 from misa_kernels import kernels
 from misa_kernels.draw.partition import Partition
 from misa_kernels.draw.sampler import Sampler, check_sampler
-from misa_kernels.kernels.optimizers import RuleFactory
+from misa_kernels.kernels.user_rules import RuleFactory
 from misa_kernels.memory.codec import FORMATS
 from misa_kernels.memory.storage import FOREIGN, PRECISIONS, Storage
 from misa_kernels.ranks.shards import is_sharded, sharded

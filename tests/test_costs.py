@@ -179,7 +179,7 @@ def test_a_step_runs_through_six_files():
         sys.setprofile(None)
     ours = {file.partition("misa_kernels/")[2] for file in files} - {""}
     kernel = {f"kernels/{name}.py" for name in ("fused", "table", "native")}
-    assert ours == {"optimizer.py", "run/trained.py", "outside/weights.py", "outside/tracing.py", *kernel}
+    assert ours == {"optimizer.py", "run/updater.py", "outside/weights.py", "outside/tracing.py", *kernel}
 
 
 def test_switch_of_20_000_modules_takes_less_than_50_ms():

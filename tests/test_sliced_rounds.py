@@ -580,6 +580,20 @@ def test_only_what_param_groups_knows_can_be_sliced():
         MISA(groups, delta=0.1, **slices())
 
 
+def test_a_construction_that_finds_no_layer_leaves_an_earlier_optimizer_and_all_flags_as_they_were():
+    model = build(hidden=48)
+    groups = param_groups(model)
+    optimizer = MISA(groups, delta=0.1, **slices())
+    params = list(model.parameters())
+    flags, weight = [param.requires_grad for param in params], model.blocks[1].down.weight
+    model.blocks[1].down = nn.Identity()
+    gc.collect()
+    with pytest.raises(RuntimeError, match="finds no linear layer with the weight blocks.1.down.weight"):
+        MISA(groups, delta=0.1, **slices())
+    assert weight in optimizer.trained and not optimizer.is_released
+    assert flags == [param.requires_grad for param in params]
+
+
 def test_a_weight_that_is_more_than_one_of_linear_layers_is_not_sliced():
     model = build(hidden=48)
     model.head.weight = model.embedding.weight

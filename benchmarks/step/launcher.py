@@ -149,7 +149,7 @@ class Subject:
         self.exchange()
         for _ in range(3):
             self.optimizer.step()
-        step = self.optimizer._run.trained._step
+        step = self.optimizer._run.updater._step
         self.launch: launch.TritonTable = step._table
         self.arguments = step._weights, [grad.data_ptr() for grad in self.grads[1]], list(self.launch._hyper.copy())
 

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from misa_kernels.draw.candidates import Candidates
 from misa_kernels.draw.packing import admissible, windows
 from misa_kernels.draw.partition import Partition
 from misa_kernels.draw.sampler import Sampler, rounds_held
-from misa_kernels.draw.scores import Candidates
 from misa_kernels.draw.slices import Slicing
 
 # Measured in the specification's runs: what matters is that modules are visited; below three visits most of a model

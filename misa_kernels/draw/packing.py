@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 
-from misa_kernels.draw.scores import Candidates, Ints
+from misa_kernels.draw.candidates import Candidates, Ints
 
 
 def admissible(layer: Ints, max_per_layer: int | None) -> int:

@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 
-from misa_kernels.draw.scores import Floats
+from misa_kernels.draw.candidates import Floats
 
 # Scores this near to the largest, relatively, tie with it: rounding in G and its correction ranks nothing.
 TIE = 1e-12

@@ -7,11 +7,11 @@ from typing import Any
 
 import numpy as np
 
+from misa_kernels.draw.candidates import Candidates, Ints
 from misa_kernels.draw.order import Order
 from misa_kernels.draw.packing import check_layers, pack, windows
 from misa_kernels.draw.partition import Partition
 from misa_kernels.draw.sampler import Sampler
-from misa_kernels.draw.scores import Candidates, Ints
 
 
 def costliest_draw(partition: Partition, candidates: Candidates, sampler: Sampler, order: Order) -> Ints:

@@ -13,10 +13,10 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 
+from misa_kernels.draw.candidates import Candidates, Floats, Ints, scores
 from misa_kernels.draw.limits import check, check_own
 from misa_kernels.draw.packing import admissible, check_layers, pack, windows
 from misa_kernels.draw.probability import at_perplexity, log_softmax, perplexity_of
-from misa_kernels.draw.scores import Candidates, Floats, Ints, scores
 
 
 @dataclass(frozen=True, eq=False)

@@ -23,7 +23,7 @@ from misa_kernels.outside.tracing import guard_hooks, not_traced
 from misa_kernels.ranks.shards import average_like, is_held, is_sharded, local
 
 
-class SliceGradients:
+class SliceHooks:
     """Which slices get gradients: in backward `weight.grad` becomes a `SlicedGradient`.
 
     Of a weight that FSDP2 has sharded it is averaged over the ranks at once, and each holds its part.
@@ -125,7 +125,7 @@ class _SlicedWeight:
         owner: Knows the others.
     """
 
-    def __init__(self, weight: nn.Parameter, piece: Slice, name: str | None, owner: SliceGradients) -> None:
+    def __init__(self, weight: nn.Parameter, piece: Slice, name: str | None, owner: SliceHooks) -> None:
         self._owner, self._messenger = weakref.ref(owner), owner.messenger
         self.weight, self.piece = weight, piece
         self._name = name

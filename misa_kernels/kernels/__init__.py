@@ -1,4 +1,4 @@
-"""Which code runs the steps: the one place that chooses a backend.
+"""Which backend can run, and which one does "auto" take? Optimizers of the user's are no backend: see `run/ruled.py`.
 
 A backend is the table of a kernel, or plain PyTorch; `prepare` makes the steps of a round of it, at every switch. Their
 `run` takes a step, of weights, moments and masters in place, without waiting for the device; `collect` brings the

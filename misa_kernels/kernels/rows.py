@@ -1,4 +1,4 @@
-"""What the steps of a round are told once: which tensors, and under which settings."""
+"""What is a row? One tensor that is trained in a round, or a part of it; and what holds for all steps of the round."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What every kernel is told: the table of rows, and the ages and sums that a round adds up."""
+"""Which numbers of each row does a fused kernel read, and which does a round add up?"""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from misa_kernels.draw.scores import Ints
+from misa_kernels.draw.candidates import Ints
 from misa_kernels.memory.arena import sent
 from misa_kernels.memory.storage import Storage
 

@@ -1,7 +1,7 @@
-"""The memory of the active set's state: allocated once, lent anew at every switch.
+"""The memory of the active set's state: allocated once a layout, lent anew at every switch.
 
-A *slot* is one tensor or row block that may ever be trained; its number is permanent. Moments and masters
-exist for active slots only and lie side by side in one pool per weight dtype. The few numbers per slot (age,
+A *slot* is one tensor, row block or slice that may be trained; its number stays as long as the layout. Moments and
+masters exist for active slots only and lie side by side in one pool per weight dtype. The few numbers per slot (age,
 score) exist for all of them.
 """
 
@@ -124,7 +124,7 @@ def move_down(buffer: Tensor, source: int, target: int, numel: int) -> None:
 
 
 class Arena:
-    """All device memory of the optimizer.
+    """The state of all slots; the tables of a round beside it are in `kernels/table.py`.
 
     Args:
         numel: Elements of each slot on this rank.

@@ -89,13 +89,13 @@ class Flags:
         self._presumed = choice.presumed if known is None else set()
         self.advice = choice.advice if known is None else []
         self.chosen, self.counted = map(list, known or (choice.flags, choice.flags))
-        self.settle()
+        self.note_laid_out()
 
     def _now(self) -> set[int]:
         """Return the positions of what requires a gradient."""
         return set(compress(count(), map(REQUIRES_GRAD, self.params)))
 
-    def hold(self, run: Any) -> None:
+    def claim(self, run: Any) -> None:
         """Take the parameters for a run, and release the runs that have them now."""
         for other in self._others:
             other.release("another MISA was constructed on its parameters, which released it")
@@ -191,7 +191,7 @@ class Flags:
                 self._switch_off(index)
         self._presumed.difference_update(indices)
 
-    def settle(self) -> None:
+    def note_laid_out(self) -> None:
         """Note that the modules were made anew of what is chosen."""
         self.laid_out = list(self.chosen), list(self.counted)
         self.due = False

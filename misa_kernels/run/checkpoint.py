@@ -1,7 +1,8 @@
-"""How an optimizer's state is written and read: tensors and plain types in `state` and `param_groups` only.
+"""Which keys has a state dict, and does one fit? Tensors and plain types in `state` and `param_groups` only.
 
-A saved state is what `torch.optim.Optimizer.state_dict` makes of the live one, with two changes: its tensors
-are copies (the live ones are views of the arena), and the first group carries the position of the run.
+A saved state is what `torch.optim.Optimizer.state_dict` makes of the live one, with changes: its tensors are copies
+(the live ones are views of the arena), what `LiveState.to_save` says is left out or summed up, and the first group
+carries the position of the run.
 """
 
 from __future__ import annotations
@@ -21,21 +22,21 @@ from misa_kernels.memory.storage import FOREIGN, PRECISIONS, Storage
 from misa_kernels.options import check_hyperparameters
 from misa_kernels.outside.notices import warn
 from misa_kernels.outside.wrappers import is_same, unwrapped
-from misa_kernels.run.layout import SCORES, Layout
+from misa_kernels.run.layout import SHOWN, Layout
 from misa_kernels.run.scores import Scores
-from misa_kernels.run.trained import Trained
+from misa_kernels.run.updater import Updater
 
 # Kept in the first group of a saved state: the position of the run, how the moments are stored, and what the run may
 # have been given otherwise. A draw depends on nothing but seed, round, scores and `Scores.unheard`, which is kept here,
 # too, as torch's tools want the same entries in every `state`.
-NUMBERS = tuple(field.name for field in fields(Clock))
+CLOCK = tuple(field.name for field in fields(Clock))
 STORED = ("state_dtype", "param_precision")
 GIVEN = ("inner_steps", "sampler", "delta")
 # What updates, where that is a rule of the user's.
 RULE = "rule"
 # The layers in the order in which they were seen to run, where their registration does not tell.
 ORDER = "layer_order"
-POSITION = (*NUMBERS, *STORED, *GIVEN, "unheard", ORDER, RULE)
+POSITION = (*CLOCK, *STORED, *GIVEN, "unheard", ORDER, RULE)
 # Before what a group itself has under these names.
 OWN = "own."
 # What groups hold of names, which are those of the model here, in its wrappers.
@@ -49,7 +50,7 @@ CHANGED = (
 
 def write(
     state_dict: dict[str, Any],
-    trained: Trained,
+    updater: Updater,
     clock: Clock,
     unheard: list[int],
     given: Sequence[Any],
@@ -59,27 +60,27 @@ def write(
 
     Args:
         state_dict: What `torch.optim.Optimizer.state_dict` makes of the live state; modified.
-        trained: What has the live state.
+        updater: What has the live state.
         clock: The position, with all steps skipped so far.
         unheard: What `Scores.unheard` returns.
         given: What the run was given, in the order of `GIVEN`.
         order: The layers as they run, where more than their registration tells.
     """
-    state_dict["state"] = trained.to_save(state_dict["state"])
+    state_dict["state"] = updater.to_save(state_dict["state"])
     for group in state_dict["param_groups"]:
         # Those of a rule may have the names of what follows.
         for name in [name for name in POSITION if name in group]:
             group[f"{OWN}{name}"] = group.pop(name)
         # A scheduler writes to an lr that is a tensor.
         group.update({name: value.detach().clone() for name, value in group.items() if isinstance(value, Tensor)})
-    stored = trained.live.storage_in_state
+    stored = updater.live.storage_in_state
     state_dict["param_groups"][0].update(
         asdict(clock),
         **dict(zip(STORED, (stored.state_dtype, stored.param_precision), strict=True)),
         **dict(zip(GIVEN, given, strict=True)),
         unheard=unheard,
         **({} if order is None else {ORDER: list(order)}),
-        **({} if trained.rule is None else {RULE: trained.rule}),
+        **({} if updater.rule is None else {RULE: updater.rule}),
     )
 
 
@@ -88,13 +89,13 @@ class Saved:
     """A saved state that fits an optimizer.
 
     Attributes:
-        position: What the first group carries of `NUMBERS` and, where the version that saved it did, `GIVEN` and
+        position: What the first group carries of `CLOCK` and, where the version that saved it did, `GIVEN` and
             "unheard".
         storage: How moments are stored in it.
-        own: What it has of each parameter that may be trained.
+        own: What it has of each parameter that may be updater.
         hyperparameters: What its groups hold beside parameters, names and position, copied.
         active: int64[k], numbers of the active modules, ascending.
-        scores: One number a module of what is known of it, by the names in `SCORES`.
+        scores: One number a module of what is known of it, by the names in `SHOWN`.
         order: The layers as they were seen to run; None if it has none of them.
     """
 
@@ -136,7 +137,7 @@ def read(
     Args:
         saved: What `state_dict` returned.
         groups: The live `param_groups`.
-        layout: What may be trained.
+        layout: What may be updater.
         scores: What is known of it; only read.
         rule: What updates it, where that is a rule of the user's.
 
@@ -175,13 +176,13 @@ def _number(value: Any) -> Any:
 
 def _position(saved: Mapping[str, Any]) -> tuple[dict[str, Any], Storage]:
     groups = saved["param_groups"]
-    if not groups or any(name not in groups[0] for name in (*NUMBERS, *STORED)):
+    if not groups or any(name not in groups[0] for name in (*CLOCK, *STORED)):
         raise ValueError("state dict has no 'round' in its first group: it was not saved by MISA")
     position = {name: groups[0][name] for name in POSITION if name in groups[0]}
     if "sampler" in position:
         # An option that samplers had in 0.1, at the value that does nothing.
         position["sampler"] = str(position["sampler"]).replace("first_visits=None, ", "")
-    for name in NUMBERS:
+    for name in CLOCK:
         if isinstance(position[name], bool) or not isinstance(position[name], int) or position[name] < 0:
             raise ValueError(
                 f"state dict has {name}={position[name]!r}, which must be a whole number >= 0: it was changed after it "
@@ -218,7 +219,7 @@ def _check_unheard(unheard: Any, modules: int) -> None:
 def _match(
     saved: Mapping[str, Any], groups: Sequence[dict[str, Any]], layout: Layout, sizes: dict[Tensor, dict[str, int]]
 ) -> dict[Tensor, dict[str, Any]]:
-    """Return the saved state of each parameter that may be trained."""
+    """Return the saved state of each parameter that may be updater."""
     saved_groups = saved["param_groups"]
     counts, saved_counts = ([len(group["params"]) for group in side] for side in (groups, saved_groups))
     if counts != saved_counts:
@@ -279,7 +280,7 @@ def _other_name(ours: Any, theirs: Any, what: str) -> str:
 
 
 def _check_scores(state: dict[str, Any], name: str) -> None:
-    for score in SCORES:
+    for score in SHOWN:
         if score not in state:
             raise ValueError(
                 f"state dict has no scores ({score!r}) for {name}: it belongs to another model, or went through "

@@ -19,7 +19,7 @@ from misa_kernels.ranks.agreement import group_of
 from misa_kernels.ranks.shards import is_sharded, local, part_of, ranks_of
 
 # One number a sampled block, on the host, from construction on: its module, what is known of it, whether it is active.
-SCORES = {
+SHOWN = {
     "module": torch.int64,
     "importance": torch.float64,
     "importance_count": torch.int64,
@@ -27,13 +27,13 @@ SCORES = {
     "active": torch.bool,
 }
 # One number a slot that the arena holds.
-NUMBERS = ("age", "updates", "score_sum")
+COUNTERS = ("age", "updates", "score_sum")
 
 
 class Layout:
     """The modules of a run, and the *slots* of all that may be trained.
 
-    A slot is a tensor or row block; its number is permanent, dense slots come first.
+    A slot is a tensor, row block or slice; its number is that of this layout, dense slots come first.
 
     Args:
         groups: The param groups; no parameter is changed.
@@ -156,7 +156,7 @@ class Layout:
                     self.key(name, slot): buffer.numel(self.blocks[slot].numel)
                     for slot in range(span.start, span.stop)
                     for name, buffer in buffers[param.dtype].items()
-                } | dict.fromkeys((*NUMBERS, *SCORES), span.stop - span.start)
+                } | dict.fromkeys((*COUNTERS, *SHOWN), span.stop - span.start)
                 if span.start not in self._numbers:
                     found[key] = own
             sizes[param] = own

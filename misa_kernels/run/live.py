@@ -24,7 +24,7 @@ from misa_kernels.memory.storage import KEYS, MOMENTS, Storage, convert
 from misa_kernels.outside.state import State
 from misa_kernels.ranks.shards import like, local
 from misa_kernels.reference import noise_key
-from misa_kernels.run.layout import NUMBERS, SCORES, Layout
+from misa_kernels.run.layout import COUNTERS, SHOWN, Layout
 from misa_kernels.run.parts import here
 
 
@@ -272,7 +272,7 @@ class LiveState:
         self.storage_in_state = storage
         dict.clear(self.state)
         for param, tensors in own.items():
-            kept = {name: _copied(value) for name, value in tensors.items() if name not in SCORES}
+            kept = {name: _copied(value) for name, value in tensors.items() if name not in SHOWN}
             # An entry would make `state_dict()` another one than was saved.
             if kept:
                 self.state[param].put(kept)
@@ -328,7 +328,7 @@ def _detached(state: Mapping[Any, Mapping[str, Any]], layout: Layout) -> dict[An
     pieces: dict[str, dict[int, Tensor]] = {}
 
     def copied(name: str, value: Any) -> Any:
-        if not isinstance(value, Tensor) or name not in NUMBERS and name not in SCORES:
+        if not isinstance(value, Tensor) or name not in COUNTERS and name not in SHOWN:
             return _copied(value)
         piece = pieces[name].get(value.data_ptr()) if name in pieces else None
         if piece is not None and piece.numel() == value.numel():

@@ -5,13 +5,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from misa_kernels.clock import Clock
+from misa_kernels.draw.candidates import Ints
 from misa_kernels.draw.partition import Partition
 from misa_kernels.draw.sampler import Sampler, described
-from misa_kernels.draw.scores import Ints
 from misa_kernels.ranks.agreement import Agreement
 from misa_kernels.ranks.shards import is_sharded
 from misa_kernels.run.layout import Layout
-from misa_kernels.run.trained import Trained
+from misa_kernels.run.updater import Updater
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -22,7 +22,7 @@ class Meeting:
 
     Args:
         group: The ranks.
-        layout: What may be trained.
+        layout: What may be updater.
         clock: The position.
         active: Numbers of the active modules.
         sampler: What draws.
@@ -56,17 +56,17 @@ class Meeting:
         """Let the gradients of the next step be compared."""
         self._has_compared = False
 
-    def compare_gradients(self, trained: Trained, round: int) -> None:
+    def compare_gradients(self, updater: Updater, round: int) -> None:
         """Compare what the first step of a round, or after a resume, saw; waits for the device then."""
         if self._has_compared:
             return
         self._has_compared = True
-        arena, layout = trained.live.arena, trained.live.layout
+        arena, layout = updater.live.arena, updater.live.layout
         assert arena is not None
-        trained.collect()
+        updater.collect()
         (sq_norm, updates), skipped = arena.read_round(arena.score_sum, arena.updates)
         # Of a sharded parameter every rank has another part.
-        slots = [slot for slot, row in trained.live.rows.items() if not is_sharded(row.param)]
+        slots = [slot for slot, row in updater.live.rows.items() if not is_sharded(row.param)]
         self._agreement.check(
             f"the gradients' squared norms in the first step of round {round}",
             [(layout.name_of(slot), (sq_norm[slot], int(updates[slot]), skipped)) for slot in slots],

@@ -21,7 +21,7 @@ def prepare_to_save(run: Run) -> None:
     run.follow()
     if run.ended is None:
         run.reconcile()
-        run.trained.adopt()
+        run.updater.adopt()
 
 
 @not_traced
@@ -29,7 +29,7 @@ def complete(run: Run, state_dict: dict[str, Any]) -> None:
     """Make a state dict, as torch makes it, independent of the arena, and add the position of the run."""
     clock = replace(run.clock, skipped_steps=run.skipped_steps)
     order = run.order.names if run.order.is_told else None
-    checkpoint.write(state_dict, run.trained, clock, run.scores.unheard(), _given(run), order)
+    checkpoint.write(state_dict, run.updater, clock, run.scores.unheard(), _given(run), order)
 
 
 @not_traced
@@ -40,16 +40,16 @@ def load(run: Run, state_dict: dict[str, Any]) -> None:
         raise RuntimeError(f"load_state_dict() came after {run.ended}: construct a new MISA and load into that")
     refuse_capture("load_state_dict()")
     run.follow()
-    saved = checkpoint.read(state_dict, run.groups, run.layout, run.scores, run.trained.rule)
+    saved = checkpoint.read(state_dict, run.groups, run.layout, run.scores, run.updater.rule)
     if saved.order is not None and saved.order != run.layout.partition.layers:
         _reorder(run, saved.order)
     made = f" ('auto' with total_steps={run.given.total_steps})" if run.given.inner_steps == "auto" else ""
     saved.warn_of_differences(run.storage, _given(run), made)
 
-    for name in checkpoint.NUMBERS:
+    for name in checkpoint.CLOCK:
         setattr(run.clock, name, saved.position[name])
     run.scores.load(saved.scores, saved.position.get("unheard", ()))
-    run.trained.load(saved.own, saved.storage, saved.hyperparameters)
+    run.updater.load(saved.own, saved.storage, saved.hyperparameters)
     run.scores.show(run.live.state)
     run.show(saved.active)
     run.record(run.draw())
@@ -62,7 +62,7 @@ def reset(run: Run) -> None:
     if run.ended is not None:
         raise RuntimeError(f"reset_state() came after {run.ended}: construct a new MISA, which knows nothing yet")
     refuse_capture("reset_state()")
-    if run.trained.is_within_step:
+    if run.updater.is_within_step:
         raise RuntimeError(
             "reset_state() came between backward() and step() with release_gradients=True, when some weights are "
             "updated and others are not: call it after step()"
@@ -70,7 +70,7 @@ def reset(run: Run) -> None:
     run.follow()
     if run.live.arena is not None:
         run.live.arena.erase()
-    run.trained.load({}, run.storage, [{} for _ in run.groups])
+    run.updater.load({}, run.storage, [{} for _ in run.groups])
     run.scores.forget()
     run.scores.show(run.live.state)
     run.monitor.rounds.clear()

@@ -1,4 +1,4 @@
-"""What is trained where optimizers of the user's update it: their state enters, leaves and is saved as ours is.
+"""What differs from `LiveState` and `Updater` where optimizers of the user's update what is trained?
 
 `optimizer.state` shows it under names of its own, "rule.exp_avg" what the optimizer calls "exp_avg".
 """
@@ -17,14 +17,14 @@ from torch.utils._pytree import tree_map_only
 
 from misa_kernels.clock import Clock
 from misa_kernels.kernels import Backend, Row, Step
-from misa_kernels.kernels.foreign import RuledStep, shape_of
-from misa_kernels.kernels.optimizers import PREFIX, Rules
+from misa_kernels.kernels.ruled import RuledStep, shape_of
+from misa_kernels.kernels.user_rules import PREFIX, Rules
 from misa_kernels.memory.storage import Storage
 from misa_kernels.options import ADAMW, ADAMW_ONLY, Options, check_range
 from misa_kernels.reference import Hyper
 from misa_kernels.run.layout import Layout
 from misa_kernels.run.live import LiveState
-from misa_kernels.run.trained import Trained
+from misa_kernels.run.updater import Updater
 
 
 class RuledState(LiveState):
@@ -127,8 +127,8 @@ class RuledState(LiveState):
         self._rules.clear()
 
 
-class Ruled(Trained):
-    """What `Trained` is, for `MISA(rule=...)`.
+class RuledUpdater(Updater):
+    """What `Updater` is, for `MISA(rule=...)`.
 
     Args:
         live: Rows and state.
@@ -170,7 +170,7 @@ class Ruled(Trained):
         return RuledStep(list(self.live.rows.values()), self.live.arena, self._settings(), self._rules)
 
     def move(self, layout: Layout, kept: Container[tuple[int, int]]) -> None:
-        """Go on with another layout, and let what was counted in groups begin anew; see `Trained.move`."""
+        """Go on with another layout, and let what was counted in groups begin anew; see `Updater.move`."""
         super().move(layout, kept)
         self._drop_counts()
 
@@ -180,7 +180,7 @@ class Ruled(Trained):
         storage: Storage,
         hyperparameters: Sequence[Mapping[str, Any]],
     ) -> None:
-        """Drop all state and all counts, and take over what was saved; see `Trained.load`."""
+        """Drop all state and all counts, and take over what was saved; see `Updater.load`."""
         self._drop_counts()
         super().load(own, storage, hyperparameters)
 
@@ -189,9 +189,9 @@ class Ruled(Trained):
             self._rules.drop_counts(number)
 
 
-def ruled(
+def ruled_updater(
     layout: Layout, groups: list[dict[str, Any]], options: Options, storage: Storage, root: bool, clock: Clock
-) -> Ruled:
+) -> RuledUpdater:
     """Return what updates by `options.rule`, after checks of what that makes of the parameters and of the groups."""
     assert options.rule is not None
     given = [set(group) for group in groups]
@@ -205,7 +205,7 @@ def ruled(
     rules = Rules(options.rule, groups, shown)
     for number, (group, names) in enumerate(zip(groups, rules.names, strict=True)):
         _check_group(number, group, given[number] - names if shown[number][1] else set(), rules.name)
-    return Ruled(RuledState(layout, storage, root, clock, groups, rules), groups, options, clock, rules)
+    return RuledUpdater(RuledState(layout, storage, root, clock, groups, rules), groups, options, clock, rules)
 
 
 def _looking_like(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -1,4 +1,4 @@
-"""All that changes in a run of MISA, and how it follows what others do: new parameters, new flags, saved states.
+"""Which parts has a run of MISA, and how does it follow what users exchange, freeze and thaw?
 
 Frameworks make optimizers of their own with a copy of an optimizer's attributes, so those lead to the one run there is.
 Its parameters know it, too, and it knows nothing of the optimizer, where the step and the end of a round are.
@@ -19,11 +19,11 @@ from torch import Tensor
 from misa_kernels import advice, kernels, options
 from misa_kernels.clock import Clock
 from misa_kernels.draw import linears
+from misa_kernels.draw.candidates import Ints
 from misa_kernels.draw.coverage import LONGEST_ROUND, Coverage, coverage, modules_a_round, round_length
 from misa_kernels.draw.order import recall
 from misa_kernels.draw.rehearsal import costliest_draw
 from misa_kernels.draw.sampler import Draw, ImportanceSampler, Sampler, checked
-from misa_kernels.draw.scores import Ints
 from misa_kernels.memory.storage import FOREIGN, Storage
 from misa_kernels.monitor import Monitor
 from misa_kernels.outside.flags import Flags
@@ -33,20 +33,20 @@ from misa_kernels.outside.state import State
 from misa_kernels.outside.tracing import not_traced, refuse_capture
 from misa_kernels.ranks.agreement import refuse_engines, together, wrapper_of
 from misa_kernels.run.arrivals import hooked
-from misa_kernels.run.layout import SCORES, Layout, form_of
+from misa_kernels.run.layout import SHOWN, Layout, form_of
 from misa_kernels.run.live import LiveState
 from misa_kernels.run.meeting import Meeting
-from misa_kernels.run.ruled import ruled
+from misa_kernels.run.ruled import ruled_updater
 from misa_kernels.run.scores import Scores
-from misa_kernels.run.sliced import SlicedLayers
-from misa_kernels.run.trained import Trained
+from misa_kernels.run.slice_layers import SliceLayers
+from misa_kernels.run.updater import Updater
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 
 class Run:
-    """A run of MISA on param groups. Its constructor takes the parameters as its last act, after all that may fail.
+    """A run of MISA on param groups. Its constructor takes the parameters after all that may fail.
 
     Args:
         groups: The optimizer's live `param_groups`.
@@ -61,12 +61,12 @@ class Run:
         inner_steps: Steps T in a round.
         clock: The position.
         flags: Who set `requires_grad`.
-        sliced: The layers that make gradients of slices.
+        slice_layers: The layers that make gradients of slices.
         order: What is known of the order of the layers.
         layout: What can be drawn.
         scores: What is known of it.
         live: Rows and state of what is trained now.
-        trained: What updates it.
+        updater: What updates it.
         active: int64[k], numbers of the active modules, ascending.
         monitor: The record.
         recompiles: Whether `torch.compile` keeps up with the draws.
@@ -91,7 +91,7 @@ class Run:
         self.clock = Clock(int(given.seed))
         self.flags = Flags(groups, known)
         follow = weakref.WeakMethod(self.follow)
-        self.sliced = SlicedLayers(self.flags, lambda: None if (own := follow()) is None else own())
+        self.slice_layers = SliceLayers(self.flags, lambda: None if (own := follow()) is None else own())
         refuse_engines(self.flags.params)
         try:
             self.layout = self.lay_out()
@@ -101,12 +101,12 @@ class Run:
         root = self.sampler.importance_norm == "norm"
         if given.rule is None:
             self.live = LiveState(self.layout, self.storage, root, self.clock)
-            self.trained = Trained(self.live, groups, given, self.clock)
+            self.updater = Updater(self.live, groups, given, self.clock)
         else:
-            self.trained = ruled(self.layout, groups, given, self.storage, root, self.clock)
-            self.live = self.trained.live
+            self.updater = ruled_updater(self.layout, groups, given, self.storage, root, self.clock)
+            self.live = self.updater.live
         self.inner_steps = self._resolve_inner_steps()
-        self.monitor = Monitor(self.layout.partition, self.scores.candidates, self.clock, self.trained.ages)
+        self.monitor = Monitor(self.layout.partition, self.scores.candidates, self.clock, self.updater.ages)
         self.recompiles = Recompiles(self.scores.candidates.layer, self.sampler.max_per_layer)
         self.meeting: Meeting | None = None
         self.room: Tensor | None = None
@@ -123,7 +123,8 @@ class Run:
             advice.notify_of_order(self.sampler.depth_window, self.order.first)
         if given.total_steps is not None and (short := self.coverage(given.total_steps).advice) is not None:
             warn(short)
-        self.flags.hold(self)
+        self.slice_layers.check(self.layout)
+        self.flags.claim(self)
         self.order.watch()
         self._hook()
         self.scores.show(self.live.state)
@@ -162,15 +163,15 @@ class Run:
         """Use the gradient of a parameter within `backward()`, once for each: the host's time counts."""
         if self.flags.lent:
             return
-        if not self.trained.is_within_step:
+        if not self.updater.is_within_step:
             for group in self.groups:
                 options.check_place("lr", group["lr"])
         if self.live.arena is None or self.live.state.changed[0]:
             with torch.no_grad():
-                self.allocate()
-        self.trained.receive(param)
+                self.make_ready()
+        self.updater.receive(param)
 
-    def allocate(self) -> None:
+    def make_ready(self) -> None:
         """Allocate the state, or take over what somebody wrote to it."""
         if self.live.arena is not None:
             self.reconcile()
@@ -178,10 +179,10 @@ class Run:
         if not self.clock.steps:
             self.flags.compare()
         self.follow()
-        self.sliced.look_for_strangers(self.layout)
+        self.slice_layers.look_for_strangers(self.layout)
         self.reconcile()
-        self.trained.allocate(self.layout.slots_of(self.active.tolist()))
-        if self.given.backend == "auto" and self.trained.backend == "reference":
+        self.updater.allocate(self.layout.slots_of(self.active.tolist()))
+        if self.given.backend == "auto" and self.updater.backend == "reference":
             params = [block.param for block in self.layout.blocks]
             if (reason := kernels.why_plain(params, self.storage)) is not None:
                 self.flags.warn_once("backend", reason)
@@ -199,7 +200,7 @@ class Run:
             return
         # Copies that are recorded instead of made would be lost.
         refuse_capture()
-        self.trained.reconcile()
+        self.updater.reconcile()
         self.scores.take(state)
         self.scores.activate(self.active, self.clock.round)
         self.scores.show(state)
@@ -239,13 +240,13 @@ class Run:
         self.flags.train({index for index in whole if chosen[index]}, sliced)
         self.active = active
         self._slice()
-        self.sliced.look_for_strangers(self.layout)
+        self.slice_layers.look_for_strangers(self.layout)
         self.scores.activate(active, self.clock.round)
         if self.meeting is not None:
             self.meeting.begin_round()
 
     def _slice(self) -> None:
-        self.sliced.train(self.layout, self.active.tolist(), is_first=not self.clock.steps)
+        self.slice_layers.train(self.layout, self.active.tolist(), is_first=not self.clock.steps)
 
     def record(self, draw: Draw) -> None:
         """Begin the record of a round."""
@@ -283,7 +284,7 @@ class Run:
             options.check_cast([dtype for _, dtype in self.layout.form], now, self.layout.partition)
         self.flags.compare()
         layout, earlier, places = self.lay_out(), self.layout, self.layout.places_of(self.active.tolist())
-        self.flags.settle()
+        self.flags.note_laid_out()
         self.flags.exchange(now)
         self.move(layout)
         draw = self.draw()
@@ -323,7 +324,7 @@ class Run:
                     "`with optimizer.thawed():`",
                 )
                 return None
-            self.flags.settle()
+            self.flags.note_laid_out()
             return layout
 
     def move(self, layout: Layout) -> None:
@@ -340,7 +341,7 @@ class Run:
         """Bring the state to the layout of now, and train a set in it; of `staying`, what stays keeps its state."""
         layout = self.layout
         always = {(block.index, block.start) for block in layout.partition.dense}
-        self.trained.move(layout, staying & layout.places_of(active.tolist()) | always)
+        self.updater.move(layout, staying & layout.places_of(active.tolist()) | always)
         self._hook()
         self.scores.show(self.live.state)
         self.show(active)
@@ -402,9 +403,9 @@ class Run:
         if self.ended is not None:
             return
         refuse_capture("release()")
-        self.trained.release()
+        self.updater.release()
         for own in self.live.state.values():
-            for name in [name for name in own if name not in SCORES]:
+            for name in [name for name in own if name not in SHOWN]:
                 own.drop(name)
         self._end(why)
 
@@ -416,10 +417,10 @@ class Run:
     def _end(self, why: str, is_late: bool = False) -> None:
         self.ended = why
         self.order.close()
-        self.sliced.close()
+        self.slice_layers.close()
         for handle in self._hooks.values():
             handle.remove()
-        self.trained.forget()
+        self.updater.forget()
         self.flags.give_back(is_late)
 
     def exchange_state(self, state: Any) -> None:

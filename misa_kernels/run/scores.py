@@ -11,10 +11,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from misa_kernels.draw.candidates import Bools, Candidates, Floats, Ints, fold, scores
 from misa_kernels.draw.sampler import Sampler
-from misa_kernels.draw.scores import Bools, Candidates, Floats, Ints, fold, scores
 from misa_kernels.outside.state import State
-from misa_kernels.run.layout import SCORES, Layout
+from misa_kernels.run.layout import SHOWN, Layout
 
 # The scores that a draw knows, by their names in `Candidates`.
 KNOWN = {"importance": "importance", "importance_count": "count", "last_round": "last_round"}
@@ -40,7 +40,7 @@ class Scores:
         self._beta, self._norm = sampler.importance_beta, sampler.importance_norm
         # One number a slot, on the host, whose parts the entries of `optimizer.state` are.
         self._shown = {
-            name: torch.zeros(len(layout.blocks), dtype=dtype, device="cpu") for name, dtype in SCORES.items()
+            name: torch.zeros(len(layout.blocks), dtype=dtype, device="cpu") for name, dtype in SHOWN.items()
         }
         self._spread("module", np.arange(len(modules)))
 

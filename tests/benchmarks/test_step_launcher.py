@@ -139,7 +139,7 @@ def test_the_launches_of_a_clipped_step_have_their_own_variants(comparison):
     params = matrices([BF16])
     optimizer = optimizer_of(params)
     walk(optimizer, params, [0])
-    step = optimizer._run.trained._step
+    step = optimizer._run.updater._step
     for norm in (1.0, None, 1.0, None):
         step._settings = replace(step._settings, max_grad_norm=norm)
         walk(optimizer, params, [0])
@@ -188,7 +188,7 @@ def test_the_arguments_are_those_that_the_kernel_names(stub):
     optimizer.grad_scale, optimizer.found_inf = torch.ones(()), torch.zeros(())
     walk(optimizer, params, (0, 0))
     norm, update = (dict(zip(launch.kernels.step_kernel.arg_names, c.arguments, strict=True)) for c in stub.calls[-2:])
-    arena, table = optimizer._run.live.arena, optimizer._run.trained._step._table
+    arena, table = optimizer._run.live.arena, optimizer._run.updater._step._table
     for key in KEYS:
         buffer, given = arena.pools[BF16].buffers.get(key), update[f"{key}_ptr"]
         assert given is buffer or given.data_ptr() == buffer.data_ptr(), key

@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 from scipy import stats
 from scipy.special import softmax
 
+from misa_kernels.draw.candidates import Candidates, fold, scores
 from misa_kernels.draw.rehearsal import costliest
 from misa_kernels.draw.sampler import CyclicSampler, ImportanceSampler, UniformSampler
-from misa_kernels.draw.scores import Candidates, fold, scores
 
 SAMPLERS = [ImportanceSampler(), UniformSampler(), CyclicSampler()]
 NAMES = ["importance", "uniform", "cyclic"]

@@ -30,9 +30,9 @@ from transformers import (
 )
 
 from misa_kernels import CyclicSampler, Draw, ImportanceSampler, Sampler, UniformSampler, param_groups
+from misa_kernels.draw.candidates import Candidates
 from misa_kernels.draw.partition import Block, partition
 from misa_kernels.draw.sampler import checked, described, held
-from misa_kernels.draw.scores import Candidates
 from misa_kernels.draw.slices import Matrix, slicing, starts_of
 
 SIZES = {"vocab_size": 32, "hidden_size": 32, "intermediate_size": 96, "num_hidden_layers": 2}

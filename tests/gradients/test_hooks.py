@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
 from misa_kernels.gradients.axes import Slice, input_axis
-from misa_kernels.gradients.hooks import SliceGradients
+from misa_kernels.gradients.hooks import SliceHooks
 from misa_kernels.gradients.sliced import SlicedGradient
 
 transformers.logging.set_verbosity_error()
@@ -112,7 +112,7 @@ def sliced(model, number=0):
     loss_of(whole).backward()
     slices = every_slice(model, number)
     freeze(model, slices)
-    gradients = SliceGradients()
+    gradients = SliceHooks()
     gradients.train(slices)
     return gradients, slices, whole
 
@@ -210,7 +210,7 @@ def small(kind, which, then=None):
     axis = input_axis(model.layer)
     piece = Slice(axis if is_input else 1 - axis, first, last)
     model.layer.weight.requires_grad_(False)
-    gradients = SliceGradients()
+    gradients = SliceHooks()
     slices = {model.layer.weight: (piece, [model.layer])}
     gradients.train(slices)
     return model, gradients, slices, whole
@@ -280,7 +280,7 @@ def test_a_weight_of_two_layers_and_a_layer_that_is_not_called():
     full, weight.grad = weight.grad, None
     slices = {weight: (Slice(1, 1, 3), [model[0], model[1]]), unused: (Slice(0, 0, 2), [model[2]])}
     freeze(model, slices)
-    gradients = SliceGradients()
+    gradients = SliceHooks()
     gradients.train(slices)
     model[1](model[0](x).relu()).square().sum().backward()
     torch.testing.assert_close(weight.grad.part, full[:, 1:3])
@@ -313,7 +313,7 @@ def test_nothing_of_the_input_is_kept_but_the_slices_columns(name):
     frozen = bytes_saved(model, run)
     axes = {layer.weight: input_axis(layer) for layer in layers_of(model)}
     slices = {layer.weight: (Slice(axes[layer.weight], 2, 5), [layer]) for layer in layers_of(model)}
-    gradients = SliceGradients()
+    gradients = SliceHooks()
     gradients.train(slices)
     assert bytes_saved(model, run) - frozen == len(slices) * 12 * 3 * 4
     model.to(torch.bfloat16)
@@ -388,7 +388,7 @@ def test_a_whole_gradient_that_is_wanted_is_made_as_ever_and_added_to():
 def test_slices_that_stay_keep_their_hooks_and_gradients():
     model = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 6)).requires_grad_(False)
     a, b, c = model
-    gradients = SliceGradients()
+    gradients = SliceHooks()
     gradients.train({m.weight: (Slice(1, 0, 2), [m]) for m in (a, b)})
     model(torch.randn(4, 6)).sum().backward()
     hooks, grad = dict(a._forward_hooks), a.weight.grad
@@ -616,7 +616,7 @@ def test_which_axis_is_the_input_s():
 
 def test_what_cannot_be_is_refused_and_changes_nothing():
     layer, embedding = nn.Linear(6, 6), nn.Embedding(6, 6)
-    gradients = SliceGradients()
+    gradients = SliceHooks()
     for piece in (Slice(1, 4, 7), Slice(0, 3, 3), Slice(0, -1, 2)):
         with pytest.raises(ValueError, match=r"must be a range within a weight of shape \(6, 6\)"):
             gradients.train({layer.weight: (piece, [layer])})
@@ -634,7 +634,7 @@ def test_a_compiled_model_trains_the_slices_of_every_round(is_late):
     model = nn.Sequential(*(nn.Sequential(nn.LayerNorm(6), nn.Linear(6, 6), nn.ReLU()) for _ in range(3)))
     linears = [layer[1] for layer in model]
     freeze(model, [linear.weight for linear in linears])
-    gradients = SliceGradients()
+    gradients = SliceHooks()
     counter = CompileCounter()
     compiled = torch.compile(model, backend=counter)
     x = torch.randn(4, 6)

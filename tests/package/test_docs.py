@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
 import importlib.util
 import inspect
@@ -115,6 +116,23 @@ def test_examples_of_pages_and_docstrings_run(tmp_path: Path) -> None:
     assert not said, said
     ran = re.search(r"(\d+) tests\n\s+0 failures in tests", (tmp_path / "output.txt").read_text())
     assert ran and int(ran[1]) > 60
+
+
+def test_what_the_design_names_is_there() -> None:
+    trees = [ast.parse(path.read_text()) for path in (ROOT / "misa_kernels").rglob("*.py")]
+    classes = {node.name: node for tree in trees for node in ast.walk(tree) if isinstance(node, ast.ClassDef)}
+
+    def has(name: str, member: str) -> bool:
+        node = classes[name]
+        own = {part.name for part in ast.walk(node) if isinstance(part, ast.FunctionDef)}
+        own |= {part.attr for part in ast.walk(node) if isinstance(part, ast.Attribute)}
+        own |= {part.id for part in ast.walk(node) if isinstance(part, ast.Name)}
+        bases = [base.id for base in node.bases if isinstance(base, ast.Name) and base.id in classes]
+        return member in own or any(has(base, member) for base in bases)
+
+    said = re.findall(r"`([A-Z]\w+)\.(\w+)[(`]", (ROOT / "docs" / "design.md").read_text())
+    ours = [(name, member) for name, member in said if name in classes]
+    assert len(ours) > 30 and not [pair for pair in ours if not has(*pair)]
 
 
 def test_the_page_of_slices_shows_what_its_example_prints() -> None:

@@ -8,10 +8,10 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from misa_kernels.draw.candidates import Candidates
 from misa_kernels.draw.matrices import Widths
 from misa_kernels.draw.rehearsal import costliest
 from misa_kernels.draw.sampler import ImportanceSampler
-from misa_kernels.draw.scores import Candidates
 from misa_kernels.draw.slices import Matrix, Slicing, axis_of, slicing
 from misa_kernels.draw.streams import Linear, flows
 from misa_kernels.gradients.axes import Slice

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from misa_kernels.kernels.foreign import PIECE
+from misa_kernels.kernels.ruled import PIECE
 from misa_kernels.memory.storage import Storage
 
 # What plain PyTorch takes an element where it rounds stochastically, or cuts float32 in two: measured.

@@ -14,7 +14,7 @@ from torch.utils.hooks import RemovableHandle
 
 from misa_kernels.draw.linears import linears_of
 from misa_kernels.gradients.axes import Slice, input_axis
-from misa_kernels.gradients.hooks import SliceGradients
+from misa_kernels.gradients.hooks import SliceHooks
 from misa_kernels.tools.planner.dry import META, Held, TooLongError, step
 from misa_kernels.tools.planner.model import Model, reason_of
 
@@ -144,7 +144,7 @@ def _checkpointed(model: Model, wanted: bool) -> Iterator[None]:
 @contextmanager
 def _sliced(params: Mapping[str, nn.Parameter], sliced: Mapping[str, Slice]) -> Iterator[None]:
     """Let backward make the gradients of slices, with the hooks of a training."""
-    gradients = SliceGradients()
+    gradients = SliceHooks()
     gradients.train({params[name]: (piece, linears_of(params[name])) for name, piece in sliced.items()})
     try:
         yield

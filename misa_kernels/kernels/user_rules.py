@@ -1,4 +1,4 @@
-"""The optimizers of the user's that update what is active, in place of ours: made, told, stepped, and what they keep.
+"""How are the optimizers of the user's that update what is active made, told, stepped, and what do they keep?
 
 Modules, row blocks and slices are shown to them as parameters of their own, which *stand in* for them.
 """

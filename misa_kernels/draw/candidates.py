@@ -1,4 +1,4 @@
-"""What is known of the candidates: how large is each, where does it lie, and how important has it been?
+"""What does a draw see of each candidate, and how is a round folded into it?
 
 A candidate is whatever is drawn as one: a module, or all modules of a layer. Formulas are the paper's
 (arXiv 2511.00056), in its letters: B candidates b, importance G with decay beta.

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from misa_kernels import reference
-from misa_kernels.kernels.optimizers import Rules
 from misa_kernels.kernels.plain import PlainStep
 from misa_kernels.kernels.rows import Row, Settings
 from misa_kernels.kernels.table import ADOPT
+from misa_kernels.kernels.user_rules import Rules
 from misa_kernels.memory.arena import Arena, host, sent
 from misa_kernels.memory.storage import split
 from misa_kernels.reference import Hyper, noise_key, store_weight

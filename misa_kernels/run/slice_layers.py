@@ -8,12 +8,12 @@ from torch import nn
 
 from misa_kernels.draw import linears
 from misa_kernels.gradients.axes import Slice
-from misa_kernels.gradients.hooks import SliceGradients
+from misa_kernels.gradients.hooks import SliceHooks
 from misa_kernels.outside.flags import Flags
 from misa_kernels.run.layout import Layout
 
 
-class SlicedLayers:
+class SliceLayers:
     """The linear layers whose weights are trained in slices.
 
     Args:
@@ -23,7 +23,7 @@ class SlicedLayers:
 
     def __init__(self, flags: Flags, follow: Callable[[], None]) -> None:
         self._flags = flags
-        self._gradients = SliceGradients(follow)
+        self._hooks = SliceHooks(follow)
 
     def train(self, layout: Layout, active: Sequence[int], is_first: bool) -> None:
         """Let backward make the gradients of the active slices, as far as the user wants them trained.
@@ -44,14 +44,20 @@ class SlicedLayers:
                 names[block.param] = layout.partition.names[block.index]
         for param in [param for param, (_, modules) in slices.items() if not modules]:
             del slices[param]
-            sentence = (
-                f"granularity='slice' finds no linear layer with the weight {names[param]}: make the groups with "
-                "param_groups(model), of the model that is trained, and keep that and its layers"
-            )
             if is_first:
-                raise RuntimeError(sentence)
-            self._flags.warn_once("lost", f"{sentence}; no slice of it is trained from now on")
-        self._gradients.train(slices, names)
+                raise RuntimeError(_no_layer(names[param]))
+            self._flags.warn_once("lost", f"{_no_layer(names[param])}; no slice of it is trained from now on")
+        self._hooks.train(slices, names)
+
+    def check(self, layout: Layout) -> None:
+        """Refuse a weight that slices may be trained of and whose layer is not to be found.
+
+        Raises:
+            RuntimeError: With the name of the first one.
+        """
+        for param, span in layout.spans.items() if layout.partition.slicing is not None else ():
+            if layout.blocks[span.start].piece is not None and not linears.linears_of(param):
+                raise RuntimeError(_no_layer(layout.name_of(span.start)))
 
     def look_for_strangers(self, layout: Layout) -> None:
         """Say once that a layer was wrapped or exchanged, as by an adapter, for what has parameters of its own.
@@ -82,4 +88,12 @@ class SlicedLayers:
 
     def close(self) -> None:
         """Remove all hooks, and the gradients of slices."""
-        self._gradients.close()
+        self._hooks.close()
+
+
+def _no_layer(name: str) -> str:
+    """Return what is said where the layer of a weight is not to be found."""
+    return (
+        f"granularity='slice' finds no linear layer with the weight {name}: make the groups with param_groups(model), "
+        "of the model that is trained, and keep that and its layers"
+    )

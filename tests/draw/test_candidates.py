@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from misa_kernels import MISA, Candidates, CyclicSampler, Draw, ImportanceSampler, Sampler, UniformSampler, param_groups
-from misa_kernels.draw.scores import hear
+from misa_kernels.draw.candidates import hear
 
 SAMPLERS = {
     "importance": ImportanceSampler(),

@@ -29,7 +29,7 @@ from misa_kernels.run.parts import gradient_here, gradient_of
 GRAD = attrgetter("grad")
 
 
-class Trained:
+class Updater:
     """Updates always-on and active tensors.
 
     Args:
@@ -385,9 +385,9 @@ class Trained:
         """Take over into the masters what torch tells that was written to the weights; refuse weights that changed."""
         if not self._weights.are_as_left(rows):
             self._weights.check(rows)
-            self._take_over(rows, self.live.rows)
+            self._follow_weights(rows, self.live.rows)
 
-    def _take_over(self, rows: slice, slots: Container[int]) -> None:
+    def _follow_weights(self, rows: slice, slots: Container[int]) -> None:
         """Let the state of some slots follow their weights, where somebody exchanged these or wrote to them."""
         assert self.live.arena is not None
         adopted, trained = {}, list(self.live.rows)
@@ -407,7 +407,7 @@ class Trained:
             # What the flush and the write-back do depends on the ages.
             self.collect()
             kept = {slot for slot in self.live.rows if self._weights.changed(slot) is None}
-            self._take_over(ALL, kept)
+            self._follow_weights(ALL, kept)
             self._close({slot: self._leaving(self.live.rows[slot]) for slot in kept})
         self.forget()
 

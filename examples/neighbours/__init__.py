@@ -1,0 +1,1 @@
+"""What people train with beside an optimizer: settings around MISA, an example each."""
