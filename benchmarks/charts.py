@@ -100,7 +100,8 @@ def lines(
             style = "o-" if powers else ("-", "--", ":")[number // len(COLORS) % 3]
             draw = axis.loglog if powers else axis.plot
             # A single point has no line, and of few each shall be seen.
-            style = "o" if len(x) == 1 else f"o{style}" if len(x) < 4 and not powers else style
+            mark = "os^"[number // len(COLORS) % 3]
+            style = mark if len(x) == 1 else f"{mark}{style}" if len(x) < 4 and not powers else style
             color, named = COLORS[number % len(COLORS)], name if x else None
             draw(x, y, style, markersize=4, color=color, label=named)
         axis.set_title(title, fontsize=10, loc="left")

@@ -361,6 +361,15 @@ def test_what_is_said_of_a_quarter_is_what_the_record_has() -> None:
             ahead_of.append(" and ".join(leads))
         assert f"{begin} by {ahead_of[0]} points on manuals and {ahead_of[1]} on headers" in performance
     assert f"they take {times} times the time of slices" in performance
+    quarter = [
+        next(line for line in record["leads"][task] if (line["method"], line["delta"]) == ("GaLore", 0.25))
+        for task in TEXTS
+    ]
+    assert abs(quarter[0]["lead"]) < quarter[0]["error"] and {line["seeds"] for line in quarter} == {3}
+    level, behind = (f"{100 * line['lead']:.1f} ± {100 * line['error']:.1f}" for line in quarter)
+    longer = f"{rows[TEXTS[0], 'GaLore', 0.25]['time'] / rows[TEXTS[0], 'slices', 0.25]['time']:.1f}"
+    sentence = f"ahead of GaLore by {level} points on manuals, which is level, and {behind} on headers"
+    assert f"{sentence}, and it takes {longer} times their time" in performance and not record["missing"]
     whole_layers = f"one layer of 30 at a time in {more[0]} and {more[1]} times the bytes of"
     size = f"{rows[TEXTS[0], 'LoRA', 0.25]['size']:.0f}"
     said = {
