@@ -1,0 +1,136 @@
+"""Slices as adapters: the same training as MISA's over a plain base, and over one of 4 bits what they say."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+
+import pytest
+import tiny
+import torch
+from libraries import required
+from torch import nn
+
+from benchmarks.memory import PeakMemory
+from examples.neighbours.quantised_slices import SlicedLinear, add_slices, load_slices, quantise, slices_of
+from misa_kernels import MISA, UniformSampler, param_groups
+
+warnings.filterwarnings("ignore", module="bitsandbytes")
+
+
+def build(hidden=64, bias=False):
+    model = tiny.build(3, width=32, hidden=hidden)
+    if bias:
+        for block in model.blocks:
+            block.down = nn.Linear(hidden, 32)
+    return model
+
+
+def train(model, optimizer, steps=5):
+    return tiny.train(model, optimizer, steps)
+
+
+def test_over_a_plain_base_it_is_misa_s_slices():
+    model, other = build(), build()
+    sampler = UniformSampler(granularity="slice", slices="down")
+    optimizer = MISA(param_groups(model), lr=1e-2, weight_decay=0.0, delta=0.1, backend="reference", sampler=sampler)
+    pieces = {name: optimizer.trained[p] for name, p in model.named_parameters() if p in optimizer.trained}
+    layers = add_slices(other, sum(p.last - p.first for p in pieces.values()) * 32, ["down"])
+    assert len(layers) == len(pieces) == 3
+    for name, layer in layers.items():
+        piece = pieces[f"{name}.weight"]
+        layer.first, layer.last = piece.first, piece.last
+        layer.delta = nn.Parameter(torch.zeros(32, piece.last - piece.first))
+    params = [param for param in other.parameters() if param.requires_grad]
+    assert params == [layer.delta for layer in layers.values()]
+    ours, theirs = train(model, optimizer), train(other, torch.optim.AdamW(params, lr=1e-2, weight_decay=0.0))
+    assert ours == pytest.approx(theirs, rel=1e-5)
+    for name, layer in layers.items():
+        torch.testing.assert_close(
+            layer.merged(torch.float32).weight, model.get_submodule(name).weight, rtol=0, atol=1e-5
+        )
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_it_begins_as_the_base_and_is_merged_into_a_plain_layer(bias):
+    model = build(1100, bias)
+    whole, tokens = copy.deepcopy(model), tiny.batch(0)
+    layers = add_slices(model, 32 * 3 * 100, ["down"], seed=3)
+    assert torch.equal(model(tokens), whole(tokens))
+    assert {layer.last - layer.first for layer in layers.values()} == {100}
+    assert len({layer.first for layer in layers.values()}) == 3
+    train(model, torch.optim.AdamW([layer.delta for layer in layers.values()], lr=1e-2))
+    trained = model(tokens)
+    assert not torch.allclose(trained, whole(tokens))
+    for name, layer in layers.items():
+        model.set_submodule(name, layer.merged(torch.float32))
+    torch.testing.assert_close(model(tokens), trained, rtol=1e-4, atol=1e-5)
+    for name, layer in layers.items():
+        before, now = whole.get_submodule(name), model.get_submodule(name)
+        changed = (now.weight - before.weight).abs().amax(0) > 1e-5
+        assert changed[layer.first : layer.last].all() and changed.sum() == 100
+        assert not bias or torch.equal(now.bias, before.bias)
+
+
+def test_what_is_saved_are_the_slices_alone():
+    model = build()
+    layers = add_slices(model, 32 * 3 * 8, ["down"], seed=1)
+    train(model, torch.optim.AdamW([layer.delta for layer in layers.values()], lr=1e-2))
+    saved = copy.deepcopy(slices_of(layers))
+    assert sum(own["delta"].numel() for own in saved.values()) == 32 * 3 * 8
+    other = build()
+    load_slices(again := add_slices(other, 32 * 3 * 8, ["down"], seed=2), saved)
+    assert torch.equal(other(tiny.batch(0)), model(tiny.batch(0))) and again.keys() == layers.keys()
+    with pytest.raises(ValueError, match=r"blocks\.0\.down has \(32, 4\), and \(32, 8\) was saved"):
+        load_slices(add_slices(build(), 32 * 3 * 4, ["down"]), saved)
+
+
+def test_forward_keeps_the_slice_of_the_input_alone():
+    class Frozen(nn.Module):
+        in_features, out_features = 4096, 8
+
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.zeros(8, 4096), requires_grad=False)
+
+        def forward(self, x):
+            return x @ self.weight.T
+
+    layer = SlicedLinear(Frozen(), 100, 116)
+    with PeakMemory() as memory:
+        y = layer(torch.zeros(64, 4096))
+    # The slice and its output; the input of 1 MB is gone.
+    assert y.requires_grad and memory.held_bytes <= 4 * 64 * (16 + 2 * 8)
+
+
+def test_what_cannot_be_is_refused():
+    with pytest.raises(ValueError, match="none of the model's layers is called down_proj"):
+        add_slices(build(), 10**4)
+    with pytest.raises(ValueError, match=r"numel=95 must be at least 96, a column of each of 3 layers"):
+        add_slices(build(), 95, ["down"])
+    with pytest.raises(ValueError, match="columns 60 to 70 must be within the 64 of the layer"):
+        SlicedLinear(nn.Linear(64, 32), 60, 70)
+
+
+def test_over_four_bits_it_learns_and_the_base_stays():
+    required("bitsandbytes")
+    model = build(128)
+    whole = copy.deepcopy(model)
+    quantise(model)
+    packed = {name: p.detach().clone() for name, p in model.named_parameters() if p.dtype == torch.uint8}
+    plain = [module.weight.numel() for module in whole.modules() if isinstance(module, nn.Linear)]
+    assert len(packed) == len(plain) and 2 * sum(p.numel() for p in packed.values()) == sum(plain)
+    tokens = tiny.batch(0)
+    assert 0 < (model(tokens) - whole(tokens)).abs().mean() < 0.5 * whole(tokens).abs().mean()
+    layers = add_slices(model, 32 * 3 * 16, ["down"])
+    optimizer = MISA([layer.delta for layer in layers.values()], lr=3e-3, delta=1.0, state_dtype="int8")
+    losses = train(model, optimizer, 30)
+    assert sum(losses[-5:]) < sum(losses[:5])
+    optimizer.release()
+    for name, parameter in model.named_parameters():
+        if parameter.dtype == torch.uint8:
+            assert torch.equal(parameter, packed[name.replace("base.", "")])
+    trained = model(tokens)
+    for name, layer in layers.items():
+        model.set_submodule(name, layer.merged(torch.float32))
+    torch.testing.assert_close(model(tokens), trained, rtol=1e-3, atol=1e-4)
