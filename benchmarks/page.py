@@ -16,7 +16,7 @@ from typing import Any
 from benchmarks import charts, record
 from benchmarks.gate import counts
 from benchmarks.gpu.first import table as first_table
-from benchmarks.quality import pretrained_table, regime_table, update_rules
+from benchmarks.quality import four_bits, pretrained_table, regime_table, update_rules
 from benchmarks.step import cpu, growth, launcher, round_end
 from benchmarks.tables import cells
 from benchmarks.train import e2e_table, training_memory
@@ -133,6 +133,7 @@ SECTIONS: dict[str, tuple[str, Callable[[Record], list[str]]]] = {
     "quality": ("Quality at equal training bytes", quality),
     "pretrained": ("Real weights", pretrained_table.lines),
     "regime": ("Quality where δ is small and the model deep", regime_table.lines),
+    "four_bits": ("Over a base of 4 bits", four_bits.lines),
     "rules": ("Other update rules in the bytes of int8 AdamW", update_rules.lines),
     "training_memory": ("Memory of a training step", training_memory.lines),
     "classify": ("A pretrained encoder", classified),
@@ -148,6 +149,7 @@ ON_A_CPU = {
     "round_end": "python -m benchmarks.step round_end --device cpu --out benchmarks/results",
     "regime": "python -m benchmarks.quality run && python -m benchmarks.quality table",
     "pretrained": "python -m benchmarks.quality run --model smollm2",
+    "four_bits": "python -m benchmarks.quality run --model smollm2-4bit",
     "rules": "python -m benchmarks.quality run --model small-rules",
 }
 # Of the charts that this module draws: the part of the record that they show, and what draws it.

@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 import sys
 
-from benchmarks.quality import pretrained, regime, update_rules
+from benchmarks.quality import four_bits, pretrained, regime, update_rules
 
-MODELS = {"small": regime, "smollm2": pretrained, "small-rules": update_rules}
+MODELS = {"small": regime, "smollm2": pretrained, "smollm2-4bit": four_bits, "small-rules": update_rules}
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -20,7 +20,7 @@ def main(arguments: list[str] | None = None) -> None:
         "--model",
         choices=MODELS,
         default="small",
-        help="a LLaMA of our own, pretrained weights, or the first under other update rules (%(default)s)",
+        help="a LLaMA of our own, pretrained weights, these in 4 bits, the first under other rules (%(default)s)",
     )
     parser.add_argument("--workers", type=int, default=1, help="processes of one thread each (%(default)s)")
     options = parser.parse_args(arguments)

@@ -181,6 +181,17 @@ def run(job: Job, model: nn.Module, batches: Iterator[Batch], plan: Plan) -> tup
     size = size_of(job, model, plan.rank)
     held = training_bytes(job, model, size)
     trained, optimizer = build(job, model, plan.lr, plan.steps, size, plan.adamw)
+    key = asdict(job) | {"lr": plan.lr, "size": size, "training_bytes": held}
+    found = follow(trained, optimizer, batches, plan)
+    # MISA of adapters has rounds, which train all of them.
+    rounds = 0 if job.method in ("AdamW", *ADAPTERS) else found["rounds_of"] or job.inner_steps
+    return trained, key | found | {"rounds_of": rounds}
+
+
+def follow(
+    trained: nn.Module, optimizer: torch.optim.Optimizer, batches: Iterator[Batch], plan: Plan
+) -> dict[str, Any]:
+    """Train to the end of a plan; return times, machine, steps of a round, 0 where there are none, and the curve."""
     curve: list[tuple[int, float, float]] = []
     # One number for all steps: a tensor kept of each would pin what the step has freed beneath it, 12 MB of logits.
     total = torch.zeros((), dtype=torch.float64, device=plan.device)
@@ -194,13 +205,10 @@ def run(job: Job, model: nn.Module, batches: Iterator[Batch], plan: Plan) -> tup
     training_s, seconds = clock_s(plan.device) - clock_began, time.perf_counter() - began
     if isinstance(optimizer, MISA):
         optimizer.release()
-    return trained, asdict(job) | {
-        "lr": plan.lr,
-        "size": size,
-        "training_bytes": held,
+    return {
         "seconds": round(seconds, 1),
         "training_s": round(training_s, 1),
         "machine": record.describe_device(torch.device(plan.device))["name"],
-        "rounds_of": 0 if job.method in ("AdamW", *ADAPTERS) else getattr(optimizer, "inner_steps", job.inner_steps),
+        "rounds_of": getattr(optimizer, "inner_steps", 0),
         "curve": curve,
     }
