@@ -25,6 +25,9 @@ from benchmarks.quality.equal_bytes import (
     FP32_BYTES,
     LOW_RANK,
     MISA_STATE_BYTES,
+    layers_of,
+    lora,
+    lora_bytes,
     misa_adamw,
     misa_bytes,
     nearest_rank,
@@ -37,17 +40,26 @@ from benchmarks.quality.regime_table import Runs, arms_of, machines, row_of, sea
 from benchmarks.quality.searches import outcome, read, run_all
 from benchmarks.tables import cells
 from examples.demo.train import train
+from examples.neighbours import trained_scales
 from examples.neighbours.quantised_slices import add_slices, quantise
 
 RESULTS, RUNS = pretrained.RESULTS, "four_bits-runs.jsonl"
 SLICES, PEERS = "slices, 4 bits", ("QLoRA", "QLoRA, down")
 DELTA = 0.03
+# What trains scales alone, and what LoRA trains in as many bytes over the same integers, by their bits.
+SCALES = {"PEQA, 4 bits": 4, "PEQA, 3 bits": 3}
+OVER_INTEGERS = {"LoRA, 4 bits": 4, "LoRA, 3 bits": 3}
+GROUP = 64
+# There are so many scales, as a fraction of the parameters: 106 of 134.5 million are in matrices.
+SCALES_DELTA = 0.0123
 # The same over a base of float32, and what all shares are of.
 REFERENCES = ("AdamW", "slices", "LoRA", "LoRA, down")
 # Of a parameter beside the base: itself, its gradient, its moments.
 ADAPTER_BYTES = 2 * FP32_BYTES + MISA_STATE_BYTES["int8"]
-SEARCHES = tuple(
-    searched(stage, first(task, method, DELTA, 5)) for stage, task in enumerate(TASKS, 1) for method in (SLICES, *PEERS)
+SEARCHES = (
+    *(searched(stage, first(task, own, DELTA, 5)) for stage, task in enumerate(TASKS, 1) for own in (SLICES, *PEERS)),
+    *(searched(3, first(TASKS[0], method, SCALES_DELTA, 3)) for method in SCALES),
+    *(searched(3, first(TASKS[0], method, SCALES_DELTA, 5)) for method in OVER_INTEGERS),
 )
 
 
@@ -59,10 +71,37 @@ def base() -> texts.Logits:
     return model
 
 
+def integers(bits: int) -> tuple[texts.Logits, list[nn.Parameter]]:
+    """Return SmolLM2 with the matrices of its layers as integers, and their scales, which alone require a gradient."""
+    model = copy.deepcopy(texts.base()).requires_grad_(False)
+    (group,) = trained_scales.quantise(layers_of(model), bits, GROUP)
+    return model, group["params"]
+
+
+def dequantised(model: nn.Module) -> None:
+    """Replace layers of integers by plain ones with the same weights, which LoRA knows, in place."""
+    for name, layer in list(model.named_modules()):
+        if isinstance(layer, trained_scales.ScaledLinear):
+            plain = nn.Linear(layer.in_features, layer.out_features, bias=False)
+            plain.weight = nn.Parameter(layer.weight(layer.scale.detach()), requires_grad=False)
+            model.set_submodule(name, plain)
+
+
 def build(job: Job, lr: float) -> tuple[nn.Module, torch.optim.Optimizer, float, int]:
     """Return what to train over the base, its optimizer, its size, a fraction or a rank, and its training bytes."""
-    plain, model = texts.base(), copy.deepcopy(base())
-    budget = misa_bytes(plain, job.state, job.delta)
+    plain, bits = texts.base(), SCALES.get(job.method) or OVER_INTEGERS.get(job.method)
+    if bits is not None:
+        model, params = integers(bits)
+        numel = sum(param.numel() for param in params)
+        # The scales themselves are in the base.
+        held = math.ceil(numel * (FP32_BYTES + MISA_STATE_BYTES["int8"]))
+        if job.method in SCALES:
+            return model, misa_adamw(params, lr), numel / parameters(plain), held
+        dequantised(model)
+        rank = nearest_rank("LoRA", plain, held)
+        trained, optimizer = lora(model, rank, lr, job.seed, adamw=misa_adamw)
+        return trained, optimizer, rank, lora_bytes(plain, rank)
+    model, budget = copy.deepcopy(base()), misa_bytes(plain, job.state, job.delta)
     if job.method == SLICES:
         layers = add_slices(model, int(budget / ADAPTER_BYTES), seed=job.seed)
         params = [layer.delta for layer in layers.values()]
@@ -114,12 +153,14 @@ def summary(tuning: Runs, reporting: Runs) -> dict[str, Any]:
         (runs[0]["task"], runs[0]["method"]): {run["seed"]: run["share"] for run in runs} for runs in arms.values()
     }
     ahead = []
-    for task, method in ((task, method) for task in tasks for method in PEERS):
-        ours, peer = shares.get((task, SLICES), {}), shares.get((task, method), {})
+    pairs = [*((SLICES, peer) for peer in PEERS), *zip(SCALES, OVER_INTEGERS, strict=True)]
+    for task, (method, beside) in ((task, pair) for task in tasks for pair in pairs):
+        ours, peer = shares.get((task, method), {}), shares.get((task, beside), {})
         differences = [ours[seed] - peer[seed] for seed in ours.keys() & peer.keys()]
         if len(differences) > 1:
             error = statistics.stdev(differences) / math.sqrt(len(differences))
-            ahead.append({"task": task, "method": method, "lead": statistics.mean(differences), "error": error})
+            lead = {"lead": statistics.mean(differences), "error": error}
+            ahead.append({"task": task, "method": method, "beside": beside} | lead)
     return {"rows": rows, "leads": ahead, "tuning": searches(tuning), "machines": machines(tuning, reporting)}
 
 
@@ -130,10 +171,10 @@ def lines(content: Mapping[str, Any]) -> list[str]:
         own = [pretrained_table.cells_of(row) for row in content["rows"] if row["task"] == task]
         found += [f"{task}:", "", *cells(pretrained_table.HEADER, own)]
     ahead = (
-        (line["task"], line["method"], f"{100 * line['lead']:+.1f} ± {100 * line['error']:.1f}")
+        (line["task"], line["method"], line["beside"], f"{100 * line['lead']:+.1f} ± {100 * line['error']:.1f}")
         for line in content["leads"]
     )
-    return [*found, *cells("text | beside | slices over 4 bits ahead by, % of AdamW's gain, seeds paired, ± SE", ahead)]
+    return [*found, *cells("text | method | beside | ahead by, % of AdamW's gain, seeds paired, ± SE", ahead)]
 
 
 def markdown(content: Mapping[str, Any]) -> str:
@@ -154,7 +195,9 @@ def markdown(content: Mapping[str, Any]) -> str:
         f"at δ = {DELTA:g}. *Slices, 4 bits* and *QLoRA* have the matrices of the layers in NF4 (bitsandbytes) and "
         "train float32 beside them, with MISA's 8-bit AdamW, in the training bytes of slices; slices are adapters of a "
         "slice of the input of each down projection (`examples/neighbours/quantised_slices.py`). Shares are of what "
-        "AdamW gains on the model as it was, so that what quantisation costs counts.",
+        "AdamW gains on the model as it was, so that what quantisation costs counts. *PEQA* trains the scales of "
+        f"integers in groups of {GROUP} (`examples/neighbours/trained_scales.py`), and LoRA beside it is over the same "
+        "integers in as many bytes; its time and peak are those of a base of float32, as peft knows no such format.",
         "",
         f"Runs by machine: {'; '.join(f'{name}: {runs}' for name, runs in content['machines'].items())}. Wanted and "
         f"missing: {content['missing']}.",

@@ -11,7 +11,7 @@ import torch
 from libraries import required
 
 from benchmarks.quality import four_bits, pretrained, texts
-from benchmarks.quality.four_bits import ADAPTER_BYTES, DELTA, PEERS, SEARCHES, SLICES
+from benchmarks.quality.four_bits import ADAPTER_BYTES, DELTA, OVER_INTEGERS, PEERS, SCALES, SEARCHES, SLICES
 from benchmarks.quality.regime_runs import TUNING_SEED, Job
 
 warnings.filterwarnings("ignore", module="bitsandbytes")
@@ -66,10 +66,36 @@ def test_each_trains_over_four_bits_in_the_bytes_of_slices(method, small):
     assert losses[-1] < losses[0] and all(map(torch.equal, packed, before))
 
 
-def test_all_are_searched_alike_on_both_texts():
+@pytest.mark.parametrize("method", [*SCALES, *OVER_INTEGERS])
+def test_scales_and_adapters_over_the_same_integers(method, small):
+    job = Job("German manuals", method, "int8", 0.0123, 0, 5, 1)
+    model, optimizer, size, held = four_bits.build(job, 1e-2)
+    numel = sum(p.numel() for p in texts.base().parameters() if p.ndim == 2) - 61 * 64
+    trained = [p for p in model.parameters() if p.requires_grad]
+    if method in SCALES:
+        assert held == pytest.approx(numel // four_bits.GROUP * (4 + 2.0625), abs=1) and len(trained) == 3 * 7
+        assert all(layer.planes.shape[0] == SCALES[method] for layer in model.modules() if hasattr(layer, "planes"))
+    else:
+        # Rank 1 is the least there is.
+        assert size == 1 and len(trained) == 2 * 3 * 7
+        own, _ = four_bits.integers(OVER_INTEGERS[method])
+        tokens = torch.arange(16).unsqueeze(0)
+        torch.testing.assert_close(model(tokens), own(tokens), rtol=1e-4, atol=1e-5)
+    assert {id(p) for group in optimizer.param_groups for p in group["params"]} == set(map(id, trained))
+
+
+def test_all_are_searched_alike():
     found = [(search.first.task, search.first.method) for search in SEARCHES]
-    assert found == [(task, method) for task in pretrained.TASKS for method in (SLICES, *PEERS)]
-    assert {(search.first.delta, search.first.power, search.first.state) for search in SEARCHES} == {(DELTA, 5, "int8")}
+    both = [(task, method) for task in pretrained.TASKS for method in (SLICES, *PEERS)]
+    assert found == both + [(pretrained.TASKS[0], method) for method in (*SCALES, *OVER_INTEGERS)]
+    assert {search.first.state for search in SEARCHES} == {"int8"} and {len(search.arms) for search in SEARCHES} == {1}
+
+
+def test_scales_are_the_fraction_that_is_said():
+    # SmolLM2: 30 layers of width 576 with 3 of 9 heads for keys, 1536 within, and 49,152 tokens.
+    matrices = 30 * (2 * 576 * 576 + 2 * 576 * 192 + 3 * 576 * 1536)
+    whole = matrices + 49152 * 576 + 61 * 576
+    assert matrices / four_bits.GROUP / whole == pytest.approx(four_bits.SCALES_DELTA, rel=0.01)
 
 
 def test_the_table_pairs_seeds_and_has_the_runs_over_float32_beside(tmp_path, monkeypatch):
@@ -96,10 +122,10 @@ def test_the_table_pairs_seeds_and_has_the_runs_over_float32_beside(tmp_path, mo
     monkeypatch.setattr(four_bits, "RESULTS", tmp_path)
     four_bits.write_tables()
     content = json.loads((tmp_path / "four_bits.json").read_text())
-    leads = {line["method"]: (round(line["lead"], 4), round(line["error"], 4)) for line in content["leads"]}
+    leads = {line["beside"]: (round(line["lead"], 4), round(line["error"], 4)) for line in content["leads"]}
     # Differences of .1, .08 and .12.
     assert leads == {"QLoRA": (0.1, 0.0115), "QLoRA, down": (0.0, 0.0)}
     methods = [row["method"] for row in content["rows"]]
-    assert set(methods) == {SLICES, *PEERS, "AdamW", "slices", "LoRA", "LoRA, down"} and content["missing"] == 9
+    assert set(methods) == {SLICES, *PEERS, "AdamW", "slices", "LoRA", "LoRA, down"} and content["missing"] == 21
     page = (tmp_path / "four_bits.md").read_text()
-    assert "| German manuals | QLoRA | +10.0 ± 1.2 |" in page and "Wanted and missing: 9" in page
+    assert "| German manuals | slices, 4 bits | QLoRA | +10.0 ± 1.2 |" in page and "Wanted and missing: 21" in page
