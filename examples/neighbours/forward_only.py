@@ -58,7 +58,7 @@ class ForwardGradients:
         """Set the gradients, which come to what `step()` finds, and return the mean of both losses; waits for them.
 
         Args:
-            loss: Runs the model on one batch, the same in both calls, dropout included.
+            loss: Runs the model on one batch, the same in both calls; torch's random numbers are the same, too.
         """
         active = self._optimizer.trained
         places = {
@@ -68,11 +68,14 @@ class ForwardGradients:
         kept = {param: place.clone() for param, place in places.items()}
         directions = {param: self._direction(number, place) for number, (param, place) in enumerate(places.items())}
         losses = []
+        devices = {place.device for place in places.values() if place.device.type == "cuda"}
         try:
             for sign in (1, -1):
                 for param, place in places.items():
                     place.copy_(kept[param].add(directions[param], alpha=sign * self._eps))
-                losses.append(float(loss()))
+                # The same dropout in both; the second one leaves the random numbers where a single pass would.
+                with torch.random.fork_rng(devices, enabled=sign > 0):
+                    losses.append(float(loss()))
         finally:
             for param, place in places.items():
                 place.copy_(kept[param])

@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from examples.neighbours.side_tuning import layers_of
+
 
 class LateTuned(nn.Module):
     """A causal language model of transformers, frozen, and what is trained of its early outputs.
@@ -30,11 +32,11 @@ class LateTuned(nn.Module):
 
     def __init__(self, base: nn.Module, late: int = 2, width: int = 32) -> None:
         super().__init__()
-        decoder, hidden = base.get_decoder(), base.config.hidden_size
-        if not 0 < late < len(decoder.layers):
-            raise ValueError(f"late={late} must be 1 to {len(decoder.layers) - 1} of the {len(decoder.layers)} layers")
+        layers, hidden = layers_of(base), base.config.hidden_size
+        if not 0 < late < len(layers):
+            raise ValueError(f"late={late} must be 1 to {len(layers) - 1} of the {len(layers)} layers")
         self.base, self.late = base.requires_grad_(False), late
-        count = len(decoder.layers) - late
+        count = len(layers) - late
         self.early = nn.ModuleDict(
             {
                 "narrow": nn.ModuleList(nn.Linear(hidden, width, bias=False) for _ in range(count)),
@@ -49,10 +51,10 @@ class LateTuned(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the base, with what the early outputs add to its late layers; arguments and result are the base's."""
         early: list[Tensor] = []
-        layers = self.base.get_decoder().layers
+        layers, dtype = layers_of(self.base), self.early["widen"].weight.dtype
 
         def note(_: nn.Module, __: Any, output: Any) -> None:
-            early.append((output[0] if isinstance(output, tuple) else output).float())
+            early.append((output[0] if isinstance(output, tuple) else output).to(dtype))
 
         def join(_: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
             # From here on with gradients, if the caller wants any.
@@ -68,7 +70,7 @@ class LateTuned(nn.Module):
         handles.append(layers[-self.late].register_forward_pre_hook(join, with_kwargs=True))
         try:
             torch.set_grad_enabled(False)
-            return self.base(*args, use_cache=False, **kwargs)
+            return self.base(*args, **kwargs | {"use_cache": False})
         finally:
             torch.set_grad_enabled(wanted)
             for handle in handles:

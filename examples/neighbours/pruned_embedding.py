@@ -17,6 +17,20 @@ from torch import Tensor, nn
 IGNORED = -100
 
 
+class _Save:
+    """Puts the whole table into a state dict; a copy of the model has one of its own, and torch may mark it."""
+
+    def __init__(self, owner: PrunedEmbedding) -> None:
+        self.owner = owner
+
+    def __call__(self, module: nn.Module, state_dict: dict[str, Any], prefix: str, _: Any) -> None:
+        state_dict[f"{prefix}weight"] = self.owner.whole()
+
+
+def _refuse(*_: Any, **__: Any) -> None:
+    raise RuntimeError("a pruned output head numbers tokens in its own way: call restore() before generate()")
+
+
 class PrunedEmbedding:
     """The rows of a model's input embedding that data uses, in the place of all of them, until `restore()`.
 
@@ -28,7 +42,8 @@ class PrunedEmbedding:
         model: With `get_input_embeddings()`, as those of transformers.
         tokens: int64 of any shape, all token numbers that will come, those of evaluation and special ones included.
         head: Whether to prune the output head, too, which is tied to the embedding: the model then chooses among these
-            tokens only, so its loss is another one. Labels are looked up where its `loss_function` is called.
+            tokens only, so its loss is another one. Labels are looked up where a model of transformers calls its
+            `loss_function`, elsewhere with `rows_of`. `generate()` has to wait for `restore()`.
         file: Where the whole table lies meanwhile, mapped into memory; None: on the CPU.
 
     Attributes:
@@ -77,14 +92,16 @@ class PrunedEmbedding:
         embedding.register_buffer("places", places.to(weight.device), persistent=False)
         self._put(weight, weight.detach()[self.kept.to(weight.device)].clone())
         embedding.padding_idx = None if padding is None else int(places[padding])
-        self._handles = [embedding.register_forward_pre_hook(lambda _, args: (self.rows_of(args[0]), *args[1:]))]
+        self._handles = [embedding.register_forward_pre_hook(self._look_up, with_kwargs=True)]
         for module in self._modules:
-            # torch marks the first of these, which a method does not allow.
-            self._handles.append(module.register_state_dict_post_hook(lambda *args: self._save(*args)))
+            self._handles.append(module.register_state_dict_post_hook(_Save(self)))
             self._handles.append(module.register_load_state_dict_pre_hook(self._load))
-        self._loss = getattr(model, "loss_function", None) if head else None
-        if self._loss is not None:
+        is_known = head and isinstance(getattr(type(model), "loss_function", None), property)
+        self._loss, self._own_loss = model.loss_function if is_known else None, vars(model).get("_loss_function")
+        if is_known:
             model.loss_function = self._loss_of_rows
+        if head:
+            model.generate = _refuse
 
     def rows_of(self, tokens: Tensor) -> Tensor:
         """Return where the rows of tokens are, int64 of the same shape; labels that do not count stay as they are.
@@ -94,14 +111,22 @@ class PrunedEmbedding:
         """
         is_label = tokens != IGNORED
         rows = torch.where(is_label, self._modules[0].places[tokens.clamp(min=0)], tokens)
-        if tokens.device.type == "cpu" and bool((is_label & (rows < 0)).any()):
-            lost = int(tokens[is_label & (rows < 0)][0])
+        if tokens.device.type == "cpu" and bool((without := is_label & ((rows < 0) | (tokens < 0))).any()):
+            lost = int(tokens[without][0])
             raise IndexError(f"token {lost} was not among those that PrunedEmbedding was given, and has no row")
         return rows
 
-    def _loss_of_rows(self, logits: Tensor, labels: Tensor, vocab_size: int, **others: Any) -> Tensor:
+    def _look_up(self, _: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> tuple[tuple[Any, ...], Any]:
+        if args:
+            return (self.rows_of(args[0]), *args[1:]), named
+        return args, named | {"input": self.rows_of(named["input"])}
+
+    def _loss_of_rows(self, logits: Tensor, labels: Tensor | None, vocab_size: int, **others: Any) -> Tensor:
         assert self._loss is not None
-        return self._loss(logits=logits, labels=self.rows_of(labels), vocab_size=len(self.kept), **others)
+        labels = None if labels is None else self.rows_of(labels)
+        if others.get("shift_labels") is not None:
+            others["shift_labels"] = self.rows_of(others["shift_labels"])
+        return self._loss(logits=logits, labels=labels, vocab_size=len(self.kept), **others)
 
     def _put(self, before: nn.Parameter, rows: Tensor) -> None:
         """Let all who share a weight have another one, with its flag."""
@@ -112,11 +137,9 @@ class PrunedEmbedding:
 
     def whole(self) -> Tensor:
         """Return the whole table with the rows as they are now, on the CPU; the next call writes to the same one."""
-        self._whole[self.kept] = self._modules[0].weight.detach().to("cpu", self._whole.dtype)
-        return self._whole
-
-    def _save(self, module: nn.Module, state_dict: dict[str, Any], prefix: str, _: Any) -> None:
-        state_dict[f"{prefix}weight"] = self.whole()
+        rows = self._modules[0].weight.detach().cpu()
+        self._whole[self.kept] = rows.to(self._whole.dtype)
+        return self._whole.to(rows.dtype)
 
     def _load(self, module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
         saved = state_dict.get(f"{prefix}weight")
@@ -125,12 +148,18 @@ class PrunedEmbedding:
             state_dict[f"{prefix}weight"] = saved[self.kept.to(saved.device)]
 
     def restore(self) -> None:
-        """Give the model its whole table back, with what was trained."""
+        """Give the model its whole table back, with what was trained; a second call does nothing."""
         embedding = self._modules[0]
+        if not self._handles:
+            return
         for handle in self._handles:
             handle.remove()
+        self._handles = []
         if self._loss is not None:
-            del self._model._loss_function
-        self._put(embedding.weight, self.whole().to(embedding.weight.device, embedding.weight.dtype))
+            vars(self._model).pop("_loss_function")
+            if self._own_loss is not None:
+                self._model.loss_function = self._own_loss
+        vars(self._model).pop("generate", None)
+        self._put(embedding.weight, self.whole().clone().to(embedding.weight.device))
         embedding.padding_idx = self._padding
         del embedding.places

@@ -50,16 +50,27 @@ class SlicedLinear(nn.Module):
     @torch.no_grad()
     def merged(self, dtype: torch.dtype) -> nn.Linear:
         """Return a plain layer with the base's weight as it multiplies, and what was trained of it."""
-        size, bias = self.base.in_features, getattr(self.base, "bias", None)
-        plain = nn.Linear(size, self.base.out_features, bias=bias is not None, dtype=dtype, device=self.delta.device)
-        zero = self.base(torch.zeros(1, size, dtype=dtype, device=self.delta.device))
+        size, bias, device = self.base.in_features, getattr(self.base, "bias", None), self.delta.device
+        own = getattr(self.base, "weight", self.delta).dtype
+        own = own if own.is_floating_point else torch.float32
+        plain = nn.Linear(size, self.base.out_features, bias=bias is not None, dtype=torch.float32, device=device)
+        zero = self.base(torch.zeros(1, size, dtype=own, device=device))
         for start in range(0, size, ROWS):
-            units = torch.eye(size, dtype=dtype, device=self.delta.device)[start : start + ROWS]
+            units = torch.zeros(min(ROWS, size - start), size, dtype=own, device=device)
+            units.diagonal(start).fill_(1)
             plain.weight[:, start : start + ROWS] = (self.base(units) - zero).T
-        plain.weight[:, self.first : self.last] += self.delta.to(dtype)
+        plain.weight[:, self.first : self.last] += self.delta
         if bias is not None:
             plain.bias.copy_(bias)
-        return plain
+        return plain.to(dtype)
+
+    def get_extra_state(self) -> dict[str, int]:
+        """Return for a state dict where the slice lies, which is at random."""
+        return {"first": self.first}
+
+    def set_extra_state(self, state: dict[str, int]) -> None:
+        """Lie where a saved slice lay."""
+        self.first, self.last = state["first"], state["first"] + self.delta.shape[1]
 
 
 def add_slices(
@@ -82,11 +93,16 @@ def add_slices(
         The layers by name.
 
     Raises:
-        ValueError: If there is no such layer, or no room for a column of each.
+        ValueError: If there is no such layer, one is no linear layer or has a slice, or there is no room for a column
+            of each.
     """
-    found = [name for name, module in model.named_modules() if name.rpartition(".")[2] in set(names)]
+    names = (names,) if isinstance(names, str) else tuple(names)
+    found = [name for name, module in model.named_modules() if name.rpartition(".")[2] in names]
     if not found:
         raise ValueError(f"none of the model's layers is called {', '.join(names)}: say how its last ones are called")
+    for name in found:
+        if not hasattr(module := model.get_submodule(name), "out_features"):
+            raise ValueError(f"{name} is a {type(module).__name__} and must be a linear layer without a slice")
     lines = sum(model.get_submodule(name).out_features for name in found)
     if not (width := numel // lines):
         raise ValueError(f"numel={numel:,} must be at least {lines:,}, a column of each of {len(found)} layers")
@@ -110,6 +126,8 @@ def slices_of(layers: dict[str, SlicedLinear]) -> dict[str, dict[str, Any]]:
 @torch.no_grad()
 def load_slices(layers: dict[str, SlicedLinear], saved: dict[str, dict[str, Any]]) -> None:
     """Take over what `slices_of` returned of a model of the same layers and slices as wide."""
+    if layers.keys() != saved.keys():
+        raise ValueError(f"slices of {', '.join(saved)} were saved, and here are some of {', '.join(layers)}")
     for name, layer in layers.items():
         own = saved[name]
         if own["delta"].shape != layer.delta.shape:
@@ -118,18 +136,20 @@ def load_slices(layers: dict[str, SlicedLinear], saved: dict[str, dict[str, Any]
         layer.first, layer.last = own["first"], own["first"] + layer.delta.shape[1]
 
 
-def quantise(model: nn.Module, names: Iterable[str] | None = None) -> None:
-    """Replace a model's linear layers by bitsandbytes' of 4 bits (NF4), the output head apart, in place.
+def quantise(model: nn.Module) -> None:
+    """Replace the linear layers within a model's lists of layers by bitsandbytes' of 4 bits (NF4), in place.
+
+    What lies outside of the lists stays, such as the output head.
 
     Args:
         model: On any device that bitsandbytes has kernels for; on CPUs it has.
-        names: Of the layers, as their modules call them; None: all.
     """
     from bitsandbytes.nn import Linear4bit
 
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    lists = (module for module in model.modules() if isinstance(module, nn.ModuleList))
+    within = {id(layer) for layers in lists for layer in layers.modules()}
     for name, layer in list(model.named_modules()):
-        if type(layer) is not nn.Linear or layer is head or names is not None and name.rpartition(".")[2] not in names:
+        if type(layer) is not nn.Linear or id(layer) not in within:
             continue
         kind = {"bias": layer.bias is not None, "compute_dtype": layer.weight.dtype, "quant_type": "nf4"}
         packed = Linear4bit(layer.in_features, layer.out_features, **kind)

@@ -8,7 +8,6 @@ comes back begins at zero, where the paper has a weight that begins at one for t
 
 from __future__ import annotations
 
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -31,12 +30,12 @@ class SideLayer(nn.Module):
         self.qkv, self.out = nn.Linear(width, 3 * width, bias=False), nn.Linear(width, width, bias=False)
         self.up, self.down = nn.Linear(width, 4 * width, bias=False), nn.Linear(4 * width, width, bias=False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Map (batch, tokens, width) to the same shape."""
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Map (batch, tokens, width) to the same shape; a mask says what each token sees, None: all before it."""
         q, k, v = (
             part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in self.qkv(self.norms[0](x)).chunk(3, -1)
         )
-        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        mixed = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None)
         x = x + self.out(mixed.transpose(1, 2).flatten(-2))
         return x + self.down(F.silu(self.up(self.norms[1](x))))
 
@@ -45,7 +44,7 @@ class SideTuned(nn.Module):
     """A causal language model of transformers, frozen, and the network beside it.
 
     Args:
-        base: With `get_decoder()` and `get_output_embeddings()`; its weights in any format.
+        base: With `get_decoder()`, whose layers are a list; its weights in any format.
         reduction: r, which divides the hidden size.
         heads: Of the side network's attention.
 
@@ -55,43 +54,66 @@ class SideTuned(nn.Module):
 
     def __init__(self, base: nn.Module, reduction: int = 8, heads: int = 2) -> None:
         super().__init__()
-        hidden, decoder = base.config.hidden_size, base.get_decoder()
+        hidden, layers = base.config.hidden_size, layers_of(base)
         width = hidden // reduction
         if hidden % reduction or width % heads:
             raise ValueError(
                 f"reduction={reduction}, heads={heads} must divide the hidden size {hidden}, and what is left of it"
             )
         self.base, self.reduction = base.requires_grad_(False), reduction
-        layers = nn.ModuleList(SideLayer(width, heads) for _ in decoder.layers)
         self.side = nn.ModuleDict(
-            {"layers": layers, "norm": nn.RMSNorm(width), "up": nn.Linear(width, hidden, bias=False)}
+            {
+                "layers": nn.ModuleList(SideLayer(width, heads) for _ in layers),
+                "norm": nn.RMSNorm(width),
+                "up": nn.Linear(width, hidden, bias=False),
+                "mix": nn.ParameterList(nn.Parameter(torch.zeros(())) for _ in layers),
+            }
         )
-        self.side["mix"] = nn.ParameterList(nn.Parameter(torch.zeros(())) for _ in decoder.layers)
-        self.side.to(base.get_output_embeddings().weight.device)
+        self.side.to(next(base.parameters()).device)
         nn.init.zeros_(self.side["up"].weight)
 
-    def forward(self, input_ids: Tensor, labels: Tensor | None = None, **others: Any) -> SimpleNamespace:
-        """Return "logits", and "loss" where there are labels; `others` go to the base."""
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, **others: Any) -> Any:
+        """Run the base, with what the side network adds before the head; arguments and result are the base's."""
         narrow: list[Tensor] = []
+        dtype, wanted = self.side["up"].weight.dtype, torch.is_grad_enabled()
 
         def note(_: nn.Module, __: Any, output: Any) -> None:
             hidden = output[0] if isinstance(output, tuple) else output
-            narrow.append(hidden.unflatten(-1, (-1, self.reduction)).mean(-1).float())
+            narrow.append(hidden.unflatten(-1, (-1, self.reduction)).mean(-1).to(dtype))
 
-        decoder = self.base.get_decoder()
-        handles = [layer.register_forward_hook(note) for layer in decoder.layers]
+        def add(_: nn.Module, __: Any, output: Any) -> Any:
+            # From here on with gradients, if the caller wants any.
+            torch.set_grad_enabled(wanted)
+            hidden = output.last_hidden_state
+            output.last_hidden_state = hidden + self._added(narrow, attention_mask).to(hidden.dtype)
+            return output
+
+        handles = [layer.register_forward_hook(note) for layer in layers_of(self.base)]
+        handles.append(self.base.get_decoder().register_forward_hook(add))
         try:
-            with torch.no_grad():
-                hidden = decoder(input_ids=input_ids, use_cache=False, **others).last_hidden_state
+            torch.set_grad_enabled(False)
+            return self.base(input_ids=input_ids, attention_mask=attention_mask, **others | {"use_cache": False})
         finally:
+            torch.set_grad_enabled(wanted)
             for handle in handles:
                 handle.remove()
+
+    def _added(self, narrow: list[Tensor], attention_mask: Tensor | None) -> Tensor:
+        """Return what is added to the last hidden state, from what each layer has put out."""
+        tokens, mask = narrow[0].shape[1], None
+        if attention_mask is not None:
+            causal = torch.ones(tokens, tokens, dtype=torch.bool, device=narrow[0].device).tril()
+            mask = causal & attention_mask[:, None, None, :].bool()
+            # Of what is padding, too, something must be seen.
+            mask = mask | torch.eye(tokens, dtype=torch.bool, device=mask.device)
         x = torch.zeros_like(narrow[0])
         for layer, mix, own in zip(self.side["layers"], self.side["mix"], narrow, strict=True):
-            x = layer(torch.lerp(own, x, mix.sigmoid()))
-        hidden = hidden + self.side["up"](self.side["norm"](x)).to(hidden.dtype)
-        logits = self.base.get_output_embeddings()(hidden)
-        loss = None
-        if labels is not None:
-            loss = F.cross_entropy(logits[:, :-1].float().flatten(0, 1), labels[:, 1:].flatten())
-        return SimpleNamespace(logits=logits, loss=loss)
+            x = layer(torch.lerp(own, x, mix.sigmoid()), mask)
+        added: Tensor = self.side["up"](self.side["norm"](x))
+        return added
+
+
+def layers_of(model: nn.Module) -> nn.ModuleList:
+    """Return the layers of a causal language model: the longest list in its decoder."""
+    lists = [module for module in model.get_decoder().modules() if isinstance(module, nn.ModuleList)]
+    return max(lists, key=len)

@@ -35,18 +35,21 @@ class _Scaled(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, scale: Tensor, layer: ScaledLinear) -> Tensor:
-        ctx.layer = layer
+        kind = x.device.type
+        ctx.layer, ctx.dtype = layer, x.dtype
+        x = x.to(torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else scale.dtype)
         ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, scale)
-        return F.linear(x, layer.weight(scale))
+        return F.linear(x, layer.weight(scale).to(x.dtype))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         (x, scale), of_x, of_scale = ctx.saved_tensors, None, None
         if ctx.needs_input_grad[0]:
-            of_x = grad @ ctx.layer.weight(scale)
+            of_x = (grad @ ctx.layer.weight(scale).to(grad.dtype)).to(ctx.dtype)
         if x is not None:
-            of_weight = grad.flatten(0, -2).T @ x.flatten(0, -2)
-            of_scale = (of_weight.view_as(levels := ctx.layer.levels(scale.dtype)) * levels).sum(-1)
+            of_weight = grad.reshape(-1, grad.shape[-1]).T @ x.reshape(-1, x.shape[-1])
+            levels = ctx.layer.levels(scale.dtype)
+            of_scale = (of_weight.to(scale.dtype).view_as(levels) * levels).sum(-1)
         return of_x, of_scale, None
 
 
@@ -93,7 +96,7 @@ class ScaledLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Map (..., in_features) to (..., out_features)."""
         y: Tensor = _Scaled.apply(x, self.scale, self)
-        return y if self.bias is None else y + self.bias
+        return y if self.bias is None else y + self.bias.to(y.dtype)
 
 
 def quantise(layers: Iterable[nn.Module], bits: int = 4, group: int = 64) -> list[dict[str, Any]]:
@@ -106,6 +109,9 @@ def quantise(layers: Iterable[nn.Module], bits: int = 4, group: int = 64) -> lis
 
     Returns:
         The groups for `MISA`, or any optimizer: scales with the names of their modules and layers.
+
+    Raises:
+        ValueError: If there are no linear layers.
     """
     params: list[nn.Parameter] = []
     modules: list[str] = []
@@ -118,4 +124,6 @@ def quantise(layers: Iterable[nn.Module], bits: int = 4, group: int = 64) -> lis
                 params.append(scaled.scale)
                 modules.append(f"{number}.{name}.scale")
                 names.append(str(number))
+    if not params:
+        raise ValueError("no layer has an nn.Linear within: give the layers of a model that is built of these")
     return [{"params": params, "role": "sampled", "modules": modules, "layers": names}]

@@ -72,11 +72,19 @@ def reset(run: Run) -> None:
         run.live.arena.erase()
     run.updater.load({}, run.storage, [{} for _ in run.groups])
     run.scores.forget()
-    run.scores.show(run.live.state)
     run.monitor.rounds.clear()
     run.clock.round_step = run.clock.skipped_steps = 0
+    if not run.flags.lent:
+        run.flags.compare()
+    # As at the end of a round.
+    is_paused, layout = run.flags.is_suspended, None
+    if run.flags.due and not is_paused:
+        layout = run.lay_out_anew()
+        is_paused = layout is None
+    if layout is not None:
+        run.move(layout)
     draw = run.draw()
-    run.show(draw.active)
+    run.settle(set(), run.active if is_paused else draw.active)
     run.record(draw)
 
 

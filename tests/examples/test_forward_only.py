@@ -148,3 +148,17 @@ def test_arguments_out_of_range_are_refused():
     for options in ({"eps": 0.0}, {"rank": 0}, {"every": 0}):
         with pytest.raises(ValueError, match="must be above 0, None or 1 or more, and 1 or more"):
             ForwardGradients(optimizer, **options)
+
+
+def test_both_passes_draw_the_same_dropout_and_the_next_step_another():
+    model, optimizer = build()
+    dropout, tokens, seen = torch.nn.Dropout(0.5), tiny.batch(0), []
+
+    def loss():
+        seen.append(dropout(torch.ones(64)))
+        return tiny.loss_of(model, tokens) * seen[-1].mean()
+
+    gradients = ForwardGradients(optimizer)
+    for _ in range(2):
+        gradients(loss)
+    assert torch.equal(seen[0], seen[1]) and torch.equal(seen[2], seen[3]) and not torch.equal(seen[0], seen[2])

@@ -158,3 +158,47 @@ def test_what_cannot_be_is_refused_and_changes_nothing():
     PrunedEmbedding(model, torch.tensor(USED))
     with pytest.raises(IndexError, match="token 5 was not among those"):
         model(input_ids=torch.tensor([[3, 5]]))
+
+
+def test_a_copy_of_the_model_is_its_own():
+    model = build()
+    pruned = PrunedEmbedding(model, torch.tensor(USED))
+    other, averaged = copy.deepcopy(model), torch.optim.swa_utils.AveragedModel(model)
+    other.get_input_embeddings().weight.data.add_(1)
+    name = "model.embed_tokens.weight"
+    assert torch.equal(other.state_dict()[name][list(USED)], model.state_dict()[name][list(USED)] + 1)
+    train(model, adamw(model), 2)
+    averaged.update_parameters(model)
+    assert torch.equal(averaged.state_dict()[f"module.{name}"], model.state_dict()[name])
+    pruned.restore()
+    assert torch.isfinite(other(input_ids=batch(0)).logits).all()
+    other.load_state_dict(model.state_dict())
+    assert states_equal(other.state_dict(), model.state_dict())
+    pruned.restore()
+
+
+def test_a_pruned_head_maps_shifted_labels_and_refuses_to_generate():
+    model, tokens = build(tied=True), batch(0)
+    pruned = PrunedEmbedding(model, torch.tensor(USED), head=True)
+    shifted = torch.nn.functional.pad(tokens[:, 1:], (0, 1), value=-100)
+    expected = model(input_ids=tokens, labels=tokens).loss
+    found = model(input_ids=tokens, labels=tokens, shift_labels=shifted).loss
+    assert found.item() == pytest.approx(expected.item(), rel=1e-6)
+    with pytest.raises(RuntimeError, match=r"call restore\(\) before generate\(\)"):
+        model.generate(tokens)
+    pruned.restore()
+    assert model.generate(tokens, max_new_tokens=2, do_sample=False).shape == (3, 14)
+
+
+def test_tokens_by_name_are_looked_up_and_negative_ones_refused(tmp_path):
+    model = build()
+    pruned = PrunedEmbedding(model, torch.tensor(USED), file=tmp_path / "table")
+    embedding, tokens = model.get_input_embeddings(), batch(0)
+    assert torch.equal(embedding(input=tokens), embedding(tokens))
+    with pytest.raises(IndexError, match="token -1 was not among those"):
+        embedding(torch.tensor([3, -1]))
+    model.bfloat16()
+    assert model.state_dict()["model.embed_tokens.weight"].dtype == torch.bfloat16
+    pruned.restore()
+    (tmp_path / "table").write_bytes(b"")
+    train(model, adamw(model), 1)

@@ -118,7 +118,7 @@ def test_over_four_bits_it_learns_and_the_base_stays():
     whole = copy.deepcopy(model)
     quantise(model)
     packed = {name: p.detach().clone() for name, p in model.named_parameters() if p.dtype == torch.uint8}
-    plain = [module.weight.numel() for module in whole.modules() if isinstance(module, nn.Linear)]
+    plain = [module.weight.numel() for module in whole.blocks.modules() if isinstance(module, nn.Linear)]
     assert len(packed) == len(plain) and 2 * sum(p.numel() for p in packed.values()) == sum(plain)
     tokens = tiny.batch(0)
     assert 0 < (model(tokens) - whole(tokens)).abs().mean() < 0.5 * whole(tokens).abs().mean()
@@ -134,3 +134,34 @@ def test_over_four_bits_it_learns_and_the_base_stays():
     for name, layer in layers.items():
         model.set_submodule(name, layer.merged(torch.float32))
     torch.testing.assert_close(model(tokens), trained, rtol=1e-3, atol=1e-4)
+
+
+def test_a_state_dict_says_where_the_slices_lie():
+    model, other = build(), build()
+    layers = add_slices(model, 32 * 3 * 8, "down", seed=1)
+    train(model, torch.optim.AdamW([layer.delta for layer in layers.values()], lr=1e-2))
+    others = add_slices(other, 32 * 3 * 8, "down", seed=2)
+    assert [layer.first for layer in layers.values()] != [layer.first for layer in others.values()]
+    other.load_state_dict(model.state_dict())
+    assert torch.equal(other(tiny.batch(0)), model(tiny.batch(0)))
+
+
+def test_it_is_merged_into_another_dtype():
+    layer = SlicedLinear(nn.Linear(64, 32), 3, 9)
+    nn.init.normal_(layer.delta)
+    merged, x = layer.merged(torch.bfloat16), torch.randn(5, 64)
+    assert merged.weight.dtype == torch.bfloat16
+    torch.testing.assert_close(merged(x.bfloat16()).float(), layer(x), rtol=0.05, atol=0.1)
+
+
+def test_other_layers_and_other_slices_are_refused():
+    model = build()
+    layers = add_slices(model, 32 * 3 * 8, "down")
+    with pytest.raises(ValueError, match=r"blocks\.0\.down is a SlicedLinear and must be a linear layer"):
+        add_slices(model, 32 * 3 * 8, "down")
+    with pytest.raises(ValueError, match=r"blocks\.0\.norm1 is a LayerNorm and must be a linear layer"):
+        add_slices(build(), 10**4, ["norm1"])
+    saved = slices_of(layers)
+    saved.pop("blocks.1.down")
+    with pytest.raises(ValueError, match=r"slices of blocks\.0\.down, blocks\.2\.down were saved"):
+        load_slices(layers, saved)

@@ -7,6 +7,7 @@ import warnings
 
 import pytest
 import torch
+import transformers
 from libraries import required
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -154,3 +155,33 @@ def test_what_does_not_divide_or_is_not_there_is_refused():
     for late in (0, 6):
         with pytest.raises(ValueError, match=f"late={late} must be 1 to 5 of the 6 layers"):
             LateTuned(build(), late=late)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_it_begins_as_bases_that_scale_their_logits_and_call_their_layers_otherwise(kind):
+    sizes = {"vocab_size": 61, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4}
+    granite = transformers.GraniteConfig(**sizes, num_attention_heads=4, num_key_value_heads=2, logits_scaling=3.0)
+    gpt = transformers.GPT2Config(vocab_size=61, n_embd=64, n_layer=4, n_head=4)
+    ids = tokens()
+    for config in (granite, gpt):
+        torch.manual_seed(0)
+        base = transformers.AutoModelForCausalLM.from_config(config).eval()
+        expected = base(input_ids=ids, labels=ids)
+        found = of_kind(kind, base)(input_ids=ids, labels=ids, use_cache=True)
+        torch.testing.assert_close(found.logits, expected.logits, rtol=1e-4, atol=1e-5)
+        assert found.loss.item() == pytest.approx(expected.loss.item(), rel=1e-5)
+        found.loss.backward()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_padding_changes_nothing_and_it_is_cast_as_a_whole(kind):
+    model = of_kind(kind, build()).eval()
+    for name, param in model.named_parameters():
+        if name.endswith(("up.weight", "widen.weight")) and param.requires_grad:
+            nn.init.normal_(param, std=0.1)
+    ids, padded = tokens(length=10), torch.nn.functional.pad(tokens(length=10), (3, 0))
+    mask = torch.nn.functional.pad(torch.ones_like(ids), (3, 0))
+    places = mask.cumsum(-1).sub(1).clamp(min=0)
+    found = model(input_ids=padded, attention_mask=mask, position_ids=places).logits[:, 3:]
+    torch.testing.assert_close(found, model(input_ids=ids).logits, rtol=1e-3, atol=1e-4)
+    model.bfloat16()(input_ids=ids, labels=ids).loss.backward()

@@ -101,3 +101,27 @@ def test_what_does_not_divide_is_refused():
     for bits, group in ((9, 16), (0, 16), (4, 24), (4, 4)):
         with pytest.raises(ValueError, match=f"bits={bits}, group={group} must be 1 to 8, and a multiple of 8"):
             ScaledLinear(nn.Linear(64, 8), bits, group)
+
+
+def test_it_runs_under_autocast_and_takes_any_shape():
+    torch.manual_seed(0)
+    scaled = ScaledLinear(nn.Linear(64, 32), 4, 16)
+    x = torch.randn(3, 64, requires_grad=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = scaled(x)
+    assert y.dtype == torch.bfloat16
+    y.float().sum().backward()
+    of_x, of_scale = x.grad.clone(), scaled.scale.grad.clone()
+    assert of_x.dtype == of_scale.dtype == torch.float32
+    x.grad = scaled.scale.grad = None
+    scaled(x).sum().backward()
+    torch.testing.assert_close(of_x, x.grad, rtol=0.05, atol=0.02)
+    torch.testing.assert_close(of_scale, scaled.scale.grad, rtol=0.05, atol=0.1)
+    one = torch.randn(64, requires_grad=True)
+    scaled(one).sum().backward()
+    assert one.grad.shape == (64,)
+
+
+def test_layers_without_linear_ones_are_refused():
+    with pytest.raises(ValueError, match=r"no layer has an nn\.Linear within"):
+        quantise([nn.Sequential(nn.LayerNorm(8))])

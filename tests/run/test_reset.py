@@ -205,3 +205,40 @@ def test_ranks_go_on_together(tmp_path):
     answers = ranks.run(2, tmp_path, on_a_rank)
     assert not isinstance(answers[0], str), answers
     assert same(*answers)
+
+
+@pytest.mark.parametrize("variant", ["default", "slices", "int8"])
+def test_what_was_frozen_in_mid_round_stays_frozen(variant):
+    model, optimizer = build(variant)
+    train(model, optimizer, steps=4)
+    names = {optimizer.modules[number].name for number in optimizer.active}
+    block = next(b for b in model.blocks if any(p.requires_grad or p in optimizer.trained for p in b.parameters()))
+    for param in block.parameters():
+        param.requires_grad_(False)
+    if variant == "slices":
+        # Slices train what requires no gradient, so that only thawed() tells.
+        with optimizer.thawed():
+            for param in block.parameters():
+                param.requires_grad_(False)
+        optimizer.reset_state()
+    else:
+        with pytest.warns(UserWarning, match="will not be trained any more"):
+            optimizer.reset_state()
+    assert names and optimizer.trained and not any(param in optimizer.trained for param in block.parameters())
+    before = copy.deepcopy(block.state_dict())
+    train(model, optimizer)
+    assert same(block.state_dict(), before)
+
+
+@pytest.mark.parametrize("variant", ["default", "slices"])
+def test_the_draw_is_among_what_was_left_within_thawed(variant):
+    model, optimizer = build(variant)
+    train(model, optimizer, steps=4)
+    with optimizer.thawed():
+        for block in model.blocks[:3]:
+            block.requires_grad_(False)
+    optimizer.reset_state()
+    left = {param for param in model.blocks[3].parameters()}
+    assert optimizer.trained and optimizer.trained.keys() <= left
+    assert all(optimizer.modules[number].name.startswith("blocks.3.") for number in optimizer.active)
+    train(model, optimizer)
