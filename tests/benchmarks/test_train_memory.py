@@ -256,7 +256,7 @@ def test_a_state_of_another_format_is_converted_in_little_memory(state_dtype, pr
     optimizer = build(state_dtype=state_dtype, param_precision=precision)
     optimizer.load_state_dict(saved.state_dict())
     with PeakMemory() as memory:
-        optimizer._run.allocate()
+        optimizer._run.make_ready()
     assert memory.peak_bytes - memory.held_bytes <= 5e6
 
 
