@@ -135,6 +135,15 @@ def test_what_the_design_names_is_there() -> None:
     assert len(ours) > 30 and not [pair for pair in ours if not has(*pair)]
 
 
+def test_what_is_said_of_muon_is_what_the_record_has() -> None:
+    record = json.loads((ROOT / "benchmarks" / "results" / "rules.json").read_text())
+    found = {row["where"]: row for row in record["rows"] if row["rule"] == "Muon"}
+    assert all(abs(row["lead"]) < 2 * row["error"] and len(row["seeds"]) == 3 for row in found.values())
+    said = {where: f"{100 * row['lead']:+.1f} ± {100 * row['error']:.1f}" for where, row in found.items()}
+    page = " ".join((ROOT / "docs" / "rules.md").read_text().split())
+    assert f"by {said['slices']} % of AdamW's gain under slices and {said['modules']} under modules" in page
+
+
 def test_the_page_of_slices_shows_what_its_example_prints() -> None:
     page = (ROOT / "docs" / "slices.md").read_text()
     example, shown = re.search(r"```py\n(.*?)```", page, re.DOTALL), re.search(r"^slices: .*$", page, re.MULTILINE)
