@@ -147,8 +147,8 @@ def markdown(content: Mapping[str, Any]) -> str:
         "python -m benchmarks.quality table --model small-rules",
         "```",
         "",
-        f"Fine-tuning as in `benchmarks/results/regime.md`: a byte-level LLaMA of {shape['layers']} layers with 7 matrices, "
-        f"{content['scale']['parameters'] / 1e6:.1f} million float32 parameters, from Python source to C++ headers, "
+        f"Fine-tuning as in `benchmarks/results/regime.md`: a byte-level LLaMA of {shape['layers']} layers with 7 "
+        f"matrices, {content['scale']['parameters'] / 1e6:.1f} million float32 parameters, from Python source to C++ headers, "
         f"{content['scale']['steps']} steps of {content['scale']['batch'] * shape['context']} bytes, on a CPU. Each "
         "rule runs as `MISA(rule=...)`, at the δ at which its states and the gradients take as many bytes as int8 "
         f"AdamW at δ = {DELTA:g}: a rule that keeps less trains more. *Slices* are columns of each down projection, "
