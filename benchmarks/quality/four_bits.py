@@ -192,7 +192,7 @@ def markdown(content: Mapping[str, Any]) -> str:
         "```",
         "",
         "As in `benchmarks/results/pretrained.md`, from which the lines over a base of float32 are: AdamW, slices and "
-        f"LoRA at δ = {DELTA:g}. *Slices, 4 bits* and *QLoRA* have the matrices of the layers in NF4 (bitsandbytes) and "
+        f"LoRA at δ = {DELTA:g}. *Slices, 4 bits* and *QLoRA* have the matrices of the layers in NF4 (bitsandbytes), "
         "train float32 beside them, with MISA's 8-bit AdamW, in the training bytes of slices; slices are adapters of a "
         "slice of the input of each down projection (`examples/neighbours/quantised_slices.py`). Shares are of what "
         "AdamW gains on the model as it was, so that what quantisation costs counts. *PEQA* trains the scales of "
