@@ -148,9 +148,9 @@ def markdown(content: Mapping[str, Any]) -> str:
         "```",
         "",
         f"Fine-tuning as in `benchmarks/results/regime.md`: a byte-level LLaMA of {shape['layers']} layers with 7 "
-        f"matrices, {content['scale']['parameters'] / 1e6:.1f} million float32 parameters, from Python source to C++ "
-        f"headers, {content['scale']['steps']} steps of {content['scale']['batch'] * shape['context']} bytes, on a CPU. Each "
-        "rule runs as `MISA(rule=...)`, at the δ at which its states and the gradients take as many bytes as int8 "
+        f"matrices, {content['scale']['parameters'] / 1e6:.1f} million float32 parameters, from Python to C++ headers, "
+        f"{content['scale']['steps']} steps of {content['scale']['batch'] * shape['context']} bytes, on a CPU. "
+        "Each rule runs as `MISA(rule=...)`, at the δ at which its states and the gradients take as many bytes as int8 "
         f"AdamW at δ = {DELTA:g}: a rule that keeps less trains more. *Slices* are columns of each down projection, "
         "fixed for the run; *modules* are drawn anew every 5 steps. Learning rates: three, a factor 2 apart, and one "
         "more while the best lies at an end, on a seed and a text of their own. The share is of AdamW's improvement on "
