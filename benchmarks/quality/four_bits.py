@@ -194,8 +194,8 @@ def markdown(content: Mapping[str, Any]) -> str:
         "As in `benchmarks/results/pretrained.md`, from which the lines over a base of float32 are: AdamW, slices and "
         f"LoRA at δ = {DELTA:g}. *Slices, 4 bits* and *QLoRA* have the matrices of the layers in NF4, of bitsandbytes, "
         "and train float32 beside them, with MISA's 8-bit AdamW, in the training bytes of slices, which are adapters "
-        "of a slice of the input of each down projection (`examples/neighbours/quantised_slices.py`). Shares are of what "
-        "AdamW gains on the model as it was, so that what quantisation costs counts. *PEQA* trains the scales of "
+        "of a slice of the input of each down projection (`examples/neighbours/quantised_slices.py`). Shares are of "
+        "what AdamW gains on the model as it was, so that what quantisation costs counts. *PEQA* trains the scales of "
         f"integers in groups of {GROUP} (`examples/neighbours/trained_scales.py`), and LoRA beside it is over the same "
         "integers in as many bytes; its time and peak are those of a base of float32, as peft knows no such format.",
         "",
