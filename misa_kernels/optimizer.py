@@ -304,12 +304,9 @@ def end_round(run: Run) -> None:
     run.clock.round, run.clock.round_step = run.clock.round + 1, 0
     run.recompiles.check(run.clock.round)
     run.flags.compare(is_idle=not counts.any())
+    before = run.layout.places_of(run.active.tolist())
     # Where nothing of what is drawn may be trained, the round goes on for another one.
-    is_paused, layout, before = run.flags.is_suspended, None, run.layout.places_of(run.active.tolist())
-    is_due = run.learn_order() or run.flags.due
-    if is_due and not is_paused:
-        layout = run.lay_out_anew()
-        is_paused = layout is None
+    layout, is_paused = run.lay_out_anew(run.learn_order() or run.flags.due)
     if not is_paused:
         # Zeros alone are none: an expert of a stacked weight has these where no token comes to it.
         _hear(run, (counts > 0) & (sums != 0), skipped > 0)

@@ -138,8 +138,11 @@ class PrunedEmbedding:
     def whole(self) -> Tensor:
         """Return the whole table with the rows as they are now, on the CPU; the next call writes to the same one."""
         rows = self._modules[0].weight.detach().cpu()
-        self._whole[self.kept] = rows.to(self._whole.dtype)
-        return self._whole.to(rows.dtype)
+        if self._whole.dtype != rows.dtype:
+            # The model was cast since; both that share the table save one.
+            self._whole = self._whole.to(rows.dtype)
+        self._whole[self.kept] = rows
+        return self._whole
 
     def _load(self, module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
         saved = state_dict.get(f"{prefix}weight")

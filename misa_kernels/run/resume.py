@@ -77,10 +77,7 @@ def reset(run: Run) -> None:
     if not run.flags.lent:
         run.flags.compare()
     # As at the end of a round.
-    is_paused, layout = run.flags.is_suspended, None
-    if run.flags.due and not is_paused:
-        layout = run.lay_out_anew()
-        is_paused = layout is None
+    layout, is_paused = run.lay_out_anew(run.flags.due)
     if layout is not None:
         run.move(layout)
     draw = run.draw()

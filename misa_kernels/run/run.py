@@ -114,9 +114,8 @@ class Run:
         self.has_met = self.is_rehearsed = False
         self._hooks: dict[Tensor, Any] = {}
         draw = self.draw()
-
-        partition = self.layout.partition
-        advice.notify(groups, partition, self.storage, given.delta, draw.active.size == len(partition.modules))
+        are_all_active = draw.active.size == len(self.layout.partition.modules)
+        advice.notify(groups, self.layout.partition, self.storage, given.delta, are_all_active)
         for sentence in self.flags.advice:
             warn(sentence)
         if self.sampler.depth_window is not None and not self.order.is_known:
@@ -189,8 +188,8 @@ class Run:
         if self.is_rehearsed and not self.clock.steps:
             partition = self.layout.partition
             numel = partition.budget - int(self.scores.candidates.numel[self.active].sum())
-            params = [block.param for module in partition.modules for block in module.blocks]
-            most = max(params, key=Tensor.element_size)
+            sampled = (block.param for module in partition.modules for block in module.blocks)
+            most = max(sampled, key=Tensor.element_size)
             self.room = torch.empty(numel, dtype=most.dtype, device=most.device)
 
     def reconcile(self) -> None:
@@ -309,9 +308,9 @@ class Run:
             )
         return is_news
 
-    def lay_out_anew(self) -> Layout | None:
-        """Return the layout of what the user wants trained now; None if there is none, as when all of it is frozen."""
-        while True:
+    def lay_out_anew(self, is_due: bool) -> tuple[Layout | None, bool]:
+        """Return another layout where one is due, and whether rounds pause, as nothing wanted can be drawn."""
+        while is_due and not self.flags.is_suspended:
             try:
                 layout = self.lay_out()
             except (TypeError, ValueError) as error:
@@ -323,9 +322,10 @@ class Run:
                     "all that could be sampled is frozen now, so nothing is trained until some of it is thawed within "
                     "`with optimizer.thawed():`",
                 )
-                return None
+                return None, True
             self.flags.note_laid_out()
-            return layout
+            return layout, False
+        return None, self.flags.is_suspended
 
     def move(self, layout: Layout) -> None:
         """Go on with another layout, to which `settle` brings the state, too."""

@@ -84,6 +84,13 @@ def test_scales_and_adapters_over_the_same_integers(method, small):
     assert {id(p) for group in optimizer.param_groups for p in group["params"]} == set(map(id, trained))
 
 
+def test_the_peak_of_scales_is_not_that_of_quantising(small, monkeypatch):
+    monkeypatch.setattr(pretrained, "batches_of", lambda job: iter([(ids, ids)] * 2))
+    ids = torch.arange(8).unsqueeze(0)
+    peak = four_bits.peak_bytes(Job("German manuals", "PEQA, 4 bits", "int8", 0.0123, 0, 5, 1))
+    assert peak < 4 * sum(p.numel() for p in small.parameters())
+
+
 def test_all_are_searched_alike():
     found = [(search.first.task, search.first.method) for search in SEARCHES]
     both = [(task, method) for task in pretrained.TASKS for method in (SLICES, *PEERS)]

@@ -202,3 +202,14 @@ def test_tokens_by_name_are_looked_up_and_negative_ones_refused(tmp_path):
     pruned.restore()
     (tmp_path / "table").write_bytes(b"")
     train(model, adamw(model), 1)
+
+
+def test_a_tied_table_that_was_cast_is_saved_once(tmp_path):
+    model = build(tied=True)
+    PrunedEmbedding(model, torch.tensor(USED), head=True)
+    model.bfloat16()
+    saved = model.state_dict()
+    assert saved["model.embed_tokens.weight"].data_ptr() == saved["lm_head.weight"].data_ptr()
+    model.save_pretrained(tmp_path)
+    again = LlamaForCausalLM.from_pretrained(tmp_path)
+    assert again.lm_head.weight is again.get_input_embeddings().weight and again.lm_head.weight.shape[0] == VOCABULARY
