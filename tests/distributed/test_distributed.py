@@ -478,7 +478,9 @@ def elastic(folder, kill_at):
         [*command, str(folder), str(kill_at)], env=environment, capture_output=True, text=True, timeout=240
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads((folder / "losses.json").read_text())
+    result = json.loads((folder / "losses.json").read_text())
+    assert result["restarts"] == (kill_at >= 0), done.stderr[-3000:]
+    return result
 
 
 @pytest.mark.slow
