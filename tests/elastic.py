@@ -53,9 +53,9 @@ def main(folder: Path, kill_at: int) -> None:
         restarts = int(os.environ["TORCHELASTIC_RESTART_COUNT"])
         (folder / "losses.json").write_text(json.dumps({"restarts": restarts, "start": start, "losses": losses}))
     dist.destroy_process_group()
-    # As with DDP, the model holds the group, and its gloo threads run on. One that gives a tensor back while Python ends
-    # aborts the process ("terminate called without an active exception", 1 of 112 runs on a busy machine; seen with
-    # torch 2.13, whose pull request 179291 tells why), and torchrun would start all of it again.
+    # As with DDP, the model holds the group, and its gloo threads run on. One that gives a tensor back while Python
+    # ends aborts the process ("terminate called without an active exception", 1 of 112 runs on a busy machine; seen
+    # with torch 2.13, whose pull request 179291 tells why), and torchrun would start all of it again.
     os._exit(0)
 
 
