@@ -16,7 +16,7 @@ from typing import Any
 from benchmarks import charts, record
 from benchmarks.gate import counts
 from benchmarks.gpu.first import table as first_table
-from benchmarks.quality import four_bits, pretrained_table, regime_table, update_rules
+from benchmarks.quality import forward_passes, four_bits, pretrained_table, regime_table, update_rules
 from benchmarks.step import cpu, growth, launcher, round_end
 from benchmarks.tables import cells
 from benchmarks.train import e2e_table, training_memory
@@ -135,6 +135,7 @@ SECTIONS: dict[str, tuple[str, Callable[[Record], list[str]]]] = {
     "regime": ("Quality where δ is small and the model deep", regime_table.lines),
     "four_bits": ("Over a base of 4 bits", four_bits.lines),
     "rules": ("Other update rules in the bytes of int8 AdamW", update_rules.lines),
+    "forward_passes": ("Without a backward pass", forward_passes.lines),
     "training_memory": ("Memory of a training step", training_memory.lines),
     "classify": ("A pretrained encoder", classified),
     "compiled": ("torch.compile", compiled),
@@ -151,6 +152,7 @@ ON_A_CPU = {
     "pretrained": "python -m benchmarks.quality run --model smollm2",
     "four_bits": "python -m benchmarks.quality run --model smollm2-4bit",
     "rules": "python -m benchmarks.quality run --model small-rules",
+    "forward_passes": "python -m benchmarks.quality run --model small-forward",
 }
 # Of the charts that this module draws: the part of the record that they show, and what draws it.
 CHARTS: dict[str, tuple[str, Callable[[Any, Path], Path | None]]] = {
@@ -159,6 +161,7 @@ CHARTS: dict[str, tuple[str, Callable[[Any, Path], Path | None]]] = {
     "growth": ("series", growth.draw),
     "regime": ("curves", regime_table.draw),
     "pretrained": ("rows", pretrained_table.draw),
+    "forward_passes": ("curves", forward_passes.draw),
 }
 
 

@@ -5,9 +5,15 @@ from __future__ import annotations
 import argparse
 import sys
 
-from benchmarks.quality import four_bits, pretrained, regime, update_rules
+from benchmarks.quality import forward_passes, four_bits, pretrained, regime, update_rules
 
-MODELS = {"small": regime, "smollm2": pretrained, "smollm2-4bit": four_bits, "small-rules": update_rules}
+MODELS = {
+    "small": regime,
+    "smollm2": pretrained,
+    "smollm2-4bit": four_bits,
+    "small-rules": update_rules,
+    "small-forward": forward_passes,
+}
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -20,7 +26,8 @@ def main(arguments: list[str] | None = None) -> None:
         "--model",
         choices=MODELS,
         default="small",
-        help="a LLaMA of our own, pretrained weights, these in 4 bits, the first under other rules (%(default)s)",
+        help="a LLaMA of our own, pretrained weights, these in 4 bits, the first under other rules, or without a "
+        "backward pass (%(default)s)",
     )
     parser.add_argument("--workers", type=int, default=1, help="processes of one thread each (%(default)s)")
     options = parser.parse_args(arguments)
