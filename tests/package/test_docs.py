@@ -144,6 +144,22 @@ def test_what_is_said_of_muon_is_what_the_record_has() -> None:
     assert f"by {said['slices']} % of AdamW's gain under slices and {said['modules']} under modules" in page
 
 
+@pytest.mark.parametrize("where", ["slices", "modules"])
+def test_the_rules_that_are_called_better_are_those_of_the_record(where: str) -> None:
+    record = json.loads((ROOT / "benchmarks" / "results" / "rules.json").read_text())
+    others = [row for row in record["rows"] if row["where"] == where and row["rule"] != "int8 AdamW"]
+    assert record["missing"] == 0 and len(others) == 17 and all(len(row["seeds"]) == 3 for row in others)
+    better = [
+        f"{row['rule']} ({100 * row['lead']:+.1f} ± {100 * row['error']:.1f})"
+        for row in others
+        if row["lead"] > 2 * row["error"]
+    ]
+    page = " ".join((ROOT / "docs" / "rules.md").read_text().split())
+    said = re.search(rf"Under {where},? (.*?)\.(?= [A-Z])", page)
+    assert said is not None and said[1].count(" ± ") == len(better)
+    assert all(rule in said[1] for rule in better)
+
+
 def test_the_page_of_slices_shows_what_its_example_prints() -> None:
     page = (ROOT / "docs" / "slices.md").read_text()
     example, shown = re.search(r"```py\n(.*?)```", page, re.DOTALL), re.search(r"^slices: .*$", page, re.MULTILINE)
