@@ -88,7 +88,7 @@ def build(job: Job, model: nn.Module, lr: float) -> MISA:
     drawn: dict[str, dict[str, Any]] = {
         "slices": slices(),
         "modules": {"sampler": UniformSampler(), "total_steps": STEPS},
-        # Embedding and norms, too, which are drawn in every round.
+        # All matrices are in every round; embedding and norms are trained beside them.
         "all": {},
     }
     groups = param_groups(model, "pretrain" if kind.drawn == "all" else "finetune")
