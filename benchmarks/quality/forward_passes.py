@@ -8,8 +8,9 @@ pass comes from the runs of `update_rules.py`.
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +21,13 @@ from torch.optim.lr_scheduler import LambdaLR
 from benchmarks import charts, record
 from benchmarks.quality import regime, regime_table, update_rules
 from benchmarks.quality.equal_bytes import parameters
-from benchmarks.quality.methods import clock_s
+from benchmarks.quality.methods import Plan, follow
 from benchmarks.quality.regime_runs import SCALES, Job, at, first
 from benchmarks.quality.rules_runs import REFERENCES
 from benchmarks.quality.searches import Search, outcome, read, run_all
 from benchmarks.quality.update_rules import Runs
 from benchmarks.tables import cells
-from examples.demo.data import finetuning_corpus, random_batches
+from examples.demo.data import Batch, finetuning_corpus, random_batches
 from examples.demo.train import batch_loss, warmup_cosine
 from examples.neighbours.forward_only import ForwardGradients
 from misa_kernels import MISA, UniformSampler, param_groups, slices
@@ -95,6 +96,26 @@ def build(job: Job, model: nn.Module, lr: float) -> MISA:
     return MISA(groups, delta=job.delta, seed=job.seed, **drawn[kind.drawn], **update)
 
 
+def train(
+    model: nn.Module, optimizer: MISA, batches: Iterator[Batch], steps: int, *, gradients: ForwardGradients
+) -> Iterator[tuple[int, float]]:
+    """Train as the demo's loop, by gradients of two forward passes."""
+    schedule = LambdaLR(optimizer, warmup_cosine(steps))
+    for step in range(1, steps + 1):
+        loss = gradients(partial(batch_loss, model, next(batches)))
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        yield step, loss
+
+
+def by_passes(run: Mapping[str, Any], a_step: int) -> dict[str, Any]:
+    """Return a run's steps, the forward passes that they come to, and its curve by these."""
+    steps = run["curve"][-1][0]
+    curve = [(a_step * step, loss) for step, _, loss in run["curve"]]
+    return {"steps": steps, "passes": a_step * steps, "curve": curve}
+
+
 def execute(job: Job, steps: int = STEPS, window: int = WINDOW) -> dict[str, Any]:
     """Train once and return key and result of the run as plain types; the curve is by forward passes."""
     torch.set_num_threads(1)
@@ -104,23 +125,9 @@ def execute(job: Job, steps: int = STEPS, window: int = WINDOW) -> dict[str, Any
     batches = random_batches(finetuning_corpus().train, SCALE.batch, SCALE.shape.context, job.seed)
     optimizer = build(job, model, lr)
     gradients = ForwardGradients(optimizer, rank=KINDS[job.method].rank, seed=job.seed)
-    schedule = LambdaLR(optimizer, warmup_cosine(steps))
-    found = asdict(job) | {"lr": lr}
-    curve, total, began_s = [], 0.0, clock_s("cpu")
-    for step in range(1, steps + 1):
-        batch = next(batches)
-        total += gradients(lambda batch=batch: batch_loss(model, batch))
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
-        if step % window == 0:
-            curve.append((gradients.forwards, round(total / window, 4)))
-            total = 0.0
-    training_s = clock_s("cpu") - began_s
-    optimizer.release()
-    found |= {"seconds": round(training_s, 1), "machine": record.describe_device(torch.device("cpu"))["name"]}
-    found |= {"steps": steps, "passes": gradients.forwards, "curve": curve}
-    return found | before | regime.held_out_losses(job.task, model, SCALE)
+    found = follow(model, optimizer, batches, Plan(lr, steps, window), partial(train, gradients=gradients))
+    found |= by_passes(found, gradients.forwards // steps)
+    return asdict(job) | {"lr": lr} | found | before | regime.held_out_losses(job.task, model, SCALE)
 
 
 def run_missing(workers: int) -> dict[Job, str]:
@@ -133,14 +140,7 @@ def beside() -> list[dict[str, Any]]:
     """Return the reported runs with a backward pass, with the passes that their steps come to."""
     _, reporting, _ = outcome(REFERENCES, read(RESULTS / update_rules.RUNS, Job))
     return [
-        run
-        | {
-            "method": f"{BESIDE[run['method']]}, backward",
-            "steps": SCALE.steps,
-            "passes": PASSES_OF_A_STEP * SCALE.steps,
-        }
-        | {"curve": [(PASSES_OF_A_STEP * step, loss) for step, _, loss in run["curve"]]}
-        for run in reporting
+        run | {"method": f"{BESIDE[run['method']]}, backward"} | by_passes(run, PASSES_OF_A_STEP) for run in reporting
     ]
 
 
@@ -156,15 +156,12 @@ def summary(tuning: Runs, reporting: Runs, first_order: Runs) -> dict[str, Any]:
     arms: dict[str, list[dict[str, Any]]] = {}
     for run in (*first_order, *reporting):
         if run["seed"] in gains:
-            arms.setdefault(run["method"], []).append(run)
+            share = (run["loss_before"] - run["loss"]) / gains[run["seed"]]
+            arms.setdefault(run["method"], []).append(run | {"share": share})
     rows = []
-    for method, runs in arms.items():
-        shares = [(run["loss_before"] - run["loss"]) / gains[run["seed"]] for run in runs]
-        losses = [run["loss"] for run in runs]
-        row = {"method": method} | {name: runs[0][name] for name in ("delta", "lr", "steps", "passes")}
-        for name, values in (("share", shares), ("loss", losses)):
-            row |= {name: statistics.mean(values), name + "_sd": statistics.stdev(values) if len(values) > 1 else None}
-        rows.append(row | {"seeds": sorted(run["seed"] for run in runs)})
+    for runs in arms.values():
+        row = {name: runs[0][name] for name in ("method", "delta", "lr", "steps", "passes")}
+        rows.append(row | regime_table.means(runs, "share", "loss") | {"seeds": sorted(run["seed"] for run in runs)})
     rows.sort(key=lambda row: -row["share"])
     curves = {
         row["method"]: [
@@ -221,8 +218,7 @@ def markdown(content: Mapping[str, Any]) -> str:
         "cosine. The share is of AdamW's improvement on text that was neither trained nor tuned on, mean ± "
         "standard deviation over 3 seeds.",
         "",
-        f"Runs by machine: {'; '.join(f'{name}: {runs}' for name, runs in content['machines'].items())}. Wanted and "
-        f"missing: {content['missing']}.",
+        regime_table.ran(content),
         "",
         *lines(content),
         "### Losses by learning rate, on the tuning text",

@@ -36,7 +36,7 @@ from benchmarks.quality.equal_bytes import (
 from benchmarks.quality.methods import follow
 from benchmarks.quality.pretrained import TASKS, first, searched
 from benchmarks.quality.regime_runs import Job
-from benchmarks.quality.regime_table import Runs, arms_of, machines, row_of, searches
+from benchmarks.quality.regime_table import Runs, arms_of, machines, ran, row_of, searches
 from benchmarks.quality.searches import outcome, read, run_all
 from benchmarks.tables import cells
 from examples.demo.train import train
@@ -201,8 +201,7 @@ def markdown(content: Mapping[str, Any]) -> str:
         f"integers in groups of {GROUP} (`examples/neighbours/trained_scales.py`), and LoRA beside it is over the same "
         "integers in as many bytes; its time and peak are those of a base of float32, as peft knows no such format.",
         "",
-        f"Runs by machine: {'; '.join(f'{name}: {runs}' for name, runs in content['machines'].items())}. Wanted and "
-        f"missing: {content['missing']}.",
+        ran(content),
         "",
         *lines(content),
         "### Losses by learning rate, on the tuning text",

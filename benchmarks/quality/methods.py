@@ -189,14 +189,22 @@ def run(job: Job, model: nn.Module, batches: Iterator[Batch], plan: Plan) -> tup
 
 
 def follow(
-    trained: nn.Module, optimizer: torch.optim.Optimizer, batches: Iterator[Batch], plan: Plan
+    trained: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    batches: Iterator[Batch],
+    plan: Plan,
+    loop: Callable[..., Iterator[tuple[int, Any]]] | None = None,
 ) -> dict[str, Any]:
-    """Train to the end of a plan; return times, machine, steps of a round, 0 where there are none, and the curve."""
+    """Train to the end of a plan, by the demo's loop unless another one is given, which is called alike.
+
+    Returns:
+        Times, machine, steps of a round, 0 where there are none, and the curve.
+    """
     curve: list[tuple[int, float, float]] = []
     # One number for all steps: a tensor kept of each would pin what the step has freed beneath it, 12 MB of logits.
     total = torch.zeros((), dtype=torch.float64, device=plan.device)
     began, clock_began = time.perf_counter(), clock_s(plan.device)
-    for step, loss in train(trained, optimizer, batches, plan.steps):
+    for step, loss in (loop or train)(trained, optimizer, batches, plan.steps):
         total += loss
         if step % plan.window == 0:
             mean = total.item() / plan.window

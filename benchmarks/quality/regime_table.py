@@ -121,17 +121,29 @@ def machines(*runs: Runs) -> dict[str, int]:
     return dict(Counter(run["machine"] for own in runs for run in own))
 
 
+def ran(content: Mapping[str, Any]) -> str:
+    """Return in a sentence on which machines runs were made, and how many are missing."""
+    by_machine = "; ".join(f"{name}: {runs}" for name, runs in content["machines"].items())
+    return f"Runs by machine: {by_machine}. Wanted and missing: {content['missing']}."
+
+
 def row_of(key: tuple[Any, ...], runs: Runs) -> dict[str, Any]:
     """Return the row of an arm, with means and standard deviations over its seeds."""
     row = dict(zip(KEY, key, strict=True))
     row |= {name: runs[0][name] for name in ("size", "training_bytes", "lr", "rounds_of")}
     row["seeds"] = sorted(run["seed"] for run in runs)
     row["forgetting_seeds"] = sum(run["forgetting"] is not None for run in runs)
-    for name in ("loss", "share", "time", "forgetting"):
+    return row | means(runs, "loss", "share", "time", "forgetting")
+
+
+def means(runs: Runs, *names: str) -> dict[str, Any]:
+    """Return mean and standard deviation ("_sd") of each figure over the runs that have it; None of nothing."""
+    found: dict[str, Any] = {}
+    for name in names:
         values = [run[name] for run in runs if run[name] is not None]
-        row[name] = statistics.mean(values) if values else None
-        row[name + "_sd"] = statistics.stdev(values) if len(values) > 1 else None
-    return row
+        found[name] = statistics.mean(values) if values else None
+        found[name + "_sd"] = statistics.stdev(values) if len(values) > 1 else None
+    return found
 
 
 def leads(arms: Mapping[tuple[Any, ...], Runs], task: str = "fine-tuning") -> list[dict[str, Any]]:

@@ -158,8 +158,7 @@ def markdown(content: Mapping[str, Any]) -> str:
         "training, one thread. *First updates / lr*: the longest of the first ten updates of a new state, in the mean "
         "square, where gradients are normal noise; AdamW's is 1. In the last column, seeds are paired.",
         "",
-        f"Runs by machine: {'; '.join(f'{name}: {runs}' for name, runs in content['machines'].items())}. Wanted and "
-        f"missing: {content['missing']}.",
+        regime_table.ran(content),
         "",
     ]
     for where in WHERE:
