@@ -35,7 +35,8 @@ from misa_kernels import MISA, UniformSampler, param_groups, slices
 RESULTS = regime.RESULTS
 RUNS = "forward_passes-runs.jsonl"
 SCALE = SCALES["5m"]
-STEPS, WINDOW = 1000, 50
+# As many forward passes as the 400 steps with backward come to.
+STEPS, WINDOW = 600, 30
 DELTA = 0.03
 # A backward pass costs two forward ones, where all layers pass gradients on.
 PASSES_OF_A_STEP = 3
@@ -74,7 +75,7 @@ def search(method: str) -> Search:
     """Return the search for a method's learning rate, and its reported runs."""
     kind = KINDS[method]
     delta = 1.0 if kind.drawn == "all" else DELTA
-    return Search(1, first(method, "fp32", delta, power=kind.power), at(3, delta))
+    return Search(1 + kind.is_adamw, first(method, "fp32", delta, power=kind.power), at(3, delta))
 
 
 SEARCHES = tuple(map(search, KINDS))
