@@ -8,12 +8,14 @@ import warnings
 import pytest
 import tiny
 import torch
+import transformers
 from libraries import required
 from torch import nn
 
 from benchmarks.memory import PeakMemory
-from examples.neighbours.quantised_slices import SlicedLinear, add_slices, load_slices, quantise, slices_of
+from examples.neighbours.four_bits import quantise
 from misa_kernels import MISA, UniformSampler, param_groups
+from misa_kernels.slice_adapters import SlicedLinear, add_slices, load_slices, numel_of, slices_of
 
 warnings.filterwarnings("ignore", module="bitsandbytes")
 
@@ -26,6 +28,11 @@ def build(hidden=64, bias=False):
     return model
 
 
+def share(model, width):
+    """The δ of so many columns of each of three layers, half a parameter more."""
+    return (32 * 3 * width + 0.5) / sum(p.numel() for p in model.parameters())
+
+
 def train(model, optimizer, steps=5):
     return tiny.train(model, optimizer, steps)
 
@@ -35,7 +42,8 @@ def test_over_a_plain_base_it_is_misa_s_slices():
     sampler = UniformSampler(granularity="slice", slices="down")
     optimizer = MISA(param_groups(model), lr=1e-2, weight_decay=0.0, delta=0.1, backend="reference", sampler=sampler)
     pieces = {name: optimizer.trained[p] for name, p in model.named_parameters() if p in optimizer.trained}
-    layers = add_slices(other, sum(p.last - p.first for p in pieces.values()) * 32, ["down"])
+    width = max(p.last - p.first for p in pieces.values())
+    layers = add_slices(other, share(other, width))
     assert len(layers) == len(pieces) == 3
     for name, layer in layers.items():
         piece = pieces[f"{name}.weight"]
@@ -55,7 +63,7 @@ def test_over_a_plain_base_it_is_misa_s_slices():
 def test_it_begins_as_the_base_and_is_merged_into_a_plain_layer(bias):
     model = build(1100, bias)
     whole, tokens = copy.deepcopy(model), tiny.batch(0)
-    layers = add_slices(model, 32 * 3 * 100, ["down"], seed=3)
+    layers = add_slices(model, share(model, 100), seed=3)
     assert torch.equal(model(tokens), whole(tokens))
     assert {layer.last - layer.first for layer in layers.values()} == {100}
     assert len({layer.first for layer in layers.values()}) == 3
@@ -74,15 +82,15 @@ def test_it_begins_as_the_base_and_is_merged_into_a_plain_layer(bias):
 
 def test_what_is_saved_are_the_slices_alone():
     model = build()
-    layers = add_slices(model, 32 * 3 * 8, ["down"], seed=1)
+    layers = add_slices(model, share(model, 8), seed=1)
     train(model, torch.optim.AdamW([layer.delta for layer in layers.values()], lr=1e-2))
     saved = copy.deepcopy(slices_of(layers))
     assert sum(own["delta"].numel() for own in saved.values()) == 32 * 3 * 8
     other = build()
-    load_slices(again := add_slices(other, 32 * 3 * 8, ["down"], seed=2), saved)
+    load_slices(again := add_slices(other, share(other, 8), seed=2), saved)
     assert torch.equal(other(tiny.batch(0)), model(tiny.batch(0))) and again.keys() == layers.keys()
     with pytest.raises(ValueError, match=r"blocks\.0\.down has \(32, 4\), and \(32, 8\) was saved"):
-        load_slices(add_slices(build(), 32 * 3 * 4, ["down"]), saved)
+        load_slices(add_slices(build(), share(build(), 4)), saved)
 
 
 def test_forward_keeps_the_slice_of_the_input_alone():
@@ -104,12 +112,23 @@ def test_forward_keeps_the_slice_of_the_input_alone():
 
 
 def test_what_cannot_be_is_refused():
-    with pytest.raises(ValueError, match="none of the model's layers is called down_proj"):
-        add_slices(build(), 10**4)
-    with pytest.raises(ValueError, match=r"numel=95 must be at least 96, a column of each of 3 layers"):
-        add_slices(build(), 95, ["down"])
-    with pytest.raises(ValueError, match="columns 60 to 70 must be within the 64 of the layer"):
+    with pytest.raises(ValueError, match="none of the model's layers is called down_proj: say how"):
+        add_slices(build(), names=["down_proj"])
+    with pytest.raises(ValueError, match=r"must leave room for a column of each of 3 layers, 96 of .* give 0\.00\d+"):
+        add_slices(build(), 1e-3)
+    with pytest.raises(ValueError, match=r"delta=0 must be in \(0, 1\]"):
+        add_slices(build(), 0)
+    with pytest.raises(ValueError, match="columns 60 to 70 must be some of the 64 that the layer has"):
         SlicedLinear(nn.Linear(64, 32), 60, 70)
+    with pytest.raises(ValueError, match=r"does not see .* name them, as in names=\['down_proj'\]"):
+        add_slices(nn.Sequential(nn.Linear(8, 8)))
+
+
+def test_the_least_delta_that_is_said_is_enough():
+    with pytest.raises(ValueError, match="give") as raised:
+        add_slices(build(), 1e-3)
+    layers = add_slices(build(), float(str(raised.value).split()[-3]))
+    assert {layer.last - layer.first for layer in layers.values()} == {1}
 
 
 def test_over_four_bits_it_learns_and_the_base_stays():
@@ -122,7 +141,7 @@ def test_over_four_bits_it_learns_and_the_base_stays():
     assert len(packed) == len(plain) and 2 * sum(p.numel() for p in packed.values()) == sum(plain)
     tokens = tiny.batch(0)
     assert 0 < (model(tokens) - whole(tokens)).abs().mean() < 0.5 * whole(tokens).abs().mean()
-    layers = add_slices(model, 32 * 3 * 16, ["down"])
+    layers = add_slices(model, share(whole, 16))
     optimizer = MISA([layer.delta for layer in layers.values()], lr=3e-3, delta=1.0, state_dtype="int8")
     losses = train(model, optimizer, 30)
     assert sum(losses[-5:]) < sum(losses[:5])
@@ -138,9 +157,9 @@ def test_over_four_bits_it_learns_and_the_base_stays():
 
 def test_a_state_dict_says_where_the_slices_lie():
     model, other = build(), build()
-    layers = add_slices(model, 32 * 3 * 8, "down", seed=1)
+    layers = add_slices(model, share(model, 8), names="down", seed=1)
     train(model, torch.optim.AdamW([layer.delta for layer in layers.values()], lr=1e-2))
-    others = add_slices(other, 32 * 3 * 8, "down", seed=2)
+    others = add_slices(other, share(other, 8), names=["blocks.0.down", "blocks.1.down", "blocks.2.down"], seed=2)
     assert [layer.first for layer in layers.values()] != [layer.first for layer in others.values()]
     other.load_state_dict(model.state_dict())
     assert torch.equal(other(tiny.batch(0)), model(tiny.batch(0)))
@@ -156,12 +175,75 @@ def test_it_is_merged_into_another_dtype():
 
 def test_other_layers_and_other_slices_are_refused():
     model = build()
-    layers = add_slices(model, 32 * 3 * 8, "down")
+    layers = add_slices(model, share(model, 8))
     with pytest.raises(ValueError, match=r"blocks\.0\.down is a SlicedLinear and must be a linear layer"):
-        add_slices(model, 32 * 3 * 8, "down")
+        add_slices(model, names="down")
     with pytest.raises(ValueError, match=r"blocks\.0\.norm1 is a LayerNorm and must be a linear layer"):
-        add_slices(build(), 10**4, ["norm1"])
+        add_slices(build(), names=["norm1"])
     saved = slices_of(layers)
     saved.pop("blocks.1.down")
     with pytest.raises(ValueError, match=r"slices of blocks\.0\.down, blocks\.2\.down were saved"):
         load_slices(layers, saved)
+
+
+def test_a_packed_weight_counts_as_what_it_stands_for():
+    required("bitsandbytes")
+    model = build(128)
+    numel = sum(p.numel() for p in model.parameters())
+    assert numel_of(model) == numel
+    quantise(model)
+    assert sum(p.numel() for p in model.parameters()) < numel == numel_of(model)
+    # Tied weights count once, and formats without parameters by their sizes.
+    tied = nn.ModuleList([nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False)])
+    tied[1].weight = tied[0].weight
+    packed = nn.Module()
+    packed.in_features, packed.out_features = 10, 3
+    assert numel_of(tied) == 16 and numel_of(nn.ModuleList([tied, packed])) == 46
+
+
+def test_what_is_trained_has_the_dtype_of_the_model_or_the_one_that_is_given():
+    for dtype in (torch.float32, torch.bfloat16):
+        layers = add_slices(build().to(dtype), 0.1)
+        assert {layer.delta.dtype for layer in layers.values()} == {dtype}
+    layers = add_slices(build().bfloat16(), 0.1, dtype=torch.float32)
+    assert {layer.delta.dtype for layer in layers.values()} == {torch.float32}
+
+
+def test_transformers_trainer_trains_and_resumes_over_four_bits(tmp_path):
+    required("bitsandbytes")
+    sizes = {"hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 3, "num_attention_heads": 4}
+    config = transformers.LlamaConfig(vocab_size=100, **sizes)
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    packed = transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.bfloat16)
+    rows = [{"input_ids": torch.arange(32) % 7, "labels": torch.arange(32) % 7}] * 16
+    arguments = transformers.TrainingArguments(
+        str(tmp_path / "run"),
+        max_steps=8,
+        per_device_train_batch_size=2,
+        save_steps=4,
+        logging_steps=1,
+        gradient_checkpointing=True,
+        use_cpu=True,
+        report_to=[],
+    )
+
+    def trained(seed, resume=None):
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            tmp_path, quantization_config=packed, dtype=torch.bfloat16
+        )
+        layers = add_slices(model, 0.05, seed=seed)
+        # Trainer takes quantised models with peft's adapters alone.
+        model.is_quantized = False
+        params = [layer.delta for layer in layers.values()]
+        precision = {"state_dtype": "int8", "param_precision": "split"}
+        optimizer = MISA(params, lr=1e-2, delta=1.0, **precision)
+        trainer = transformers.Trainer(model, arguments, train_dataset=rows, optimizers=(optimizer, None))
+        trainer.train(resume_from_checkpoint=resume)
+        return layers, [line["loss"] for line in trainer.state.log_history if "loss" in line]
+
+    layers, losses = trained(0)
+    assert list(layers) == [f"model.layers.{number}.mlp.down_proj" for number in range(3)]
+    assert losses[-1] < losses[0] - 0.1
+    again, _ = trained(5, str(tmp_path / "run" / "checkpoint-4"))
+    for name, layer in layers.items():
+        assert again[name].first == layer.first and torch.equal(again[name].delta, layer.delta)

@@ -1,0 +1,215 @@
+"""How are slices trained beside weights that nobody can write to, as those of 4 bits? As an adapter of each layer.
+
+What a slice of columns adds to a weight, W + D, is D times those elements of the input: y = W x + D x[first:last]. So
+the base may be in any format, as for QLoRA (arXiv 2305.14314), and D, which begins at zero, is all that is trained.
+Over a base that is not quantised it trains as `MISA(**slices())` does, with a weight of its own.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from misa_kernels.draw.groups import param_groups
+
+# Rows of the identity whose product with a layer is taken at once, to see its weight.
+ROWS = 1024
+
+
+class SlicedLinear(nn.Module):
+    """A frozen linear layer of any format, and what is trained of some columns of its weight.
+
+    Args:
+        base: Maps (..., in_features) to (..., out_features), which are attributes of it.
+        first: The first of the columns.
+        last: One past the last.
+        dtype: Of what is trained.
+
+    Attributes:
+        delta: Shape (out_features, last - first): what is added to these columns; zero at first.
+
+    Raises:
+        ValueError: For columns that the layer does not have.
+    """
+
+    def __init__(self, base: nn.Module, first: int, last: int, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        self.in_features, self.out_features = _sizes(base)
+        if not 0 <= first < last <= self.in_features:
+            raise ValueError(
+                f"columns {first} to {last} must be some of the {self.in_features} that the layer has: give first and "
+                "last with 0 <= first < last <= in_features"
+            )
+        self.base = base.requires_grad_(False)
+        self.first, self.last = first, last
+        device = next((tensor.device for tensor in (*base.parameters(), *base.buffers())), None)
+        self.delta = nn.Parameter(torch.zeros(self.out_features, last - first, dtype=dtype, device=device))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the base's output and what the slice adds to it; keeps the slice of x for backward, not x."""
+        # A copy: a view would keep all of the input for the gradient of the slice.
+        part = x[..., self.first : self.last].to(self.delta.dtype, copy=True)
+        y: Tensor = self.base(x)
+        return y + F.linear(part, self.delta).to(y.dtype)
+
+    @torch.no_grad()
+    def merged(self, dtype: torch.dtype) -> nn.Linear:
+        """Return a plain layer with the base's weight as it multiplies, and what was trained of it."""
+        size, bias, device = self.in_features, getattr(self.base, "bias", None), self.delta.device
+        own = getattr(self.base, "weight", self.delta).dtype
+        own = own if own.is_floating_point else torch.float32
+        plain = nn.Linear(size, self.out_features, bias=bias is not None, dtype=torch.float32, device=device)
+        zero = self.base(torch.zeros(1, size, dtype=own, device=device))
+        for start in range(0, size, ROWS):
+            units = torch.zeros(min(ROWS, size - start), size, dtype=own, device=device)
+            units.diagonal(start).fill_(1)
+            plain.weight[:, start : start + ROWS] = (self.base(units) - zero).T
+        plain.weight[:, self.first : self.last] += self.delta
+        if bias is not None:
+            plain.bias.copy_(bias)
+        return plain.to(dtype)
+
+    def get_extra_state(self) -> Tensor:
+        """Return for a state dict where the slice lies, which is at random: a tensor, as files hold these alone."""
+        return torch.tensor(self.first)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Lie where a saved slice lay."""
+        self.first, self.last = int(state), int(state) + self.delta.shape[1]
+
+    def extra_repr(self) -> str:
+        """Return which columns are trained."""
+        return f"columns {self.first} to {self.last} of {self.in_features}"
+
+
+def add_slices(
+    model: nn.Module,
+    delta: float = 0.03,
+    *,
+    names: Iterable[str] | None = None,
+    seed: int = 0,
+    dtype: torch.dtype | None = None,
+) -> dict[str, SlicedLinear]:
+    """Let a slice of each of many layers be trained, equally wide and at random places, and nothing else.
+
+    Args:
+        model: Changed in place: each of these layers is replaced, and everything else is frozen.
+        delta: Fraction of the model's parameters that is trained, at most; a quantised weight counts as what it stands
+            for.
+        names: Of the layers, whole or their last part, such as "down_proj"; None for the last matrices of all
+            feed-forward networks, as `slices()` takes at small δ.
+        seed: Of the places.
+        dtype: Of what is trained; None for that of the model's first parameter of floating-point numbers.
+
+    Returns:
+        The layers by name, in the order of the model. What an optimizer trains is `layer.delta` of each.
+
+    Raises:
+        ValueError: If there is no such layer, one is no linear layer or has a slice, or there is no room for a column
+            of each.
+
+    Example, a model that transformers loads in 4 bits::
+
+        model = AutoModelForCausalLM.from_pretrained(name, quantization_config=BitsAndBytesConfig(load_in_4bit=True))
+        layers = add_slices(model, delta=0.03)
+        optimizer = MISA([layer.delta for layer in layers.values()], lr=1e-3, delta=1.0, state_dtype="int8")
+        ...
+        torch.save(slices_of(layers), "slices.pt")
+    """
+    if not 0 < delta <= 1:
+        raise ValueError(f"delta={delta!r} must be in (0, 1]: the fraction of the parameters that is trained")
+    model.requires_grad_(False)
+    found = _named(model, names) if names is not None else _last_of_feed_forward(model)
+    sizes = {name: _sizes(model.get_submodule(name), name) for name in found}
+    lines, total = sum(rows for _, rows in sizes.values()), numel_of(model)
+    width = math.floor(delta * total) // lines
+    if not width:
+        least = math.ceil(lines / total * 1e4) / 1e4
+        raise ValueError(
+            f"delta={delta:g} must leave room for a column of each of {len(found)} layers, {lines:,} of {total:,} "
+            f"parameters: give {least:g} or more"
+        )
+    if dtype is None:
+        dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+    generator = torch.Generator().manual_seed(seed)
+    layers = {}
+    for name, (columns, _) in sizes.items():
+        own = min(width, columns)
+        first = int(torch.randint(columns - own + 1, (1,), generator=generator))
+        layers[name] = SlicedLinear(model.get_submodule(name), first, first + own, dtype)
+        model.set_submodule(name, layers[name])
+    return layers
+
+
+def numel_of(model: nn.Module) -> int:
+    """Return how many parameters a model has, those that are packed counted as what they stand for."""
+    numels: dict[int, int] = {}
+    for module in model.modules():
+        for name, param in module._parameters.items():
+            if param is not None:
+                is_packed = name == "weight" and _is_linear(module) and not param.is_floating_point()
+                numels[id(param)] = math.prod(_sizes(module)) if is_packed else param.numel()
+        if _is_linear(module) and not module._modules and not list(module.parameters()):
+            # Some formats hold buffers.
+            numels[id(module)] = math.prod(_sizes(module))
+    return sum(numels.values())
+
+
+def slices_of(layers: Mapping[str, SlicedLinear]) -> dict[str, dict[str, Any]]:
+    """Return what has to be saved: where each slice begins, and what was trained of it."""
+    return {name: {"first": layer.first, "delta": layer.delta.detach()} for name, layer in layers.items()}
+
+
+@torch.no_grad()
+def load_slices(layers: Mapping[str, SlicedLinear], saved: Mapping[str, Mapping[str, Any]]) -> None:
+    """Take over what `slices_of` returned of a model of the same layers and slices as wide.
+
+    Raises:
+        ValueError: For others.
+    """
+    if layers.keys() != saved.keys():
+        raise ValueError(f"slices of {', '.join(saved)} were saved, and here are some of {', '.join(layers)}")
+    for name, layer in layers.items():
+        own = saved[name]
+        if own["delta"].shape != layer.delta.shape:
+            raise ValueError(f"{name} has {tuple(layer.delta.shape)}, and {tuple(own['delta'].shape)} was saved")
+        layer.delta.copy_(own["delta"])
+        layer.first, layer.last = own["first"], own["first"] + layer.delta.shape[1]
+
+
+def _sizes(layer: nn.Module, name: str = "base") -> tuple[int, int]:
+    """Return how many features a linear layer reads, and how many it writes."""
+    sizes = getattr(layer, "in_features", None), getattr(layer, "out_features", None)
+    if isinstance(layer, SlicedLinear) or None in sizes:
+        raise ValueError(f"{name} is a {type(layer).__name__} and must be a linear layer without a slice")
+    return sizes  # type: ignore[return-value]
+
+
+def _named(model: nn.Module, names: Iterable[str]) -> list[str]:
+    """Return the names of the modules that are meant."""
+    names = {names} if isinstance(names, str) else set(names)
+    found = [name for name, _ in model.named_modules() if {name, name.rpartition(".")[2]} & names]
+    if not found:
+        raise ValueError(f"none of the model's layers is called {', '.join(sorted(names))}: say how they are called")
+    return found
+
+
+def _last_of_feed_forward(model: nn.Module) -> list[str]:
+    """Return the names of the linear layers that are the last ones of feed-forward networks."""
+    tensors = {each.name for each in param_groups(model).found if each.part == "down"}
+    found = [name for name, module in model.named_modules() if f"{name}.weight" in tensors and _is_linear(module)]
+    if not found:
+        raise ValueError(
+            "add_slices does not see which layers are the last ones of feed-forward networks: name them, as in "
+            "names=['down_proj']"
+        )
+    return found
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return hasattr(module, "in_features") and hasattr(module, "out_features")
