@@ -180,10 +180,78 @@ def test_other_layers_and_other_slices_are_refused():
         add_slices(model, names="down")
     with pytest.raises(ValueError, match=r"blocks\.0\.norm1 is a LayerNorm and must be a linear layer"):
         add_slices(build(), names=["norm1"])
+    with pytest.raises(ValueError, match=r"none of the model's layers is called upp: say"):
+        add_slices(build(), names=["down", "upp"])
+    for names in ([], [build().blocks[0].down]):
+        with pytest.raises(TypeError, match="must be names of layers, such as"):
+            add_slices(build(), names=names)
+    encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(32, 4, 64, batch_first=True), 2)
+    with pytest.raises(ValueError, match=r"layers\.0\.linear2 lies in an nn\.TransformerEncoderLayer"):
+        add_slices(encoder, 0.1)
+    before = {name: layer.delta.detach().clone() for name, layer in layers.items()}
     saved = slices_of(layers)
+    for change, sentence in (
+        ({"blocks.2.down": {"delta": torch.ones(32, 8)}}, r"blocks\.2\.down must be saved as \{'first'"),
+        ({"blocks.2.down": torch.ones(32, 8)}, r"blocks\.2\.down must be saved as \{'first'"),
+        ({"blocks.2.down": {"first": 60, "delta": torch.ones(32, 8)}}, "columns 60 to 68 must be some of the 64"),
+    ):
+        other = {name: {"first": 0, "delta": torch.ones(32, 8)} for name in saved} | change
+        with pytest.raises(ValueError, match=sentence):
+            load_slices(layers, other)
+    assert all(torch.equal(layer.delta, before[name]) for name, layer in layers.items())
     saved.pop("blocks.1.down")
     with pytest.raises(ValueError, match=r"slices of blocks\.0\.down, blocks\.2\.down were saved"):
         load_slices(layers, saved)
+
+
+def test_a_refusal_changes_nothing_and_slices_of_before_stay():
+    model = build()
+    with pytest.raises(ValueError, match="must leave room"):
+        add_slices(model, 1e-5)
+    assert all(p.requires_grad for p in model.parameters())
+    first = add_slices(model, 0.05, names="down")
+    second = add_slices(model, 0.05, names="up")
+    trained = {id(p) for p in model.parameters() if p.requires_grad}
+    assert trained == {id(layer.delta) for layer in (*first.values(), *second.values())}
+
+
+def test_a_layer_at_several_places_has_one_slice():
+    model = build()
+    for block in model.blocks:
+        block.down = model.blocks[0].down
+    for given in (None, ["blocks.1.down"]):
+        other = copy.deepcopy(model)
+        layers = add_slices(other, 0.05, names=given)
+        assert len(layers) == 1
+        assert all(block.down is next(iter(layers.values())) for block in other.blocks)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_bias_does_not_round_what_is_merged(dtype):
+    base = nn.Linear(64, 32).to(dtype)
+    nn.init.constant_(base.bias, 5.0)
+    weight, bias = base.weight.detach().clone(), base.bias.detach().clone()
+    merged = SlicedLinear(base, 0, 4).merged(torch.float32)
+    assert torch.equal(merged.weight, weight.float()) and torch.equal(merged.bias, bias.float())
+    assert torch.equal(base.bias, bias) and base.training
+
+
+def test_a_base_is_merged_as_it_is_in_evaluation():
+    base = nn.Sequential(nn.Dropout(0.9), nn.Linear(64, 32))
+    base.in_features, base.out_features = 64, 32
+    merged = SlicedLinear(base, 0, 4).merged(torch.float32)
+    torch.testing.assert_close(merged.weight, base[1].weight + 0.0, rtol=0, atol=1e-6)
+
+
+def test_t5_reads_the_dtype_of_its_weights():
+    config = transformers.T5Config(
+        vocab_size=50, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4, decoder_start_token_id=0
+    )
+    model, tokens = transformers.T5ForConditionalGeneration(config), torch.arange(1, 9).view(1, 8)
+    layers = add_slices(model, 0.1)
+    assert {name.rpartition(".")[2] for name in layers} == {"wo"}
+    model(input_ids=tokens, labels=tokens).loss.backward()
+    assert all(layer.delta.grad is not None and layer.delta.grad.any() for layer in layers.values())
 
 
 def test_a_packed_weight_counts_as_what_it_stands_for():
@@ -193,18 +261,23 @@ def test_a_packed_weight_counts_as_what_it_stands_for():
     assert numel_of(model) == numel
     quantise(model)
     assert sum(p.numel() for p in model.parameters()) < numel == numel_of(model)
-    # Tied weights count once, and formats without parameters by their sizes.
+    # Tied weights count once, and formats with other parameters, or without any, by their sizes.
     tied = nn.ModuleList([nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False)])
     tied[1].weight = tied[0].weight
     packed = nn.Module()
     packed.in_features, packed.out_features = 10, 3
     assert numel_of(tied) == 16 and numel_of(nn.ModuleList([tied, packed])) == 46
+    packed.W_q, packed.bias = nn.Parameter(torch.zeros(15)), nn.Parameter(torch.zeros(3))
+    assert numel_of(packed) == 33
 
 
 def test_what_is_trained_has_the_dtype_of_the_model_or_the_one_that_is_given():
     for dtype in (torch.float32, torch.bfloat16):
         layers = add_slices(build().to(dtype), 0.1)
         assert {layer.delta.dtype for layer in layers.values()} == {dtype}
+    scaled = build()
+    scaled.register_parameter("first", nn.Parameter(torch.zeros(4).to(torch.float8_e4m3fn), requires_grad=False))
+    assert {layer.delta.dtype for layer in add_slices(scaled, 0.1).values()} == {torch.float32}
     layers = add_slices(build().bfloat16(), 0.1, dtype=torch.float32)
     assert {layer.delta.dtype for layer in layers.values()} == {torch.float32}
 
@@ -247,3 +320,31 @@ def test_transformers_trainer_trains_and_resumes_over_four_bits(tmp_path):
     again, _ = trained(5, str(tmp_path / "run" / "checkpoint-4"))
     for name, layer in layers.items():
         assert again[name].first == layer.first and torch.equal(again[name].delta, layer.delta)
+
+
+def test_slices_over_4_bits_go_into_the_model_of_16_bits(tmp_path):
+    required("bitsandbytes")
+    sizes = {"hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = transformers.LlamaConfig(vocab_size=100, **sizes)
+    transformers.AutoModelForCausalLM.from_config(config).bfloat16().save_pretrained(tmp_path)
+
+    def load(folder, **options):
+        return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, **options)
+
+    packed = transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    trained = add_slices(load(tmp_path, quantization_config=packed), 0.05, seed=3)
+    for layer in trained.values():
+        nn.init.normal_(layer.delta, std=0.1)
+    model = load(tmp_path)
+    layers = add_slices(model, 0.05)
+    load_slices(layers, slices_of(trained))
+    for name, layer in layers.items():
+        model.set_submodule(name, layer.merged(torch.bfloat16))
+    model.save_pretrained(tmp_path / "merged")
+    plain, merged = (dict(load(folder).named_parameters()) for folder in (tmp_path, tmp_path / "merged"))
+    for name, before in plain.items():
+        layer = trained.get(name.removesuffix(".weight"))
+        expected = before.clone()
+        if layer is not None:
+            expected[:, layer.first : layer.last] += layer.delta
+        assert torch.equal(merged[name], expected), name

@@ -197,9 +197,10 @@ def report(content: Mapping[str, Any], shape: LlamaShape | Model, options: Setup
     extra["AdamW 4-bit"] = "; the update not counted"
     for method in [each for each in METHODS if is_released(each, options)]:
         extra[method] = extra.get(method, "") + ", gradients released"
-    lines += [f"  {method:<13}{what}{extra.get(method, '')}" for method, what in METHODS.items()]
-    if content["slices"]:
-        lines += textwrap.wrap(content["slices"], 118, initial_indent=" " * 15, subsequent_indent=" " * 15)
+    for method, what in METHODS.items():
+        lines.append(f"  {method:<13}{what}{extra.get(method, '')}")
+        if method == SLICES and content["slices"]:
+            lines += textwrap.wrap(content["slices"], 118, initial_indent=" " * 15, subsequent_indent=" " * 15)
     lines += ["", *content["notes"]] if content["notes"] else []
     if cap is not None:
         lines += ["", content["advice"]]

@@ -81,6 +81,8 @@ def slices_of(shape: LlamaShape | Model, delta: float, method: str = SLICES) -> 
     Raises:
         ValueError: If δ N has no room for a line of each of them, or nothing can be sliced.
     """
+    if method == BESIDE and isinstance(shape, Model) and all(each.part != "down" for each in shape.groups.found):
+        raise ValueError("`add_slices` sees no linear layers that are the last ones of feed-forward networks")
     if isinstance(shape, Model):
         names = {id(param): name for name, param in shape.module.named_parameters()}
         with warnings.catch_warnings(record=True) as said:

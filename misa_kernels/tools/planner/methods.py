@@ -306,14 +306,18 @@ def advice(shape: LlamaShape | Model, options: Setup, peaks: Mapping[str, float]
     weights = options.element * shape.numel / options.world_size
     if weights > cap_bytes:
         why = f"The {options.dtype} weights alone, {weights / 2**30:.1f} GiB, do not fit"
+    fits = []
     if peaks["QLoRA"] <= cap_bytes:
-        sentence = f"{first}{why}: QLoRA, whose matrices have 4 bits, does, with a peak of {_gib(peaks['QLoRA'])} GiB"
-        flags, beside = "", peaks.get(BESIDE, math.inf)
-        if beside > cap_bytes:
-            flags = " with --state-dtype int8" + " --param-precision split" * narrow
-            beside = memory(BESIDE, shape, replace(lean, release_gradients=options.release_gradients)).peak
-        ours = f", and so do slices beside such matrices (`add_slices`){flags}, with {_gib(beside)}"
-        return sentence + ours * (beside <= cap_bytes) + "."
+        fits.append(f"QLoRA, with a peak of {_gib(peaks['QLoRA'])}")
+    flags, beside = "", peaks.get(BESIDE, math.inf)
+    if beside > cap_bytes and BESIDE in peaks:
+        flags = " with --state-dtype int8" + " --param-precision split" * narrow
+        flags += " and without --rule-bytes" * (options.rule_bytes is not None)
+        beside = memory(BESIDE, shape, replace(lean, release_gradients=options.release_gradients)).peak
+    if beside <= cap_bytes:
+        fits.append(f"slices (`add_slices`){flags}, with one of {_gib(beside)}")
+    if fits:
+        return f"{first}{why}. Beside matrices of 4 bits these do: {'; '.join(fits)} GiB."
     return f"{first}{why}, nor does QLoRA: take more GPUs (--world-size), shorter sequences, or --loss-chunk 1024."
 
 
