@@ -41,7 +41,8 @@ from benchmarks.quality.searches import Search, outcome, read, run_all
 from benchmarks.tables import cells
 from examples.demo.train import train
 from examples.neighbours import trained_scales
-from examples.neighbours.quantised_slices import add_slices, quantise
+from examples.neighbours.four_bits import quantise
+from misa_kernels.slice_adapters import add_slices
 
 RESULTS, RUNS = pretrained.RESULTS, "four_bits-runs.jsonl"
 SLICES, PEERS = "slices, 4 bits", ("QLoRA", "QLoRA, down")
@@ -110,7 +111,9 @@ def build(job: Job, lr: float) -> tuple[nn.Module, torch.optim.Optimizer, float,
         return trained, optimizer, rank, lora_bytes(plain, rank)
     model, budget = copy.deepcopy(base()), misa_bytes(plain, job.state, job.delta)
     if job.method == SLICES:
-        layers = add_slices(model, int(budget / ADAPTER_BYTES), seed=job.seed)
+        # Half a parameter more, as a fraction is rounded.
+        delta = (int(budget / ADAPTER_BYTES) + 0.5) / parameters(plain)
+        layers = add_slices(model, delta, seed=job.seed)
         params = [layer.delta for layer in layers.values()]
         numel = sum(param.numel() for param in params)
         return model, misa_adamw(params, lr), numel / parameters(plain), math.ceil(numel * ADAPTER_BYTES)
@@ -203,7 +206,7 @@ def markdown(content: Mapping[str, Any]) -> str:
         "As in `benchmarks/results/pretrained.md`, from which the lines over a base of float32 are: AdamW, slices and "
         f"LoRA at δ = {DELTA:g}. *Slices, 4 bits* and *QLoRA* have the matrices of the layers in NF4, of bitsandbytes, "
         "and train float32 beside them, with MISA's 8-bit AdamW, in the training bytes of slices, which are adapters "
-        "of a slice of the input of each down projection (`examples/neighbours/quantised_slices.py`). Shares are of "
+        "of a slice of the input of each down projection (`misa_kernels.slice_adapters`). Shares are of "
         "what AdamW gains on the model as it was, so that what quantisation costs counts. *PEQA* trains the scales of "
         f"integers in groups of {GROUP} (`examples/neighbours/trained_scales.py`), and LoRA beside it is over the same "
         "integers in as many bytes; its time and peak are those of a base of float32, as peft knows no such format. "

@@ -18,11 +18,13 @@ from torch import Tensor, nn
 from benchmarks.memory import PeakMemory
 from benchmarks.tables import cells
 from examples.finetune import load
-from examples.neighbours import quantised_slices, trained_scales
+from examples.neighbours import trained_scales
 from examples.neighbours.forward_only import ForwardGradients
+from examples.neighbours.four_bits import quantise
 from examples.neighbours.late_layers import LateTuned
 from examples.neighbours.side_tuning import SideTuned
 from misa_kernels import MISA, UniformSampler, param_groups, slices
+from misa_kernels.slice_adapters import add_slices
 
 RANK, DELTA, LR = 8, 0.03, 1e-4
 # Takes a step on token numbers.
@@ -54,7 +56,7 @@ def with_lora(model: nn.Module) -> nn.Module:
 
 def in_four_bits(model: nn.Module) -> nn.Module:
     """Return the model with the matrices of its layers in NF4."""
-    quantised_slices.quantise(model)
+    quantise(model)
     return model
 
 
@@ -79,8 +81,7 @@ def misa(model: nn.Module, **options: Any) -> Step:
 
 def sliced_base(model: nn.Module) -> Step:
     """Train slices beside a base of 4 bits."""
-    numel = int(DELTA * sum(param.numel() for param in model.parameters()))
-    quantised_slices.add_slices(in_four_bits(model), numel)
+    add_slices(in_four_bits(model), DELTA)
     return backward_step(model, adamw(model))
 
 

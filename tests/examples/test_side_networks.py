@@ -13,8 +13,8 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.memory import PeakMemory
+from examples.neighbours.four_bits import quantise
 from examples.neighbours.late_layers import LateTuned
-from examples.neighbours.quantised_slices import quantise
 from examples.neighbours.side_tuning import SideTuned
 from misa_kernels import MISA, UniformSampler
 

@@ -160,6 +160,30 @@ def test_the_rules_that_are_called_better_are_those_of_the_record(where: str) ->
     assert all(rule in said[1] for rule in better)
 
 
+def test_what_is_said_of_4_bits_is_what_the_record_has() -> None:
+    record = json.loads((ROOT / "benchmarks" / "results" / "four_bits.json").read_text())
+    page = " ".join((ROOT / "docs" / "neighbours.md").read_text().split())
+    assert record["missing"] == 0 and all(len(row["seeds"]) == 3 for row in record["rows"])
+    rows = {(row["task"], row["method"]): row for row in record["rows"]}
+    for line in record["leads"]:
+        assert f"{100 * line['lead']:+.1f} ± {100 * line['error']:.1f}" in page, line
+        for name in ("method", "beside"):
+            assert f"{100 * rows[line['task'], line[name]]['share']:.1f}" in page, line
+    ours, theirs = (rows["German manuals", method] for method in ("slices, 4 bits", "QLoRA"))
+    assert f"{ours['peak_bytes'] / 1e6:.0f} MB instead of {theirs['peak_bytes'] / 1e6:.0f}" in page
+    assert f"{ours['time'] / theirs['time']:.2f} of its time" in page
+
+
+def test_what_is_said_of_forward_passes_is_what_the_record_has() -> None:
+    record = json.loads((ROOT / "benchmarks" / "results" / "forward_passes.json").read_text())
+    page = " ".join((ROOT / "docs" / "neighbours.md").read_text().split())
+    assert record["missing"] == 0 and all(len(row["seeds"]) == 3 for row in record["rows"])
+    # As many forward passes with backward as without.
+    assert len({row["passes"] for row in record["rows"]}) == 1
+    for row in record["rows"]:
+        assert f"{row['method'].removesuffix(', backward')} {100 * row['share']:.1f}" in page, row["method"]
+
+
 def test_the_page_of_slices_shows_what_its_example_prints() -> None:
     page = (ROOT / "docs" / "slices.md").read_text()
     example, shown = re.search(r"```py\n(.*?)```", page, re.DOTALL), re.search(r"^slices: .*$", page, re.MULTILINE)

@@ -30,7 +30,7 @@ ORDER = [
     ["run.run"],
     ["run.resume"],
     ["interface"],
-    ["optimizer", "presets", "rules"],
+    ["optimizer", "presets", "rules", "slice_adapters"],
     ["distributed", "tools"],
     ["integrations"],
     ["__init__", "__main__"],

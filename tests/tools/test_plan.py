@@ -17,9 +17,10 @@ from torch import nn
 from benchmarks.memory import PeakMemory
 from misa_kernels import MISA, ImportanceSampler, badam, lisa, param_groups, slices
 from misa_kernels.__main__ import main
+from misa_kernels.slice_adapters import add_slices
 from misa_kernels.tools.planner import shapes
 from misa_kernels.tools.planner.cards import CARDS, capacity_bytes
-from misa_kernels.tools.planner.draws import SLICES, costliest_set, slices_of
+from misa_kernels.tools.planner.draws import BESIDE, SLICES, costliest_set, slices_of
 from misa_kernels.tools.planner.fsdp import adamw_fsdp2, misa_fsdp2
 from misa_kernels.tools.planner.methods import METHODS, advice, fit, memory, weights_and_states
 from misa_kernels.tools.planner.shapes import LINEARS, PRESETS, LlamaShape, from_config, read
@@ -148,6 +149,17 @@ def trained_with(method: str, model: Any, shape: LlamaShape, options: Setup) -> 
         if options.checkpointing:
             model.enable_input_require_grads()
         return model, torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], fused=True)
+    if method == BESIDE:
+        quantise(model)
+        layers = add_slices(model, options.delta)
+        made = MISA(
+            [layer.delta for layer in layers.values()],
+            delta=1.0,
+            state_dtype=options.state_dtype,
+            param_precision=options.param_precision,
+            release_gradients=options.release_gradients,
+        )
+        return model, made
     groups, layer = param_groups(model), sum(shape.matrix_numel.values()) / shape.numel + 1e-9
     if method == "BAdam":
         made = MISA(groups, inner_steps=100, delta=layer, **badam())
@@ -216,6 +228,9 @@ FAST = [
     (SLICES, "qwen3", {"delta": 0.25, "state_dtype": "int8", "param_precision": "split"}),
     (SLICES, "gemma", {"delta": 0.03, "checkpointing": False, "dtype": "float32"}),
     ("AdamW 4-bit", "llama", {}),
+    (BESIDE, "llama", {"delta": 0.03}),
+    (BESIDE, "llama", {"delta": 0.03, "checkpointing": False}),
+    (BESIDE, "llama", {"delta": 0.1, "checkpointing": False} | LEAN),
 ]
 # Adapters, pages, projections and kernels that CPUs, or this environment, do not have.
 UNMEASURED = ("FlashOptim", "AdamW paged", "APOLLO", "APOLLO-Mini")
@@ -487,10 +502,24 @@ def test_advice_names_what_fits():
     assert lean.startswith("MISA fits with --state-dtype int8 --release-gradients --param-precision split, up to")
     assert fit(shape, Setup(), 18.9 * GIB) is None
     assert said(15) == (
-        "MISA fits with no delta: QLoRA, whose matrices have 4 bits, is the better choice here, with a peak of 9.2 GiB."
+        "MISA fits with no delta. Beside matrices of 4 bits these do: QLoRA, with a peak of 9.2; "
+        "slices (`add_slices`), with one of 11.9 GiB."
     )
+    assert said(11).endswith(
+        "QLoRA, with a peak of 9.2; slices (`add_slices`) with --state-dtype int8 --param-precision split, with one of "
+        "10.1 GiB."
+    )
+    assert said(9.5).endswith("these do: QLoRA, with a peak of 9.2 GiB.")
+    ruled = Setup(rule_bytes=4)
+    peaks = {method: memory(method, shape, ruled).peak for method in METHODS}
+    assert "--param-precision split and without --rule-bytes, with one of 10.1" in advice(shape, ruled, peaks, 11 * GIB)
+    wide = replace(Setup(rank=512), **LEAN)
+    peaks = {method: memory(method, shape, wide).peak for method in METHODS}
+    assert advice(shape, wide, peaks, 11 * GIB).endswith("these do: slices (`add_slices`), with one of 10.1 GiB.")
     weights = said(79, PRESETS["llama3-70b"])
-    assert weights.startswith("The bfloat16 weights alone, 131.4 GiB, do not fit: QLoRA")
+    assert weights.startswith(
+        "The bfloat16 weights alone, 131.4 GiB, do not fit. Beside matrices of 4 bits these do: QLoRA"
+    )
     assert said(23, PRESETS["llama3-70b"]).endswith("--loss-chunk 1024.")
 
 

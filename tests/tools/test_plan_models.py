@@ -19,7 +19,7 @@ from benchmarks.memory import PeakMemory
 from misa_kernels import MISA, param_groups, slices
 from misa_kernels.__main__ import main
 from misa_kernels.tools.planner import dry
-from misa_kernels.tools.planner.draws import SLICES, costliest_names, slices_of
+from misa_kernels.tools.planner.draws import BESIDE, SLICES, costliest_names, slices_of
 from misa_kernels.tools.planner.methods import METHODS, fit, memory
 from misa_kernels.tools.planner.model import Model, build, load
 from misa_kernels.tools.planner.shapes import LlamaShape, from_config
@@ -206,6 +206,8 @@ def test_a_llama_is_planned_as_by_formulas(method: str, changes: dict[str, Any])
     assert found.offloaded == pytest.approx(formulas.offloaded, rel=0.005)
     # The formulas were fitted to CPUs, which cast whole tensors where they add LoRA's float32 to bfloat16.
     close = 0.08 if "LoRA" in method else 0.01 if options.offload_activations else 0.005
+    # A matrix that is whole for a moment counts at the peak, wherever that is.
+    close = 0.04 if method == BESIDE else close
     assert found.peak == pytest.approx(formulas.peak, rel=close)
 
 

@@ -1,7 +1,8 @@
 """How much memory will a training need? Counted from the model's sizes; nothing is allocated.
 
 Prints weights, gradients, states, activations and peak of a training step on one GPU, in GiB, for AdamW, its relatives
-of 8 and 4 bits and with pages, APOLLO, LoRA, QLoRA, BAdam, LISA and MISA, each in the costliest step that it may take.
+of 8 and 4 bits and with pages, APOLLO, LoRA, QLoRA, BAdam, LISA, MISA and slices beside 4-bit weights, each in the
+costliest step that it may take.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from typing import Any
 
 from misa_kernels.tools import plots
 from misa_kernels.tools.planner.cards import CARDS, RESERVED_BYTES, capacity_bytes
-from misa_kernels.tools.planner.draws import SLICES, slices_of
+from misa_kernels.tools.planner.draws import BESIDE, SLICES, slices_of
 from misa_kernels.tools.planner.methods import METHODS, advice, fit, is_released, memory, weights_and_states
 from misa_kernels.tools.planner.model import Model, load
 from misa_kernels.tools.planner.shapes import PRESETS, LlamaShape
@@ -184,20 +185,22 @@ def report(content: Mapping[str, Any], shape: LlamaShape | Model, options: Setup
     if options.dtype == "bfloat16":
         own += {"master": ", masters", "split": ", split weights"}.get(options.param_precision, ", stochastic rounding")
     own += ", gradients released" if options.release_gradients else ""
-    sliced = f"{own}, the whole model on each GPU" if options.world_size > 1 else own
+    beside, sliced = own, f"{own}, the whole model on each GPU" if options.world_size > 1 else own
     own += f", window of {options.depth_window} layers" if options.depth_window else ""
     if isinstance(shape, Model) and not shape.groups.order.is_known:
         own += f", some in the first layer of each of {len(shape.groups.order.first)} stacks, as any may run first"
     extra = {"MISA": f", delta {options.delta:g}{own}", "LoRA": f", rank {options.rank}"}
     extra[SLICES] = f", delta {options.delta:g}{sliced}"
+    extra[BESIDE] = f", delta {options.delta:g}{beside}"
     if "AdamW paged" in content["methods"]:
         extra["AdamW paged"] = f": {content['methods']['AdamW paged']['paged'] / GIB:.2f} GiB there"
     extra["AdamW 4-bit"] = "; the update not counted"
     for method in [each for each in METHODS if is_released(each, options)]:
         extra[method] = extra.get(method, "") + ", gradients released"
-    lines += [f"  {method:<13}{what}{extra.get(method, '')}" for method, what in METHODS.items()]
-    if content["slices"]:
-        lines += textwrap.wrap(content["slices"], 118, initial_indent=" " * 15, subsequent_indent=" " * 15)
+    for method, what in METHODS.items():
+        lines.append(f"  {method:<13}{what}{extra.get(method, '')}")
+        if method == SLICES and content["slices"]:
+            lines += textwrap.wrap(content["slices"], 118, initial_indent=" " * 15, subsequent_indent=" " * 15)
     lines += ["", *content["notes"]] if content["notes"] else []
     if cap is not None:
         lines += ["", content["advice"]]

@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Mapping
+from typing import Literal
 
 import numpy as np
 
 from misa_kernels.draw.candidates import Candidates
 from misa_kernels.draw.matrices import Widths
 from misa_kernels.draw.rehearsal import costliest
-from misa_kernels.draw.sampler import ImportanceSampler
+from misa_kernels.draw.sampler import ImportanceSampler, UniformSampler
 from misa_kernels.draw.slices import Matrix, Slicing, axis_of, slicing
 from misa_kernels.draw.streams import Linear, flows
 from misa_kernels.gradients.axes import Slice
@@ -20,7 +21,9 @@ from misa_kernels.presets import slices
 from misa_kernels.tools.planner.model import Model
 from misa_kernels.tools.planner.shapes import LINEARS, LlamaShape
 
-SLICES = "MISA, slices"
+# Slices of weights, and beside weights of 4 bits, of each down projection.
+SLICES, BESIDE = "MISA, slices", "4-bit slices"
+REACH: dict[str, Literal["auto", "down"]] = {SLICES: "auto", BESIDE: "down"}
 # A plan gives δ in steps of this.
 DELTA_STEP = 1e-4
 
@@ -67,8 +70,8 @@ def costliest_names(model: Model, delta: float, depth_window: int | None) -> set
     return names
 
 
-def slices_of(shape: LlamaShape | Model, delta: float) -> tuple[dict[str, Slice], Slicing]:
-    """Return a slice of each matrix that MISA trains in slices, and what is said of all of them.
+def slices_of(shape: LlamaShape | Model, delta: float, method: str = SLICES) -> tuple[dict[str, Slice], Slicing]:
+    """Return a slice of each matrix that is trained in slices, and what is said of all of them.
 
     Of a shape the names are those of `LINEARS` behind the number of the layer, as in "0.down_proj". Wherever a slice
     lies, it needs the same memory.
@@ -78,11 +81,14 @@ def slices_of(shape: LlamaShape | Model, delta: float) -> tuple[dict[str, Slice]
     Raises:
         ValueError: If δ N has no room for a line of each of them, or nothing can be sliced.
     """
+    if method == BESIDE and isinstance(shape, Model) and all(each.part != "down" for each in shape.groups.found):
+        raise ValueError("`add_slices` sees no linear layers that are the last ones of feed-forward networks")
     if isinstance(shape, Model):
         names = {id(param): name for name, param in shape.module.named_parameters()}
         with warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always")
-            optimizer = MISA(shape.groups, delta=delta, **slices())
+            sampler = UniformSampler(granularity="slice", slices=REACH[method])
+            optimizer = MISA(shape.groups, delta=delta, **slices(sampler=sampler))
         pieces = {names[id(param)]: piece for param, piece in optimizer.trained.items() if piece is not None}
         found = optimizer.coverage(total_steps=1).slicing
         optimizer.release()
@@ -105,7 +111,7 @@ def slices_of(shape: LlamaShape | Model, delta: float) -> tuple[dict[str, Slice]
         matrices * shape.layers,
         [matrix.size * matrix.line for matrix in matrices] * shape.layers,
         math.floor(delta * shape.numel),
-        "auto",
+        REACH[method],
     )
     named = [f"{layer}.{name}" for layer in range(shape.layers) for name in LINEARS]
     each = zip(named, matrices * shape.layers, found.widths, strict=True)

@@ -13,6 +13,7 @@ from misa_kernels.gradients.axes import Slice
 from misa_kernels.memory.arena import MOVE_ELEMENTS
 from misa_kernels.run.arrivals import HELD_BYTES, LAUNCHES
 from misa_kernels.tools.planner.draws import (
+    BESIDE,
     DELTA_STEP,
     SLICES,
     by_layer,
@@ -52,6 +53,7 @@ METHODS = {
     "LISA": "two layers' matrices at a time, embedding and head always, float32 moments and masters",
     "MISA": "the costliest set of matrices it may draw",
     SLICES: "a range of columns or rows of each of these matrices",
+    BESIDE: "`add_slices`: columns of each down projection, beside these matrices in NF4 as QLoRA's",
 }
 
 
@@ -122,14 +124,14 @@ def memory(method: str, shape: LlamaShape | Model, options: Setup) -> Memory:
         run = replace(run, active=active, outside=True, state_elements=trained)
     else:
         # States are allocated once, for the budget or any draw.
-        if method == SLICES:
-            pieces, cut = slices_of(shape, options.delta)
+        if method in (SLICES, BESIDE):
+            pieces, cut = slices_of(shape, options.delta, method)
             sliced = by_layer(pieces)
             sizes = [
                 (shape.slice_numel(name, piece), piece.axis) for own in sliced.values() for name, piece in own.items()
             ]
             largest, columns = max(numel for numel, _ in sizes), sum(numel for numel, axis in sizes if axis == 1)
-            run = replace(run, sliced=sliced, state_elements=cut.trained)
+            run = replace(run, sliced=sliced, state_elements=cut.trained, quantised=method == BESIDE)
         else:
             largest, columns = shape.largest, 0
             elements = min(math.floor(options.delta * shape.numel), shape.layers * matrices)
@@ -177,9 +179,9 @@ def _of_model(method: str, model: Model, options: Setup) -> Memory:
         first, *_, last = [*model.layers.values()] * 2
         trained, of_state = {*first, *last, *model.embeddings()}, wide
     else:
-        if method == SLICES:
+        if method in (SLICES, BESIDE):
             trained = set()
-            sliced, found = slices_of(model, options.delta)
+            sliced, found = slices_of(model, options.delta, method)
             numels = {name: math.prod(piece.shape_of(params[name])) for name, piece in sliced.items()}
             whole_numel, largest = found.trained, max(numels.values())
         else:
@@ -199,14 +201,16 @@ def _of_model(method: str, model: Model, options: Setup) -> Memory:
     away = options.offload_activations
     step = held(model, trained, rank, tokens, options.checkpointing, ranks, released, sliced, away, updating)
     elements = sum(params[name].numel() for name in trained)
-    if method in ("MISA", SLICES):
+    if method in ("MISA", SLICES, BESIDE):
         # Allocated once, for any draw.
         elements = min(math.floor(options.delta * model.numel), whole_numel)
     linears = [(rows, columns) for _, rows, columns in model.linears()]
     elements += rank * sum(map(sum, linears))
     # peft makes adapters float32 unless autocast_adapter_dtype=False.
     weights, working = sum(param.nbytes for param in params.values()) + 4 * bool(rank) * elements, 0.0
-    if method == "QLoRA":
+    if method == BESIDE:
+        weights += elements * element
+    if method in ("QLoRA", BESIDE):
         whole = [math.prod(features) * element for features in linears]
         weights -= sum(whole) * (1 - NF4_BYTES / element)
         # One at a time is whole again, at worst when the peak is there.
@@ -215,7 +219,7 @@ def _of_model(method: str, model: Model, options: Setup) -> Memory:
         inside = [{n: p for n, p in params.items() if n.startswith(f"{layer}.")} for layer in model.layers]
         sizes = [sum(param.nbytes for param in layer.values()) for layer in inside]
         gradients = [sum(param.nbytes for name, param in layer.items() if name in trained) for layer in inside]
-        gradients += [AVERAGED_BYTES * numels[name] for name in sliced]
+        gradients += [(AVERAGED_BYTES if method == SLICES else element) * numels[name] for name in sliced]
         outside = sum(param.nbytes for param in params.values()) - sum(sizes)
         largest = max(sizes, default=0) / max(sum(sizes), 1) * (weights - outside)
         working += unsharded(outside, largest, max(gradients, default=0))
@@ -302,9 +306,20 @@ def advice(shape: LlamaShape | Model, options: Setup, peaks: Mapping[str, float]
     weights = options.element * shape.numel / options.world_size
     if weights > cap_bytes:
         why = f"The {options.dtype} weights alone, {weights / 2**30:.1f} GiB, do not fit"
+    fits = []
     if peaks["QLoRA"] <= cap_bytes:
-        return (
-            f"{first}{why}: QLoRA, whose matrices have 4 bits, is the better choice here, with a peak of "
-            f"{peaks['QLoRA'] / 2**30:.1f} GiB."
-        )
+        fits.append(f"QLoRA, with a peak of {_gib(peaks['QLoRA'])}")
+    flags, beside = "", peaks.get(BESIDE, math.inf)
+    if beside > cap_bytes and BESIDE in peaks:
+        flags = " with --state-dtype int8" + " --param-precision split" * narrow
+        flags += " and without --rule-bytes" * (options.rule_bytes is not None)
+        beside = memory(BESIDE, shape, replace(lean, release_gradients=options.release_gradients)).peak
+    if beside <= cap_bytes:
+        fits.append(f"slices (`add_slices`){flags}, with one of {_gib(beside)}")
+    if fits:
+        return f"{first}{why}. Beside matrices of 4 bits these do: {'; '.join(fits)} GiB."
     return f"{first}{why}, nor does QLoRA: take more GPUs (--world-size), shorter sequences, or --loss-chunk 1024."
+
+
+def _gib(size: float) -> str:
+    return f"{size / 2**30:.1f}"

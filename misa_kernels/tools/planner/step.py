@@ -48,7 +48,7 @@ class Workload:
         rank: Of LoRA's adapters on all linears; 0 for none.
         adapter_element: Bytes of an adapter's element. Where it is not e, as in peft, which makes adapters of
             16-bit models float32, every adapted linear keeps a copy of its input in the adapters' dtype.
-        quantised: Whether the matrices of the layers are NF4, as QLoRA's.
+        quantised: Whether the matrices of the layers are NF4, as QLoRA's; slices are then parameters beside them.
         state_elements: Parameters that have optimizer state.
         state_bytes: Bytes of moments, masters or residuals for each of them.
         released: Whether a gradient is freed before the next one comes.
@@ -233,6 +233,8 @@ def count(run: Workload) -> Memory:
         | {name: e * shape.slice_numel(name, piece) for name, piece in run.sliced.get(layer, {}).items()}
         for layer in layers
     ]
+    beside = [run.quantised * sum(own.values()) for own in trained]
+    weights += sum(beside)
     everywhere = run.dense or run.outside or run.rank
     lowest = 0 if everywhere else min((layer for layer in layers if trained[layer]), default=shape.layers)
     tensors = [
@@ -293,8 +295,9 @@ def count(run: Workload) -> Memory:
     held = 0.0 if run.released else held
     working = 0.0 if run.released else max(outside, within)
     moments += [(held / run.ranks, n * h * e), (held / run.ranks, max(run.round_end, working))]
-    layer_bytes = in_layer + e * shape.vector_numel
-    averaged = [AVERAGED_BYTES * size / e for own in map(trained.__getitem__, run.sliced) for size in own.values()]
+    layer_bytes = in_layer + max(beside) + e * shape.vector_numel
+    sliced = [] if run.quantised else [trained[layer] for layer in run.sliced]
+    averaged = [AVERAGED_BYTES * size / e for own in sliced for size in own.values()]
     whole = unsharded(embedding + head + h * e, layer_bytes, max(averaged or gradients)) if run.ranks > 1 else 0
     peak_gradients, peak_activations = max(moments, key=sum)
     return Memory(
