@@ -90,6 +90,7 @@ def test_a_plan_says_what_lies_in_host_memory_and_whose_gradients_are_released(c
         "APOLLO-Mini",
         "MISA",
         "MISA, slices",
+        "4-bit slices",
     }
     assert {method for method, line in assumed.items() if "gradients released" in line} == released
     # Two bytes for each parameter but the norms'.
