@@ -282,11 +282,16 @@ def test_what_is_trained_has_the_dtype_of_the_model_or_the_one_that_is_given():
     assert {layer.delta.dtype for layer in layers.values()} == {torch.float32}
 
 
-def test_transformers_trainer_trains_and_resumes_over_four_bits(tmp_path):
-    required("bitsandbytes")
+def save_llama(folder):
+    """Write a small LLaMA of bfloat16 into a folder, as one of a hub."""
     sizes = {"hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 3, "num_attention_heads": 4}
     config = transformers.LlamaConfig(vocab_size=100, **sizes)
-    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
+
+
+def test_transformers_trainer_trains_and_resumes_over_four_bits(tmp_path):
+    required("bitsandbytes")
+    save_llama(tmp_path)
     packed = transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.bfloat16)
     rows = [{"input_ids": torch.arange(32) % 7, "labels": torch.arange(32) % 7}] * 16
     arguments = transformers.TrainingArguments(
@@ -324,9 +329,7 @@ def test_transformers_trainer_trains_and_resumes_over_four_bits(tmp_path):
 
 def test_slices_over_4_bits_go_into_the_model_of_16_bits(tmp_path):
     required("bitsandbytes")
-    sizes = {"hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 2, "num_attention_heads": 4}
-    config = transformers.LlamaConfig(vocab_size=100, **sizes)
-    transformers.AutoModelForCausalLM.from_config(config).bfloat16().save_pretrained(tmp_path)
+    save_llama(tmp_path)
 
     def load(folder, **options):
         return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, **options)

@@ -35,9 +35,9 @@ from benchmarks.quality.equal_bytes import (
 )
 from benchmarks.quality.methods import follow
 from benchmarks.quality.pretrained import TASKS, first, searched
-from benchmarks.quality.regime_runs import Job, at
+from benchmarks.quality.regime_runs import Job
 from benchmarks.quality.regime_table import Runs, arms_of, machines, ran, row_of, searches
-from benchmarks.quality.searches import Search, outcome, read, run_all
+from benchmarks.quality.searches import outcome, read, run_all
 from benchmarks.tables import cells
 from examples.demo.train import train
 from examples.neighbours import trained_scales
@@ -59,15 +59,8 @@ REFERENCES = ("AdamW", "slices", "LoRA", "LoRA, down")
 ADAPTER_BYTES = 2 * FP32_BYTES + MISA_STATE_BYTES["int8"]
 SEARCHES = (
     *(searched(stage, first(task, own, DELTA, 5)) for stage, task in enumerate(TASKS, 1) for own in (SLICES, *PEERS)),
-    # With 3 bits at the rates that are found with 4: a step of PEQA takes three times as long as one of LoRA.
-    *(
-        Search(
-            3,
-            first(TASKS[0], own[0], SCALES_DELTA, power),
-            tuple(arm for m in own for arm in at(3, SCALES_DELTA, method=m)),
-        )
-        for own, power in ((tuple(SCALES), 3), (tuple(OVER_INTEGERS), 5))
-    ),
+    *(searched(3, first(TASKS[0], method, SCALES_DELTA, 3)) for method in SCALES),
+    *(searched(3, first(TASKS[0], method, SCALES_DELTA, 5)) for method in OVER_INTEGERS),
 )
 
 
@@ -209,8 +202,7 @@ def markdown(content: Mapping[str, Any]) -> str:
         "of a slice of the input of each down projection (`misa_kernels.slice_adapters`). Shares are of "
         "what AdamW gains on the model as it was, so that what quantisation costs counts. *PEQA* trains the scales of "
         f"integers in groups of {GROUP} (`examples/neighbours/trained_scales.py`), and LoRA beside it is over the same "
-        "integers in as many bytes; its time and peak are those of a base of float32, as peft knows no such format. "
-        "With 3 bits both take the rates that were found with 4.",
+        "integers in as many bytes; its time and peak are those of a base of float32, as peft knows no such format.",
         "",
         ran(content),
         "",

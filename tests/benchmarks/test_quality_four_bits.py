@@ -94,11 +94,8 @@ def test_the_peak_of_scales_is_not_that_of_quantising(small, monkeypatch):
 def test_all_are_searched_alike():
     found = [(search.first.task, search.first.method) for search in SEARCHES]
     both = [(task, method) for task in pretrained.TASKS for method in (SLICES, *PEERS)]
-    assert found == both + [(pretrained.TASKS[0], next(iter(methods))) for methods in (SCALES, OVER_INTEGERS)]
-    assert {search.first.state for search in SEARCHES} == {"int8"}
-    # With 3 bits at the rates of 4, of scales as of adapters.
-    arms = [[(changes.get("method"), seeds) for changes, seeds in search.arms] for search in SEARCHES]
-    assert arms == [[(None, 3)]] * len(both) + [[(name, 3) for name in methods] for methods in (SCALES, OVER_INTEGERS)]
+    assert found == both + [(pretrained.TASKS[0], method) for method in (*SCALES, *OVER_INTEGERS)]
+    assert {search.first.state for search in SEARCHES} == {"int8"} and {len(search.arms) for search in SEARCHES} == {1}
 
 
 def test_scales_are_the_fraction_that_is_said():
@@ -136,6 +133,6 @@ def test_the_table_pairs_seeds_and_has_the_runs_over_float32_beside(tmp_path, mo
     # Differences of .1, .08 and .12.
     assert leads == {"QLoRA": (0.1, 0.0115), "QLoRA, down": (0.0, 0.0)}
     methods = [row["method"] for row in content["rows"]]
-    assert set(methods) == {SLICES, *PEERS, "AdamW", "slices", "LoRA", "LoRA, down"} and content["missing"] == 15
+    assert set(methods) == {SLICES, *PEERS, "AdamW", "slices", "LoRA", "LoRA, down"} and content["missing"] == 21
     page = (tmp_path / "four_bits.md").read_text()
-    assert "| German manuals | slices, 4 bits | QLoRA | +10.0 ± 1.2 |" in page and "Wanted and missing: 15" in page
+    assert "| German manuals | slices, 4 bits | QLoRA | +10.0 ± 1.2 |" in page and "Wanted and missing: 21" in page

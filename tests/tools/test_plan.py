@@ -501,25 +501,19 @@ def test_advice_names_what_fits():
     lean = said(18.9)
     assert lean.startswith("MISA fits with --state-dtype int8 --release-gradients --param-precision split, up to")
     assert fit(shape, Setup(), 18.9 * GIB) is None
-    assert said(15) == (
-        "MISA fits with no delta. Beside matrices of 4 bits these do: QLoRA, with a peak of 9.2; "
-        "slices (`add_slices`), with one of 11.9 GiB."
-    )
-    assert said(11).endswith(
-        "QLoRA, with a peak of 9.2; slices (`add_slices`) with --state-dtype int8 --param-precision split, with one of "
-        "10.1 GiB."
-    )
-    assert said(9.5).endswith("these do: QLoRA, with a peak of 9.2 GiB.")
+    qlora = "QLoRA, whose matrices have 4 bits, fits with a peak of 9.2 GiB"
+    ours = "slices beside matrices of 4 bits (`add_slices`) fit"
+    assert said(15) == f"MISA fits with no delta: {qlora}, and {ours} with 11.9 GiB."
+    assert said(11).endswith(f"{qlora}, and {ours} with --state-dtype int8 --param-precision split with 10.1 GiB.")
+    assert said(9.5).endswith(f"{qlora}.")
     ruled = Setup(rule_bytes=4)
     peaks = {method: memory(method, shape, ruled).peak for method in METHODS}
-    assert "--param-precision split and without --rule-bytes, with one of 10.1" in advice(shape, ruled, peaks, 11 * GIB)
+    assert "--param-precision split and without --rule-bytes with 10.1" in advice(shape, ruled, peaks, 11 * GIB)
     wide = replace(Setup(rank=512), **LEAN)
     peaks = {method: memory(method, shape, wide).peak for method in METHODS}
-    assert advice(shape, wide, peaks, 11 * GIB).endswith("these do: slices (`add_slices`), with one of 10.1 GiB.")
+    assert advice(shape, wide, peaks, 11 * GIB).endswith(f"do not fit: {ours} with 10.1 GiB.")
     weights = said(79, PRESETS["llama3-70b"])
-    assert weights.startswith(
-        "The bfloat16 weights alone, 131.4 GiB, do not fit. Beside matrices of 4 bits these do: QLoRA"
-    )
+    assert weights.startswith("The bfloat16 weights alone, 131.4 GiB, do not fit: QLoRA")
     assert said(23, PRESETS["llama3-70b"]).endswith("--loss-chunk 1024.")
 
 

@@ -308,18 +308,14 @@ def advice(shape: LlamaShape | Model, options: Setup, peaks: Mapping[str, float]
         why = f"The {options.dtype} weights alone, {weights / 2**30:.1f} GiB, do not fit"
     fits = []
     if peaks["QLoRA"] <= cap_bytes:
-        fits.append(f"QLoRA, with a peak of {_gib(peaks['QLoRA'])}")
+        fits.append(f"QLoRA, whose matrices have 4 bits, fits with a peak of {peaks['QLoRA'] / 2**30:.1f} GiB")
     flags, beside = "", peaks.get(BESIDE, math.inf)
     if beside > cap_bytes and BESIDE in peaks:
         flags = " with --state-dtype int8" + " --param-precision split" * narrow
         flags += " and without --rule-bytes" * (options.rule_bytes is not None)
         beside = memory(BESIDE, shape, replace(lean, release_gradients=options.release_gradients)).peak
     if beside <= cap_bytes:
-        fits.append(f"slices (`add_slices`){flags}, with one of {_gib(beside)}")
+        fits.append(f"slices beside matrices of 4 bits (`add_slices`) fit{flags} with {beside / 2**30:.1f} GiB")
     if fits:
-        return f"{first}{why}. Beside matrices of 4 bits these do: {'; '.join(fits)} GiB."
+        return f"{first}{why}: {', and '.join(fits)}."
     return f"{first}{why}, nor does QLoRA: take more GPUs (--world-size), shorter sequences, or --loss-chunk 1024."
-
-
-def _gib(size: float) -> str:
-    return f"{size / 2**30:.1f}"
